@@ -1,0 +1,219 @@
+"""The datamodel: what a model would output, had its training weights been others.
+
+    f̂(w) = base + (w − anchor) @ scores        w [n], f̂ [t], scores [n, t]
+
+`scores[i, j] = ∂ output_j / ∂ weight_i` at `anchor`. If output j is a loss, a negative score means
+that example i helps. Weight 1 is: counted once in the sum of training losses; 0 is: left out.
+Every method of this package returns this object, and every application takes nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FORMAT = 1  # of the saved folder; another number is refused
+
+
+@dataclass(frozen=True)
+class LinearDatamodel:
+    """Outputs as an affine function of training weights: f̂(w) = base + (w − anchor) @ scores.
+
+    Args:
+        scores: [n, t], output units (nats for losses) per unit of training weight.
+        base: [t], the outputs at `anchor`.
+        anchor: [n], or one number for all; the weights at which the scores are derivatives.
+        ids: [n] names of the examples, unique; the row numbers if not given.
+        targets: [t] names of the outputs; the column numbers if not given.
+        meta: how it was made: method, damping, seeds ... (anything that json can hold).
+
+    Raises:
+        ValueError: shapes that do not fit, scores that are not finite, ids that repeat.
+
+    >>> f = LinearDatamodel([[-1.0], [2.0]], base=[5.0], anchor=1.0)
+    >>> float(f.predict([1, 0])[0])          # without example 1
+    3.0
+    >>> float(f.without([1])[0])
+    3.0
+    """
+
+    scores: NDArray[Any]
+    base: NDArray[Any]
+    anchor: NDArray[Any]
+    ids: NDArray[Any] | None = None
+    targets: NDArray[Any] | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        scores = np.asanyarray(self.scores)
+        if scores.ndim != 2:
+            raise ValueError(
+                f"expected scores [n, t], got shape {scores.shape}; pass one column per output"
+            )
+        n, t = scores.shape
+        base = np.atleast_1d(np.asarray(self.base, dtype=float))
+        anchor = np.asarray(self.anchor, dtype=float)
+        anchor = np.full(n, float(anchor)) if anchor.ndim == 0 else anchor
+        ids = np.arange(n) if self.ids is None else np.asarray(self.ids)
+        targets = np.arange(t) if self.targets is None else np.asarray(self.targets)
+        for name, array, want in (
+            ("base", base, t),
+            ("anchor", anchor, n),
+            ("ids", ids, n),
+            ("targets", targets, t),
+        ):
+            if array.shape != (want,):
+                raise ValueError(
+                    f"expected {name} of shape ({want},) beside scores [n={n}, t={t}], got {array.shape}"
+                )
+        if len(np.unique(ids)) != n:
+            values, counts = np.unique(ids, return_counts=True)
+            raise ValueError(
+                f"expected unique ids, got {values[counts > 1][:5].tolist()} more than once"
+            )
+        bad = ~np.isfinite(scores).all(axis=1)
+        if bad.any():
+            raise ValueError(
+                f"scores are not finite for {int(bad.sum())} of {n} examples, first ids "
+                f"{ids[bad][:5].tolist()}; look at their loss, and raise the damping if it is fine"
+            )
+        for name, array in (
+            ("scores", scores),
+            ("base", base),
+            ("anchor", anchor),
+            ("ids", ids),
+            ("targets", targets),
+        ):
+            object.__setattr__(self, name, array)
+
+    def predict(self, weights: ArrayLike) -> NDArray[Any]:
+        """Predicted outputs, [t] for weights [n] or [m, t] for weights [m, n]."""
+        weights = np.asarray(weights, dtype=float)
+        n = len(self.scores)
+        if weights.ndim not in (1, 2) or weights.shape[-1] != n:
+            raise ValueError(
+                f"expected weights [n={n}] or [m, n={n}], got {weights.shape}; one weight per example"
+            )
+        return self.base + (weights - self.anchor) @ self.scores
+
+    def rows(self, ids: Iterable[Any]) -> NDArray[np.intp]:
+        """Row numbers of the given ids; KeyError names those that are unknown."""
+        ids = np.asarray(list(ids))
+        known = np.asarray(self.ids)
+        order = np.argsort(known, kind="stable")
+        place = np.clip(np.searchsorted(known, ids, sorter=order), 0, len(known) - 1)
+        found = order[place]
+        unknown = known[found] != ids
+        if unknown.any():
+            raise KeyError(
+                f"unknown ids {ids[unknown][:5].tolist()}; known ones look like {known[:3].tolist()}"
+            )
+        return found
+
+    def without(self, ids: Iterable[Any]) -> NDArray[Any]:
+        """Predicted outputs [t] when the examples `ids` are left out (weight 0, the others at 1)."""
+        weights = np.ones(len(self.scores))
+        weights[self.rows(ids)] = 0.0
+        return self.predict(weights)
+
+    def grouped(self, groups: ArrayLike) -> LinearDatamodel:
+        """Fold examples into groups [n]: a group's score is the sum of its members' scores.
+
+        Exact, by linearity, for weights that a group shares; its members must share one anchor.
+
+        Raises:
+            ValueError: members of one group have different anchors.
+        """
+        groups = np.asarray(groups)
+        if groups.shape != (len(self.scores),):
+            raise ValueError(
+                f"expected one group label per example, [n={len(self.scores)}], got {groups.shape}"
+            )
+        names, index = np.unique(groups, return_inverse=True)
+        scores = np.zeros(
+            (len(names), self.scores.shape[1]), dtype=np.result_type(self.scores.dtype, float)
+        )
+        np.add.at(scores, index, self.scores)
+        anchor = np.zeros(len(names))
+        anchor[index] = self.anchor
+        if not np.allclose(anchor[index], self.anchor, rtol=1e-12, atol=0):
+            raise ValueError(
+                "members of one group have different anchors; group examples of one anchor, or re-anchor"
+            )
+        return replace(self, scores=scores, anchor=anchor, ids=names)
+
+    def combine(self, matrix: ArrayLike, targets: Sequence[Any] | None = None) -> LinearDatamodel:
+        """The datamodel of linear combinations of outputs: columns of `matrix` [t, k].
+
+        >>> f = LinearDatamodel([[-1.0, 3.0]], base=[5.0, 7.0], anchor=1.0)
+        >>> f.combine([[0.5], [0.5]]).scores.tolist()
+        [[1.0]]
+        """
+        matrix = np.asarray(matrix, dtype=float)
+        t = self.scores.shape[1]
+        if matrix.ndim != 2 or matrix.shape[0] != t:
+            raise ValueError(f"expected a matrix [t={t}, k], got {matrix.shape}")
+        names = None if targets is None else np.asarray(targets)
+        return replace(self, scores=self.scores @ matrix, base=self.base @ matrix, targets=names)
+
+    def mean(self) -> LinearDatamodel:
+        """The datamodel of the average output, one column."""
+        t = self.scores.shape[1]
+        return self.combine(np.full((t, 1), 1.0 / t), targets=["mean"])
+
+    def save(self, folder: str | Path) -> None:
+        """Write scores.npy, base.npy, anchor.npy, ids.npy, targets.npy and datamodel.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("scores", "base", "anchor", "ids", "targets"):
+            array = np.asarray(getattr(self, name))
+            np.save(folder / f"{name}.npy", array.astype(str) if array.dtype == object else array)
+        text = json.dumps({"format": FORMAT, "meta": dict(self.meta)}, indent=1, default=str)
+        (folder / "datamodel.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path, *, mmap: bool = True) -> LinearDatamodel:
+        """Read a saved datamodel; the scores stay on disk (memory-mapped) unless mmap=False."""
+        folder = Path(folder)
+        if not (folder / "datamodel.json").exists():
+            raise FileNotFoundError(
+                f"no datamodel in {folder} (datamodel.json is missing); was it saved there?"
+            )
+        head = json.loads((folder / "datamodel.json").read_text(encoding="utf-8"))
+        if head["format"] != FORMAT:
+            raise ValueError(
+                f"{folder} has format {head['format']}, this version reads {FORMAT}; save it again"
+            )
+        arrays = {
+            name: np.load(folder / f"{name}.npy") for name in ("base", "anchor", "ids", "targets")
+        }
+        scores = np.load(folder / "scores.npy", mmap_mode="r" if mmap else None)
+        return cls(scores=scores, meta=head["meta"], **arrays)
+
+
+def average(datamodels: Sequence[LinearDatamodel]) -> LinearDatamodel:
+    """The mean of datamodels of the same examples and targets, e.g. over training seeds.
+
+    Raises:
+        ValueError: none given, or they differ in examples, targets or anchor.
+    """
+    if not datamodels:
+        raise ValueError("expected at least one datamodel to average, got none")
+    first = datamodels[0]
+    for other in datamodels[1:]:
+        for name in ("ids", "targets", "anchor"):
+            if not np.array_equal(getattr(first, name), getattr(other, name)):
+                raise ValueError(
+                    f"datamodels with different {name} cannot be averaged; bring them to one first"
+                )
+    scores = np.mean([f.scores for f in datamodels], axis=0)
+    base = np.mean([f.base for f in datamodels], axis=0)
+    return replace(
+        first, scores=scores, base=base, meta={**first.meta, "averaged": len(datamodels)}
+    )

@@ -1,0 +1,131 @@
+"""How well a datamodel predicts retrained models: LDS with interval, ceiling and slope."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attribution_core.datamodel import LinearDatamodel
+from attribution_core.retraining import RetrainingTable
+
+MAX_SPLITS = 20  # of the seeds into halves, for the ceiling
+
+
+@dataclass(frozen=True)
+class LDS:
+    """Linear datamodeling score (Ilyas et al. 2022; Park et al. 2023, sec. 2.2).
+
+    Args:
+        mean: mean over targets of the Spearman correlation, over the table's rows, between predicted
+            and retrained outputs (averaged over seeds).
+        interval: 95 % bootstrap interval of the mean, over targets.
+        per_target: [t] the correlations.
+        ceiling: what a perfect predictor of the seed-averaged output could reach: the square root of
+            the table's split-half reliability (Spearman–Brown); nan with fewer than two seeds.
+        slope: least-squares slope of actual on predicted, both centred per target; 1 is calibrated.
+        seeds, rows: size of the truth.
+    """
+
+    mean: float
+    interval: tuple[float, float]
+    per_target: NDArray[np.float64]
+    ceiling: float
+    slope: float
+    seeds: int
+    rows: int
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"LDS {self.mean:.3f} [{low:.3f}, {high:.3f}] over {len(self.per_target)} targets, "
+            f"ceiling {self.ceiling:.3f}, slope {self.slope:.2f} "
+            f"({self.rows} retrainings × {self.seeds} seeds)"
+        )
+
+
+def lds(datamodel: LinearDatamodel, table: RetrainingTable) -> LDS:
+    """Compare a datamodel's predictions with a table of retrained outputs.
+
+    Raises:
+        ValueError: other numbers of examples or targets; fewer than 3 rows; outputs or predictions
+            that do not vary, so that no correlation is defined.
+    """
+    m, n = table.weights.shape
+    t = table.outputs.shape[2]
+    if (n, t) != datamodel.scores.shape:
+        raise ValueError(
+            f"expected a table of n={datamodel.scores.shape[0]} examples and "
+            f"t={datamodel.scores.shape[1]} targets, got n={n} and t={t}"
+        )
+    if m < 3:
+        raise ValueError(f"expected at least 3 retrainings to correlate, got {m}")
+    predicted, actual = datamodel.predict(table.weights), table.mean
+    for name, values in (("retrained", actual), ("predicted", predicted)):
+        flat = np.ptp(values, axis=0) == 0
+        if flat.any():
+            raise ValueError(
+                f"{name} outputs do not vary for targets {np.flatnonzero(flat)[:5].tolist()}"
+            )
+    per_target = spearman(predicted, actual)
+    x, y = predicted - predicted.mean(0), actual - actual.mean(0)
+    return LDS(
+        mean=float(per_target.mean()),
+        interval=bootstrap_interval(per_target),
+        per_target=per_target,
+        ceiling=ceiling(table),
+        slope=float((x * y).sum() / (x * x).sum()),
+        seeds=len(table.seeds),
+        rows=m,
+    )
+
+
+def spearman(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
+    """Rank correlation of the columns of a [m, t] with those of b [m, t], [t].
+
+    >>> spearman(np.array([[1.0], [2.0], [3.0]]), np.array([[1.0], [4.0], [9.0]])).tolist()
+    [1.0]
+    """
+    from scipy.stats import rankdata
+
+    x, y = (rankdata(values, axis=0) for values in (a, b))
+    x, y = x - x.mean(0), y - y.mean(0)
+    return (x * y).sum(0) / np.sqrt((x * x).sum(0) * (y * y).sum(0))
+
+
+def bootstrap_interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean by resampling; nan where there is but one value."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    from scipy.stats import bootstrap
+
+    rng = np.random.default_rng(seed)
+    found = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=rng)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def ceiling(table: RetrainingTable) -> float:
+    """√ reliability of the seed-averaged outputs: halves of the seeds correlated, then stepped up.
+
+    Spearman–Brown: with r between means of k seeds each, s seeds have reliability
+    (s/k) r / (1 + (s/k − 1) r).
+    """
+    s = len(table.seeds)
+    if s < 2:
+        return float("nan")
+    k = s // 2
+    splits = [(a, tuple(sorted(set(range(s)) - set(a)))[:k]) for a in combinations(range(s), k)]
+    splits = [pair for pair in splits if pair[0] < pair[1]] or splits
+    if len(splits) > MAX_SPLITS:
+        rng = np.random.default_rng(0)
+        splits = [splits[i] for i in rng.choice(len(splits), MAX_SPLITS, replace=False)]
+    halves = [
+        spearman(table.outputs[:, a].mean(1), table.outputs[:, b].mean(1)).mean() for a, b in splits
+    ]
+    r = max(0.0, float(np.mean(halves)))
+    return float(np.sqrt((s / k) * r / (1 + (s / k - 1) * r)))

@@ -1,0 +1,290 @@
+"""What a method may know: a model, a loss per example, training data; and the outputs to predict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+Batch = dict[str, Tensor] | tuple[Tensor, ...]
+PerExample = Callable[[nn.Module, Any], Tensor]  # (plain module, batch of b rows) -> [b]
+Params = dict[str, Tensor]
+
+
+@runtime_checkable
+class Data(Protocol):
+    """Anything with a length that gives a batch of tensors for a list of row numbers."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """A dict or a tuple of tensors as `Data`: rows are taken along the first dimension."""
+
+    columns: Batch
+
+    def __len__(self) -> int:
+        return len(next(iter(_tensors(self.columns))))
+
+    def __getitem__(self, rows: Sequence[int]) -> Batch:
+        if isinstance(self.columns, dict):
+            return {name: column[rows] for name, column in self.columns.items()}
+        return tuple(column[rows] for column in self.columns)
+
+
+def as_data(data: Any) -> Data:
+    """Adapt a dict or tuple of tensors, a TensorDataset or a datasets.Dataset to `Data`.
+
+    Raises:
+        TypeError: it has no length, or `data[[0]]` is not a dict or tuple of tensors.
+        ValueError: it has no rows, or columns of different lengths.
+    """
+    if isinstance(data, Mapping):
+        data = Columns({name: torch.as_tensor(column) for name, column in data.items()})
+    elif isinstance(data, (tuple, list)):
+        data = Columns(tuple(torch.as_tensor(column) for column in data))
+    elif type(data).__module__.startswith("datasets") and data.format["type"] != "torch":
+        data = data.with_format("torch")
+    if isinstance(data, Columns) and len({len(c) for c in _tensors(data.columns)}) > 1:
+        raise ValueError(
+            f"expected columns of one length, got {[len(c) for c in _tensors(data.columns)]}; one row per example"
+        )
+    if not isinstance(data, Data):
+        raise TypeError(f"expected data with a length and data[[rows]] -> batch, got {type(data)}")
+    if len(data) == 0:
+        raise ValueError("expected at least one example, got empty data")
+    first = data[[0]]
+    if not any(isinstance(value, Tensor) for value in _values(first)):
+        raise TypeError(
+            f"expected data[[0]] to be a dict or tuple of tensors, got {type(first)}; "
+            "use a dict of tensors, a TensorDataset, or dataset.with_format('torch')"
+        )
+    return data
+
+
+def _values(batch: Any) -> list[Any]:
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    return list(batch) if isinstance(batch, (tuple, list)) else [batch]
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [value for value in _values(batch) if isinstance(value, Tensor)]
+
+
+def take(data: Data, rows: ArrayLike, device: torch.device | None = None) -> Batch:
+    """The rows of `data` as a batch of tensors on `device`; columns that are no tensors are left out."""
+    batch = data[np.asarray(rows, dtype=int).tolist()]
+    if isinstance(batch, Mapping):
+        return {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+    return tuple(v.to(device) for v in _tensors(batch))
+
+
+def rows_in(batch: Batch) -> int:
+    """How many rows a batch has."""
+    return len(_tensors(batch)[0])
+
+
+def batches(n: int | ArrayLike, size: int) -> Iterator[np.ndarray]:
+    """Row numbers 0..n−1 (or the rows given) in order, `size` at a time."""
+    rows = np.arange(n) if isinstance(n, (int, np.integer)) else np.asarray(n, dtype=int)
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A model, its loss per example and its training data.
+
+    The trained objective is (1/n) Σ w_i ℓ_i(θ) + ½ weight_decay ‖θ‖², n fixed whatever the weights.
+
+    Args:
+        model: any nn.Module. Trained, for methods that read it; initial, for `train`.
+        loss: your own function (model, batch) -> [b], one loss per row of the batch, in nats.
+        train: a dict or tuple of tensors, a TensorDataset, a datasets.Dataset, or any `Data`.
+        weight_decay: what torch's optimizers mean by it; the ½ weight_decay ‖θ‖² above.
+    """
+
+    model: nn.Module
+    loss: PerExample
+    train: Any
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "train", as_data(self.train))
+        if not self.params:
+            raise ValueError(
+                "expected a model with trainable parameters, got none with requires_grad"
+            )
+
+    @property
+    def n(self) -> int:
+        """Number of training examples."""
+        return len(self.train)
+
+    @property
+    def params(self) -> Params:
+        """The trainable parameters, detached and by name; tied ones appear once."""
+        return trainable(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives; batches are moved there."""
+        return next(self.model.parameters()).device
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What to predict: a function (model, batch) -> [b] over target data; one target per row.
+
+    `mean()` makes one target of them, the average; `mean(by=labels)` one target per label.
+    """
+
+    function: PerExample
+    data: Any
+    matrix: Tensor | None = None  # [rows, t] combines rows into targets; None is one target per row
+    names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", as_data(self.data))
+
+    def __len__(self) -> int:
+        return len(self.data) if self.matrix is None else self.matrix.shape[1]
+
+    def mean(self, by: ArrayLike | None = None) -> Outputs:
+        """One target: the average over rows; or, with labels [rows], one average per label."""
+        if self.matrix is not None:
+            raise ValueError(
+                "expected outputs of single rows, got averages already; call mean once"
+            )
+        labels = np.full(len(self.data), "mean") if by is None else np.asarray(by)
+        if labels.shape != (len(self.data),):
+            raise ValueError(f"expected one label per row [{len(self.data)}], got {labels.shape}")
+        names, index = np.unique(labels, return_inverse=True)
+        matrix = torch.zeros(len(self.data), len(names), dtype=torch.float64)
+        matrix[torch.arange(len(index)), torch.as_tensor(index)] = 1.0
+        return replace(self, matrix=matrix / matrix.sum(0), names=tuple(str(x) for x in names))
+
+    def evaluate(
+        self, model: nn.Module, params: Params | None = None, batch_size: int = 256
+    ) -> Tensor:
+        """The outputs [t] of a model, float64 on the CPU."""
+        values = []
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            for rows in batches(len(self.data), batch_size):
+                batch = take(self.data, rows, device)
+                values.append(per_example(model, self.function, batch, params, rows, what="output"))
+        rows_values = torch.cat(values).double().cpu()
+        return rows_values if self.matrix is None else rows_values @ self.matrix
+
+
+class _Bound(nn.Module):
+    """A function of a model as a module, so that `functional_call` can swap the parameters in."""
+
+    def __init__(self, model: nn.Module, function: PerExample):
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.function(self.model, batch)
+
+
+def trainable(model: nn.Module) -> Params:
+    """The trainable parameters of a model, detached and by name; tied ones appear once."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class _KeepDouble(TorchFunctionMode):
+    """Leave float64 tensors float64 where a layer would cast them to float32.
+
+    transformers' norms, rotary embeddings and softmaxes compute in float32 whatever the model's
+    dtype; a model that was asked to be float64 would be exact to 1e-8 only.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float or (
+                func is Tensor.to and torch.float32 in (*args[1:], kwargs.get("dtype"))
+            ):
+                return args[0]
+            if kwargs.get("dtype") == torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def call(model: nn.Module, function: PerExample, params: Params, batch: Batch) -> Tensor:
+    """function(model, batch) with `params` in place of the model's own; differentiable in both.
+
+    A float64 model is computed in float64 throughout, see `_KeepDouble`.
+    """
+    named = {f"model.{name}": value for name, value in params.items()}
+    with precision_of(params):
+        return functional_call(_Bound(model, function), named, (batch,))
+
+
+def precision_of(params: Params) -> AbstractContextManager[Any]:
+    """A context that computes in the parameters' own precision, see `_KeepDouble`."""
+    double = any(value.dtype == torch.float64 for value in params.values())
+    return _KeepDouble() if double else nullcontext()
+
+
+def per_example(
+    model: nn.Module,
+    function: PerExample,
+    batch: Batch,
+    params: Params | None = None,
+    rows: ArrayLike | None = None,
+    what: str = "loss",
+) -> Tensor:
+    """function(model, batch), checked to be one finite number per row.
+
+    Raises:
+        ValueError: a scalar or any other shape than [b]; NaN or infinite values (names the rows).
+    """
+    b = rows_in(batch)
+    values = call(model, function, trainable(model) if params is None else params, batch)
+    if not isinstance(values, Tensor) or values.shape != (b,):
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values)
+        raise ValueError(
+            f"expected one {what} per row, shape ({b},), got {got}; return per-example values "
+            "(in torch's losses: reduction='none')"
+        )
+    finite = torch.isfinite(values.detach())
+    if not finite.all():
+        names = np.arange(b) if rows is None else np.asarray(rows)
+        bad = names[~finite.cpu().numpy()]
+        raise ValueError(
+            f"expected finite {what} values, got NaN or infinity in rows {bad[:10].tolist()}; "
+            "look at these examples, or at the learning rate that led here"
+        )
+    return values
+
+
+def refuse_random_layers(model: nn.Module) -> None:
+    """Raise where a forward pass is random or mixes examples: dropout or batch norm in training mode."""
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise ValueError(
+                f"expected a deterministic model, got active dropout in {name!r} (p={module.p}); "
+                "call model.eval() or set p=0"
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"expected a loss per example, got batch norm in training mode in {name!r}, which mixes "
+                "the rows of a batch; call model.eval() or use GroupNorm"
+            )

@@ -1,0 +1,65 @@
+"""Several processes as one: who am I, which rows are mine, sums and sharing over all.
+
+One process unless launched by torchrun or `accelerate launch`; then accelerate sets the group up.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+T = TypeVar("T")
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes)."""
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return 0, 1
+        from accelerate import PartialState
+
+        PartialState()  # joins the group that the launcher describes
+    return dist.get_rank(), dist.get_world_size()
+
+
+def my_rows(rows: np.ndarray) -> np.ndarray:
+    """This process's contiguous share of the rows."""
+    rank, size = world()
+    return np.array_split(rows, size)[rank]
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, the same on each."""
+    if world()[1] > 1:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def collect(rows: Tensor) -> Tensor:
+    """All processes' rows [own, k], concatenated in the order of `my_rows`, on each."""
+    if world()[1] == 1:
+        return rows
+    parts: list[Tensor | None] = [None] * world()[1]
+    dist.all_gather_object(parts, rows.cpu())
+    return torch.cat([part for part in parts if part is not None])
+
+
+def from_first(value: T) -> T:
+    """The first process's value, on all."""
+    if world()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def wait() -> None:
+    """Wait until every process has come here."""
+    if world()[1] > 1:
+        dist.barrier()

@@ -1,0 +1,182 @@
+"""A resumable folder of rows [n, t]: a plain npy file, one flag a block, and a json that says of what.
+
+    scores.npy     the array, memory-mapped; readable with numpy alone
+    done.npy       one byte per block of rows: 1 once the block is written
+    store.json     shape, block size and the fingerprint of what the rows were computed from
+
+Every process writes its own blocks. A killed run loses the blocks in flight, no more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import nn
+
+from attribution_core.processes import wait, world
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open folder of rows; `missing()` says what this process still has to write."""
+
+    folder: Path
+    rows: NDArray[Any]
+    done: NDArray[np.uint8]
+    block: int
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        shape: tuple[int, int],
+        fingerprint: str,
+        *,
+        dtype: str = "float32",
+        block: int = 256,
+    ) -> Store:
+        """Open the store in `folder`, or create it.
+
+        Raises:
+            ValueError: the folder holds rows of another model, data or setting, or a broken file.
+        """
+        folder = Path(folder)
+        head = {
+            "format": FORMAT,
+            "fingerprint": fingerprint,
+            "shape": list(shape),
+            "dtype": dtype,
+            "block": block,
+        }
+        if world()[0] == 0 and not (folder / "store.json").exists():
+            _create(folder, head)
+        wait()
+        found = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+        if found != head:
+            differs = [name for name in head if found.get(name) != head[name]]
+            raise ValueError(
+                f"{folder} was written by another run (different {', '.join(differs)}); "
+                "the model, the data or a setting has changed: choose another folder or delete this one"
+            )
+        try:
+            rows = np.load(folder / "scores.npy", mmap_mode="r+")
+            done = np.load(folder / "done.npy", mmap_mode="r+")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} is damaged ({error}); delete it and run again") from None
+        return cls(folder, rows, done, block)
+
+    def missing(self) -> list[NDArray[np.intp]]:
+        """This process's share of the row blocks that are not written yet."""
+        rank, size = world()
+        todo = np.flatnonzero(self.done == 0)[rank::size]
+        return [np.arange(b * self.block, min((b + 1) * self.block, len(self.rows))) for b in todo]
+
+    def write(self, rows: NDArray[np.intp], values: ArrayLike) -> None:
+        """Write one block's values, then its flag, so that a flag never stands before its rows."""
+        values = np.asarray(values)
+        if not np.isfinite(values).all():
+            bad = rows[~np.isfinite(values).all(axis=1)]
+            raise ValueError(
+                f"expected finite values, got NaN or infinity in rows {bad[:10].tolist()}"
+            )
+        self.rows[rows] = values
+        _flush(self.rows)
+        self.done[rows[0] // self.block] = 1
+        _flush(self.done)
+
+    def read(self) -> NDArray[Any]:
+        """All rows, once every process has written its own.
+
+        Raises:
+            ValueError: blocks are missing.
+        """
+        wait()
+        done = np.load(self.folder / "done.npy")
+        if not done.all():
+            raise ValueError(
+                f"{int((done == 0).sum())} of {len(done)} blocks in {self.folder} are not written; "
+                "run the same command again to compute them"
+            )
+        return np.load(self.folder / "scores.npy", mmap_mode="r")
+
+
+def _flush(array: NDArray[Any]) -> None:
+    if isinstance(array, np.memmap):
+        array.flush()
+
+
+def _create(folder: Path, head: dict[str, Any]) -> None:
+    """The three files; store.json last and by renaming, so that it vouches for the others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = tuple(head["shape"])
+    blocks = -(-shape[0] // head["block"])
+    for name, dtype, dims in (("scores", head["dtype"], shape), ("done", "uint8", (blocks,))):
+        array = np.lib.format.open_memmap(
+            folder / f"{name}.npy", mode="w+", dtype=np.dtype(dtype), shape=dims
+        )
+        array[:] = 0
+        array.flush()
+    write_text(folder / "store.json", json.dumps(head, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + f".part{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def fingerprint(*parts: Any) -> str:
+    """sha256 of models, tensors, arrays, data, functions and settings: equal content, equal print."""
+    digest = hashlib.sha256()
+    for part in parts:
+        _feed(digest, part)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, part: Any) -> None:
+    if isinstance(part, nn.Module):
+        _feed(digest, {"module": str(part), **part.state_dict()})
+    elif isinstance(part, torch.Tensor):
+        # bfloat16 has no numpy counterpart: its bytes are read as they are
+        flat = part.detach().cpu().contiguous()
+        digest.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
+        digest.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    elif isinstance(part, np.ndarray):
+        digest.update(f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes())
+    elif isinstance(part, Mapping):
+        for name in part:
+            _feed(digest, str(name))
+            _feed(digest, part[name])
+    elif is_dataclass(part) and not isinstance(part, type):
+        _feed(digest, type(part).__qualname__)
+        for item in fields(part):
+            _feed(digest, getattr(part, item.name))
+    elif hasattr(part, "_fingerprint"):  # datasets.Dataset
+        digest.update(str(part._fingerprint).encode())
+    elif isinstance(part, Sequence) and not isinstance(part, (str, bytes)):
+        digest.update(b"[%d" % len(part))
+        for item in part:
+            _feed(digest, item)
+    elif callable(part):
+        inner = getattr(part, "func", part)  # functools.partial
+        settings = (
+            (getattr(part, "args", ()), getattr(part, "keywords", {})) if inner is not part else ()
+        )
+        _feed(digest, f"{inner.__module__}.{inner.__qualname__}")
+        _feed(digest, settings)
+    elif hasattr(part, "tensors"):  # TensorDataset
+        _feed(digest, part.tensors)
+    else:
+        digest.update(f"{type(part).__name__}:{part!r};".encode())

@@ -1,0 +1,313 @@
+"""Replayable training: optimizers as pure functions, data order as index lists, weights per example.
+
+A step on the batch of rows b_1..b_B is g = ∇ (1/B) Σ w_i ℓ_i(θ), then (θ, state) = update(θ, state, g).
+The denominator is the number of rows in the batch, never Σ w: weight 0 is "dropped, same batches,
+same order, same steps".
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from attribution_core.gradients import Progress
+from attribution_core.problem import (
+    Batch,
+    Outputs,
+    Params,
+    Problem,
+    per_example,
+    refuse_random_layers,
+    rows_in,
+    take,
+)
+
+State = dict[str, Params]
+Schedule = Literal["linear", "cosine"] | Callable[[int], float]
+Drop = Literal["weight", "row"]
+
+
+class Optimizer(Protocol):
+    """Two pure functions: the state to start with, and one update."""
+
+    lr: float
+    weight_decay: float | None
+
+    def init(self, params: Params) -> State: ...
+
+    def update(
+        self, params: Params, state: State, grads: Params, step: int, lr_factor: float
+    ) -> tuple[Params, State]: ...
+
+
+@dataclass(frozen=True)
+class SGD:
+    """torch.optim.SGD: g ← g + weight_decay θ;  b ← momentum b + g;  θ ← θ − lr b  (or g + momentum b).
+
+    weight_decay None means the problem's.
+    """
+
+    lr: float
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float | None = None
+
+    def init(self, params: Params) -> State:
+        """A momentum buffer of zeros."""
+        return {"momentum": {k: torch.zeros_like(v) for k, v in params.items()}}
+
+    def update(
+        self, params: Params, state: State, grads: Params, step: int, lr_factor: float
+    ) -> tuple[Params, State]:
+        """One step; nothing is changed in place."""
+        new, buffers = {}, {}
+        for name, theta in params.items():
+            g = grads[name] + (self.weight_decay or 0.0) * theta
+            buffers[name] = self.momentum * state["momentum"][name] + g
+            g = g + self.momentum * buffers[name] if self.nesterov else buffers[name]
+            new[name] = theta - self.lr * lr_factor * g
+        return new, {"momentum": buffers}
+
+
+@dataclass(frozen=True)
+class Adam:
+    """torch.optim.Adam: θ ← θ − lr m̂ / (√(v̂ + eps_root) + eps), decay added to the gradient.
+
+    weight_decay None means the problem's. eps_root (0 in torch) keeps the update differentiable
+    where a gradient was exactly 0.
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    eps_root: float = 0.0
+    weight_decay: float | None = None
+    decoupled: ClassVar[bool] = False
+
+    def init(self, params: Params) -> State:
+        """First and second moments of zeros."""
+        return {m: {k: torch.zeros_like(v) for k, v in params.items()} for m in ("first", "second")}
+
+    def update(
+        self, params: Params, state: State, grads: Params, step: int, lr_factor: float
+    ) -> tuple[Params, State]:
+        """One step, counted from 0; nothing is changed in place."""
+        lr, decay = self.lr * lr_factor, self.weight_decay or 0.0
+        one, two = self.betas
+        new: Params = {}
+        first: Params = {}
+        second: Params = {}
+        for name, theta in params.items():
+            g = grads[name] if self.decoupled else grads[name] + decay * theta
+            first[name] = one * state["first"][name] + (1 - one) * g
+            second[name] = two * state["second"][name] + (1 - two) * g * g
+            m = first[name] / (1 - one ** (step + 1))
+            v = second[name] / (1 - two ** (step + 1))
+            shrunk = theta * (1 - lr * decay) if self.decoupled else theta
+            new[name] = shrunk - lr * m / ((v + self.eps_root).sqrt() + self.eps)
+        return new, {"first": first, "second": second}
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """torch.optim.AdamW: as Adam, with the decay decoupled, θ ← (1 − lr weight_decay) θ − ..."""
+
+    decoupled: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How to train: everything but the problem and the weights.
+
+    Args:
+        optimizer: SGD, Adam or AdamW of this module.
+        batch_size: rows per step; at most the number of rows.
+        epochs: passes over the rows; fractions count. steps = round(epochs · rows / batch_size).
+        schedule: "linear" or "cosine" (from 1 to 0 over the run), or your own step -> lr factor.
+        seed: of the data order, and of `init`.
+        clip: largest norm of the whole gradient.
+        order: explicit index lists, one a step, to replay a run made elsewhere.
+        init: seed -> model, the initial model; without it every run starts from `problem.model`.
+    """
+
+    optimizer: Optimizer
+    batch_size: int
+    epochs: float
+    schedule: Schedule | None = None
+    seed: int = 0
+    clip: float | None = None
+    order: Sequence[Sequence[int]] | None = None
+    init: Callable[[int], nn.Module] | None = None
+
+    def draw(self, rows: NDArray[np.intp], exposure: float = 1.0) -> list[NDArray[np.intp]]:
+        """The batches of a run: one permutation of the rows after another, cut into equal batches."""
+        if self.order is not None:
+            given = [np.asarray(batch, dtype=int) for batch in self.order]
+            return given[: max(1, round(exposure * len(given)))]
+        size = min(self.batch_size, len(rows))
+        steps = max(1, round(self.epochs * exposure * len(rows) / size))
+        rng = np.random.default_rng(self.seed)
+        passes = math.ceil(steps * size / len(rows))
+        stream = np.concatenate([rng.permutation(rows) for _ in range(passes)])
+        return list(stream[: steps * size].reshape(steps, size))
+
+    def lr_factor(self, step: int, steps: int) -> float:
+        """What the schedule multiplies the learning rate with at this step."""
+        if self.schedule is None:
+            return 1.0
+        if callable(self.schedule):
+            return self.schedule(step)
+        if self.schedule == "linear":
+            return 1.0 - step / steps
+        if self.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * step / steps))
+        raise ValueError(
+            f"unknown schedule {self.schedule!r}; linear, cosine, or a function of the step"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished training: the model, and where in weight space it stands (its anchor)."""
+
+    problem: Problem
+    recipe: Recipe
+    params: Params
+    order: list[NDArray[np.intp]]
+    weights: NDArray[np.float64]
+    exposure: float
+    losses: NDArray[np.float64]  # the weighted mean loss of each step's batch
+
+    @property
+    def model(self) -> nn.Module:
+        """A copy of the problem's model with the trained parameters."""
+        model = copy.deepcopy(self.problem.model)
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if name in self.params:
+                    value.copy_(self.params[name])
+        return model
+
+    @property
+    def anchor(self) -> NDArray[np.float64]:
+        """The training weights at which derivatives of this run are taken: exposure · weights, [n]."""
+        return self.exposure * self.weights
+
+    def outputs(self, outputs: Outputs) -> Tensor:
+        """The trained model's outputs [t]."""
+        return outputs.evaluate(self.problem.model, self.params)
+
+    def trained(self) -> Problem:
+        """The problem at the trained parameters, with the weight decay that was in force."""
+        decay = _resolved(self.recipe.optimizer, self.problem).weight_decay or 0.0
+        return replace(self.problem, model=self.model, weight_decay=decay)
+
+
+def train(
+    problem: Problem,
+    recipe: Recipe,
+    weights: ArrayLike | None = None,
+    exposure: float = 1.0,
+    *,
+    drop: Drop = "weight",
+    progress: Progress = iter,
+) -> Run:
+    """Train `problem.model` (left untouched) by a recipe and return the run.
+
+    Args:
+        weights: [n] training weights, 1 if not given.
+        exposure: α in (0, 1]: take the steps (and the schedule) of a run on a fraction α of the data,
+            but draw from the whole set, so that every example is seen α as often. The run's anchor is
+            then α: the place from which models trained on such a fraction are predicted best.
+        drop: what weight 0 means. "weight": the example stays in its batches and counts nothing.
+            "row": it is gone; batches are drawn from the other rows, with as many epochs.
+        progress: wraps the loop over steps (tqdm).
+
+    Raises:
+        ValueError: weights that are not [n], finite and non-negative; nothing left to train on; an
+            exposure outside (0, 1]; random layers; a loss that is not finite (names step and rows).
+    """
+    w = _checked_weights(weights, problem.n)
+    if not 0 < exposure <= 1:
+        raise ValueError(f"expected an exposure in (0, 1], got {exposure}; .5 is half of the steps")
+    if drop not in ("weight", "row"):
+        raise ValueError(f"unknown drop {drop!r}; 'weight' keeps batches, 'row' removes examples")
+    if drop == "row" and recipe.order is not None and (w == 0).any():
+        raise ValueError(
+            "a recipe with an explicit order cannot be redrawn without rows; use drop='weight'"
+        )
+    model = problem.model if recipe.init is None else recipe.init(recipe.seed).to(problem.device)
+    refuse_random_layers(model)
+    started = replace(problem, model=model)
+    optimizer = _resolved(recipe.optimizer, problem)
+    rows = np.flatnonzero(w > 0) if drop == "row" else np.arange(problem.n)
+    order = recipe.draw(rows, exposure)
+    params, state = started.params, optimizer.init(started.params)
+    losses = np.zeros(len(order))
+    for step, some in enumerate(progress(order)):
+        batch = take(problem.train, some, problem.device)
+        factor = recipe.lr_factor(step, len(order))
+        try:
+            loss, grads = gradient(started, params, batch, torch.from_numpy(w[some]), some)
+        except ValueError as error:
+            raise ValueError(f"training stopped at step {step} of {len(order)}: {error}") from None
+        if recipe.clip is not None:
+            grads = clipped(grads, recipe.clip)
+        params, state = optimizer.update(params, state, grads, step, factor)
+        losses[step] = loss
+    return Run(started, recipe, params, order, w, exposure, losses)
+
+
+def gradient(
+    problem: Problem, params: Params, batch: Batch, weights: Tensor, rows: ArrayLike | None = None
+) -> tuple[float, Params]:
+    """(1/B) Σ w_i ℓ_i and its gradient; B is the number of rows in the batch."""
+    leaf = {name: value.requires_grad_() for name, value in detached(params).items()}
+    losses = per_example(problem.model, problem.loss, batch, leaf, rows)
+    loss = (losses * weights.to(losses)).sum() / rows_in(batch)
+    grads = torch.autograd.grad(loss, list(leaf.values()), allow_unused=True)
+    named = zip(leaf.items(), grads, strict=True)
+    return loss.item(), {k: torch.zeros_like(v) if g is None else g for (k, v), g in named}
+
+
+def detached(params: Params) -> Params:
+    """The same parameters, outside any graph."""
+    return {name: value.detach() for name, value in params.items()}
+
+
+def clipped(grads: Params, limit: float) -> Params:
+    """Gradients scaled so that their joint norm is at most `limit` (torch.nn.utils.clip_grad_norm_)."""
+    norm = torch.stack([g.norm() for g in grads.values()]).norm()
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    return {name: g * factor for name, g in grads.items()}
+
+
+def _checked_weights(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:
+    w = np.ones(n) if weights is None else np.asarray(weights, dtype=float)
+    if w.shape != (n,):
+        raise ValueError(f"expected one weight per training example, [n={n}], got {w.shape}")
+    if not np.isfinite(w).all() or (w < 0).any():
+        raise ValueError("expected finite weights of at least 0, got others; 0 drops an example")
+    if not (w > 0).any():
+        raise ValueError("expected something to train on, got weight 0 for every example")
+    return w
+
+
+def _resolved(optimizer: Optimizer, problem: Problem) -> Optimizer:
+    """The optimizer with the weight decay in force: its own, or the problem's."""
+    if optimizer.weight_decay is None:
+        return replace(optimizer, weight_decay=problem.weight_decay)  # type: ignore[type-var]
+    if problem.weight_decay not in (0.0, optimizer.weight_decay):
+        raise ValueError(
+            f"expected one weight decay, got {problem.weight_decay} in the problem and "
+            f"{optimizer.weight_decay} in the optimizer; state it in one place"
+        )
+    return optimizer

@@ -25,10 +25,10 @@ ROWS = 10  # a table shows so many targets one by one, then their mean
 
 
 class Retrained(Protocol):
-    """What a retraining returns: `.outputs` [m, s, t] for m rows of weights, s seeds, t targets."""
+    """What a retraining returns: `.per_seed` [m, s, t] for m rows of weights, s seeds, t targets."""
 
     @property
-    def outputs(self) -> ArrayLike: ...
+    def per_seed(self) -> ArrayLike: ...
 
 
 class Retrain(Protocol):
@@ -165,6 +165,14 @@ def random_subset(costs: ArrayLike, budget: float, rng: np.random.Generator) -> 
     return weights
 
 
+def random_controls(decision: Decision, seeds: Sequence[int]) -> NDArray[Any]:
+    """Weights [s, n] of a random choice of the decision's cost, drawn anew for each seed."""
+    # a stream of its own: one that a training also draws its batches from would tie the subset to
+    # the order in which its examples are seen
+    streams = [np.random.default_rng([seed, 0xC0]) for seed in seeds]
+    return np.stack([random_subset(decision.costs, decision.cost, rng) for rng in streams])
+
+
 @dataclass(frozen=True, eq=False)
 class Verified:
     """A decision after retraining: predicted beside actual beside control, paired by seed.
@@ -244,7 +252,7 @@ def verify(
 
     Args:
         decision: what to prove.
-        retrain: weights [m, n], seeds=[...] -> object with `.outputs` [m, s, t]; the same outputs
+        retrain: weights [m, n], seeds=[...] -> object with `.per_seed` [m, s, t]; the same outputs
             as the decision's targets, better read on data that was not used to decide. Called
             once for the decision and all given controls, and once per seed for "random".
         control: "random" (for each seed a fresh random subset that spends the same cost), or
@@ -303,11 +311,7 @@ def _controls(control: Any, decision: Decision, seeds: list[int]) -> dict[str, N
                 f"expected control 'random' or weights, got {weights!r}; pass one of these"
             )
         if isinstance(weights, str):
-            # a stream of its own: one that a training also draws its batches from would tie the
-            # subset to the order in which its examples are seen
-            streams = [np.random.default_rng([seed, 0xC0]) for seed in seeds]
-            draws = [random_subset(decision.costs, decision.cost, rng) for rng in streams]
-            found[name] = np.stack(draws)
+            found[name] = random_controls(decision, seeds)
             continue
         array = np.asarray(weights, dtype=float)
         if array.shape != (n,) or not (np.isfinite(array) & (array >= 0)).all():
@@ -323,7 +327,7 @@ def _outputs(
     retrain: Retrain, weights: NDArray[Any], seeds: list[int], t: int, names: list[str]
 ) -> NDArray[Any]:
     """Retrained outputs [m, s, t], checked."""
-    outputs = np.asarray(retrain(weights, seeds=seeds).outputs, dtype=float)
+    outputs = np.asarray(retrain(weights, seeds=seeds).per_seed, dtype=float)
     shape = (len(weights), len(seeds), t)
     if outputs.shape != shape:
         raise ValueError(

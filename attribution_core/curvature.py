@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -48,7 +49,7 @@ class Curvature:
     """A fitted curvature: `solve(V [k, p])` is (H + weight_decay + damping)⁻¹ V, float64 in and out."""
 
     solve: Callable[[Tensor], Tensor]
-    damping: float
+    damping: float  # its mean over parameters
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -57,7 +58,7 @@ def fit_curvature(
     kind: Kind = "gauss_newton",
     *,
     weights: NDArray[np.float64] | None = None,
-    damping: float | None = None,
+    damping: float | Tensor | None = None,
     form: Form = "auto",
     tolerance: float | None = None,
     max_iterations: int = 500,
@@ -66,8 +67,9 @@ def fit_curvature(
     """Fit a curvature to the problem at its present parameters.
 
     Args:
-        damping: added to the eigenvalues of H beside the problem's weight decay. None: 0 for the
-            exact Hessian and wherever a weight decay is known, else 0.1 × the mean eigenvalue of H.
+        damping: added to the eigenvalues of H beside the problem's weight decay: one number, or [p]
+            one per parameter. None: 0 for the exact Hessian and wherever a weight decay is known,
+            else 0.1 × the mean eigenvalue of H.
         form: "dense" forms and factors H; "cg" only multiplies with it; "auto" is dense up to
             6,000 parameters.
         tolerance: of cg, on ‖residual‖ / ‖v‖ of every direction; by default 1e-12 for float64 models
@@ -79,60 +81,75 @@ def fit_curvature(
     """
     if kind not in ("identity", "diagonal", "hessian", "gauss_newton"):
         raise ValueError(f"unknown curvature {kind!r}; identity, diagonal, hessian or gauss_newton")
-    if damping is not None and damping < 0:
+    if damping is not None and (torch.as_tensor(damping) < 0).any():
         raise ValueError(f"expected damping of at least 0, got {damping}")
     w = np.ones(problem.n) if weights is None else weights
     if kind == "identity":
         return Curvature(lambda v: v, 0.0, {"curvature": kind})
-    if kind == "diagonal":
-        diagonal = fisher_diagonal(problem, w, batch_size)
-        damping = _default_damping(problem, kind, damping, float(diagonal.mean()))
-        inverse = 1.0 / (diagonal + problem.weight_decay + damping)
-        return Curvature(lambda v: v * inverse, damping, {"curvature": kind})
+    p = sum(value.numel() for value in problem.params.values())
+    meta: dict[str, Any] = {"curvature": kind}
+
+    def shift(mean: Callable[[], float]) -> Tensor:
+        """weight_decay + damping, [p]."""
+        added: float | Tensor = 0.0
+        if damping is not None:
+            added = damping
+        elif kind != "hessian" and problem.weight_decay == 0:
+            added = 0.1 * mean()
+        return (problem.weight_decay + torch.as_tensor(added, dtype=torch.float64).cpu()).expand(p)
 
     def multiply(v: Tensor) -> Tensor:
         return products(problem, kind, v, w, batch_size)
 
-    p = sum(value.numel() for value in problem.params.values())
-    if form == "dense" or (form == "auto" and p <= DENSE):
+    solve: Callable[[Tensor], Tensor]
+    if kind == "diagonal":
+        diagonal = fisher_diagonal(problem, w, batch_size)
+        shifts = shift(lambda: float(diagonal.mean()))
+        inverse = 1.0 / (diagonal + shifts)
+
+        solve = partial(torch.mul, inverse)
+
+    elif form == "dense" or (form == "auto" and p <= DENSE):
+        meta["form"] = "dense"
         matrix = multiply(torch.eye(p, dtype=torch.float64))
         matrix = (matrix + matrix.T) / 2
-        damping = _default_damping(problem, kind, damping, float(matrix.trace()) / p)
-        return Curvature(
-            _cholesky(matrix, problem.weight_decay + damping),
-            damping,
-            {"curvature": kind, "form": "dense"},
-        )
-    if damping is None and kind == "gauss_newton" and problem.weight_decay == 0:
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randint(0, 2, (PROBES, p), generator=generator).double() * 2 - 1
-        mean = float((probe * multiply(probe)).sum(1).mean()) / p  # E[zᵀHz] = trace H (Hutchinson)
-        damping = _default_damping(problem, kind, None, mean)
-    damping = _default_damping(problem, kind, damping, 0.0)
-    shift = problem.weight_decay + damping
-    if tolerance is None:
-        tolerance = 1e-12 if next(iter(problem.params.values())).dtype == torch.float64 else 1e-4
+        shifts = shift(lambda: float(matrix.trace()) / p)
+        solve = _cholesky(matrix + shifts.diag())
+    else:
+        meta["form"] = "cg"
+        shifts = shift(lambda: _mean_eigenvalue(multiply, p))
+        if tolerance is None:
+            tolerance = 1e-12 if _is_double(problem) else 1e-4
+        meta["tolerance"] = goal = tolerance
 
-    def solve(v: Tensor) -> Tensor:
-        return conjugate_gradients(lambda x: multiply(x) + shift * x, v, tolerance, max_iterations)
+        def shifted(v: Tensor) -> Tensor:
+            return multiply(v) + shifts * v
 
-    return Curvature(solve, damping, {"curvature": kind, "form": "cg", "tolerance": tolerance})
+        def solve(v: Tensor) -> Tensor:
+            return conjugate_gradients(shifted, v, goal, max_iterations)
+
+    return Curvature(solve, float(shifts.mean()) - problem.weight_decay, meta)
 
 
-def _default_damping(problem: Problem, kind: Kind, damping: float | None, mean: float) -> float:
-    if damping is not None:
-        return float(damping)
-    return 0.0 if kind == "hessian" or problem.weight_decay > 0 else 0.1 * mean
+def _is_double(problem: Problem) -> bool:
+    return all(value.dtype == torch.float64 for value in problem.params.values())
 
 
-def _cholesky(matrix: Tensor, shift: float) -> Callable[[Tensor], Tensor]:
-    shifted = matrix + shift * torch.eye(len(matrix), dtype=matrix.dtype)
+def _mean_eigenvalue(multiply: Callable[[Tensor], Tensor], p: int) -> float:
+    """trace(H)/p by random signs z: E[zᵀHz] = trace H (Hutchinson 1990)."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randint(0, 2, (PROBES, p), generator=generator).double() * 2 - 1
+    return float((z * multiply(z)).sum(1).mean()) / p
+
+
+def _cholesky(shifted: Tensor) -> Callable[[Tensor], Tensor]:
     factor, failed = torch.linalg.cholesky_ex(shifted)
     if failed:
         lowest = float(torch.linalg.eigvalsh(shifted)[0])
         raise ValueError(
-            f"expected a positive definite curvature, got a smallest eigenvalue of {lowest:.3g} with "
-            f"weight_decay + damping = {shift:.3g}; use curvature='gauss_newton', or raise the damping"
+            "expected a positive definite curvature, got a smallest eigenvalue of "
+            f"{lowest:.3g} with weight decay and damping; use curvature='gauss_newton', or raise "
+            "the damping"
         )
     return lambda v: torch.cholesky_solve(v.T, factor).T
 
@@ -240,9 +257,9 @@ def gauss_newton_product(
         with precision_of(params):
             return (loss(_Given(model, filled), batch) * w).sum()
 
-    output, tangent = jvp(inner, (params,), (v,))
+    output, tangent = jvp(inner, (params,), (v,))  # type: ignore[misc]
     curved = jvp(grad(outer), (output,), (tangent,))[1]
-    return vjp(inner, params)[1](curved)[0]  # type: ignore[misc]
+    return vjp(inner, params)[1](curved)[0]
 
 
 def _is_real(value: Any) -> bool:

@@ -55,7 +55,7 @@ def lds(datamodel: LinearDatamodel, table: RetrainingTable) -> LDS:
             that do not vary, so that no correlation is defined.
     """
     m, n = table.weights.shape
-    t = table.outputs.shape[2]
+    t = table.outputs.shape[1]
     if (n, t) != datamodel.scores.shape:
         raise ValueError(
             f"expected a table of n={datamodel.scores.shape[0]} examples and "
@@ -63,7 +63,7 @@ def lds(datamodel: LinearDatamodel, table: RetrainingTable) -> LDS:
         )
     if m < 3:
         raise ValueError(f"expected at least 3 retrainings to correlate, got {m}")
-    predicted, actual = datamodel.predict(table.weights), table.mean
+    predicted, actual = datamodel.predict(table.weights), table.outputs
     for name, values in (("retrained", actual), ("predicted", predicted)):
         flat = np.ptp(values, axis=0) == 0
         if flat.any():
@@ -125,7 +125,8 @@ def ceiling(table: RetrainingTable) -> float:
         rng = np.random.default_rng(0)
         splits = [splits[i] for i in rng.choice(len(splits), MAX_SPLITS, replace=False)]
     halves = [
-        spearman(table.outputs[:, a].mean(1), table.outputs[:, b].mean(1)).mean() for a, b in splits
+        spearman(table.per_seed[:, a].mean(1), table.per_seed[:, b].mean(1)).mean()
+        for a, b in splits
     ]
     r = max(0.0, float(np.mean(halves)))
     return float(np.sqrt((s / k) * r / (1 + (s / k - 1) * r)))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from attribution_core.curvature import Form, Kind, fit_curvature
 from attribution_core.datamodel import LinearDatamodel, average
@@ -24,7 +24,7 @@ def influence(
     outputs: Outputs,
     *,
     curvature: Kind = "gauss_newton",
-    damping: float | None = None,
+    damping: float | Tensor | None = None,
     weights: ArrayLike | None = None,
     exposure: float = 1.0,
     form: Form = "auto",
@@ -46,7 +46,9 @@ def influence(
             several runs, whose datamodels are averaged.
         curvature: "gauss_newton", "hessian" (exact; convex problems), "diagonal", or "identity"
             (gradient dot products, without units).
-        damping: see `fit_curvature`; what was used stands in `.meta["damping"]`.
+        damping: added to the curvature beside the weight decay. None: for a run, what its length
+            amounts to (`Run.damping`; 0 with "hessian"); for a problem, see `fit_curvature`. The
+            mean of what was used stands in `.meta["damping"]`.
         weights: [n] the weights at which a problem was trained; 1 if not given. With a run: its own.
         exposure: α, how often a problem's model saw each example, relative to a full run. A model
             trained on batches drawn from a fraction α of the data averages over αn examples, so a unit of
@@ -86,6 +88,8 @@ def influence(
         if weights is not None or exposure != 1.0:
             raise ValueError("a run brings its own weights and exposure; do not give them again")
         problem, w, exposure = source.trained(), source.weights, source.exposure
+        if damping is None and curvature != "hessian":
+            damping = flatten({k: v[None] for k, v in source.damping.items()})[0].double()
     else:
         problem = source
         w = np.ones(problem.n) if weights is None else np.asarray(weights, dtype=float)
@@ -118,7 +122,7 @@ def influence(
 
 def _scores(
     problem: Problem,
-    directions: torch.Tensor,
+    directions: Tensor,
     engine: Engine,
     batch_size: int,
     folder: str | Path | None,

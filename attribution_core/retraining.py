@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.gradients import Progress
 from attribution_core.problem import Outputs, Problem
-from attribution_core.processes import sum_over_processes, world
-from attribution_core.store import Store, fingerprint
+from attribution_core.processes import sum_over_processes, wait, world
+from attribution_core.store import FORMAT, fingerprint, write_text
 from attribution_core.training import Drop, Recipe, train
 
 
@@ -23,40 +25,39 @@ class RetrainingTable:
 
     Args:
         weights: [m, n] training weights of each row.
-        outputs: [m, s, t] outputs of the retrained models.
+        per_seed: [m, s, t] outputs of the retrained models.
         seeds: [s] the seeds.
         meta: how it was made.
     """
 
     weights: NDArray[np.float64]
-    outputs: NDArray[np.float64]
+    per_seed: NDArray[np.float64]
     seeds: tuple[int, ...]
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         m, s = len(self.weights), len(self.seeds)
-        if self.weights.ndim != 2 or self.outputs.ndim != 3 or self.outputs.shape[:2] != (m, s):
+        if self.weights.ndim != 2 or self.per_seed.ndim != 3 or self.per_seed.shape[:2] != (m, s):
             raise ValueError(
-                f"expected weights [m, n] and outputs [m, s={s}, t], got {self.weights.shape} "
-                f"and {self.outputs.shape}"
+                f"expected weights [m, n] and per_seed [m, s={s}, t], got {self.weights.shape} "
+                f"and {self.per_seed.shape}"
             )
 
     @property
-    def mean(self) -> NDArray[np.float64]:
+    def outputs(self) -> NDArray[np.float64]:
         """Outputs averaged over seeds, [m, t]."""
-        return self.outputs.mean(axis=1)
+        return self.per_seed.mean(axis=1)
 
     def save(self, path: str | Path) -> None:
-        """Write one npz file (weights, outputs, seeds)."""
-        np.savez_compressed(path, weights=self.weights, outputs=self.outputs, seeds=self.seeds)
+        """Write one npz file (weights, per_seed, seeds)."""
+        np.savez_compressed(path, weights=self.weights, per_seed=self.per_seed, seeds=self.seeds)
 
     @classmethod
     def load(cls, path: str | Path) -> RetrainingTable:
-        """Read an npz file with weights [m, n], outputs [m, s, t] or [m, t], and seeds."""
+        """Read an npz file with weights [m, n], per_seed [m, s, t] and seeds [s]."""
         with np.load(path) as held:
-            outputs = held["outputs"] if held["outputs"].ndim == 3 else held["outputs"][:, None]
-            seeds = held["seeds"] if "seeds" in held else np.arange(outputs.shape[1])
-            return cls(held["weights"], outputs, tuple(int(seed) for seed in seeds))
+            seeds = tuple(int(seed) for seed in held["seeds"])
+            return cls(held["weights"], held["per_seed"], seeds)
 
 
 def random_subsets(n: int, m: int, *, keep: float, seed: int = 0) -> NDArray[np.float64]:
@@ -92,75 +93,134 @@ def retrain(
     Args:
         weights: [m, n] or [n], one training set a row.
         seeds: which seeds (the recipe's order and init), or how many, counted from 0.
-        folder: keep finished trainings there; the same call resumes, row by row and seed by seed.
+        folder: keep every finished training there; the same call resumes, and a larger table of the
+            same problem and recipe trains only what is new.
         drop: "row" removes examples of weight 0 and trains on the rest, with as many epochs: what
             happens when data are really taken away. "weight" keeps every batch and counts them as
             nothing: the counterfactual that a same-order metagradient predicts.
-        jobs: trainings side by side in worker processes; under torchrun, rows are also split over
-            the launched processes.
+        jobs: trainings side by side in worker processes; under torchrun, trainings are also split
+            over the launched processes.
         progress: wraps the loop over trainings (tqdm).
 
     Raises:
         ValueError: weights that do not fit; a folder that belongs to another run; a failed training.
     """
     table = np.atleast_2d(np.asarray(weights, dtype=float))
-    if table.ndim != 2 or table.shape[1] != problem.n:
-        raise ValueError(f"expected weights [m, n={problem.n}], got {table.shape}")
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
-    if not chosen:
-        raise ValueError("expected at least one seed, got none")
-    cells = [(row, seed) for row in range(len(table)) for seed in chosen]
-    shape = (len(cells), len(outputs))
-    if folder is None:
-        store = None
-        todo = list(range(world()[0], len(cells), world()[1]))
-    else:
-        print_ = fingerprint(problem, recipe, outputs, table, chosen, drop, len(outputs))
-        store = Store.open(folder, shape, print_, dtype="float64", block=1)
-        todo = [int(block[0]) for block in store.missing()]
-    found = np.zeros(shape)
-    work = ((cell, *_cell(cells[cell], table)) for cell in todo)
-    for cell, values in progress(
-        _Sized(_run(problem, recipe, outputs, work, drop, jobs), len(todo))
-    ):
-        found[cell] = values
-        if store is not None:
-            store.write(np.array([cell]), values[None])
-    values = np.array(store.read()) if store is not None else _gathered(found)
-    meta = {"drop": drop, "seeds": list(chosen), "rows": len(table)}
-    return RetrainingTable(table, values.reshape(len(table), len(chosen), -1), chosen, meta)
+    pairs = [(row, seed) for row in table for seed in chosen]
+    found = retrain_pairs(
+        problem, recipe, outputs, pairs, folder=folder, drop=drop, jobs=jobs, progress=progress
+    )
+    per_seed = found.reshape(len(table), len(chosen), -1)
+    return RetrainingTable(table, per_seed, chosen, {"drop": drop})
 
 
-def _cell(cell: tuple[int, int], table: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:
-    return table[cell[0]], cell[1]
+def retrain_pairs(
+    problem: Problem,
+    recipe: Recipe,
+    outputs: Outputs,
+    pairs: Sequence[tuple[ArrayLike, int]],
+    *,
+    folder: str | Path | None = None,
+    drop: Drop = "row",
+    jobs: int = 1,
+    progress: Progress = iter,
+) -> NDArray[np.float64]:
+    """Outputs [len(pairs), t] of trainings given as (weights [n], seed); see `retrain`."""
+    cells = [(np.asarray(row, dtype=float), int(seed)) for row, seed in pairs]
+    if not cells:
+        raise ValueError("expected at least one training: a row of weights and a seed, got none")
+    for row, _ in cells:
+        if row.shape != (problem.n,):
+            raise ValueError(
+                f"expected weights [n={problem.n}] for every training, got {row.shape}"
+            )
+    cache = None if folder is None else _Cache.open(folder, problem, recipe, outputs, drop)
+    rank, size = world()
+    todo = [k for k in range(len(cells)) if cache is None or not cache.has(cells[k])]
+    mine = todo[rank::size]
+    found = np.zeros((len(cells), len(outputs)))
+    done = _trained(problem, recipe, outputs, [(k, *cells[k]) for k in mine], drop, jobs)
+    for k, values in progress(_Sized(done, len(mine))):
+        if cache is None:
+            found[k] = values
+        else:
+            cache.put(cells[k], values)
+    wait()
+    if cache is None:
+        return sum_over_processes(torch.from_numpy(found)).numpy()  # each process filled its own
+    return np.stack([cache.get(cell) for cell in cells])
+
+
+Cell = tuple[NDArray[np.float64], int]
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """One small npy file per finished training, named by its weights and seed."""
+
+    folder: Path
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, problem: Problem, recipe: Recipe, outputs: Outputs, drop: Drop
+    ) -> _Cache:
+        folder = Path(folder)
+        print_ = fingerprint(problem, replace(recipe, seed=0), outputs, drop)
+        head = json.dumps({"format": FORMAT, "fingerprint": print_})
+        path = folder / "retraining.json"
+        if world()[0] == 0 and not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, head)
+        wait()
+        if path.read_text(encoding="utf-8") != head:
+            raise ValueError(
+                f"{folder} holds trainings of another run; the model, the data, the recipe or the "
+                "outputs have changed: choose another folder or delete this one"
+            )
+        return cls(folder)
+
+    def _path(self, cell: Cell) -> Path:
+        return self.folder / f"{fingerprint(*cell)[:24]}.npy"
+
+    def has(self, cell: Cell) -> bool:
+        return self._path(cell).exists()
+
+    def get(self, cell: Cell) -> NDArray[np.float64]:
+        return np.load(self._path(cell))
+
+    def put(self, cell: Cell, values: NDArray[np.float64]) -> None:
+        part = self._path(cell).with_suffix(f".part{world()[0]}.npy")
+        np.save(part, values)
+        part.replace(self._path(cell))  # whole or not at all
 
 
 def _train_one(
     problem: Problem,
     recipe: Recipe,
     outputs: Outputs,
-    cell: int,
+    k: int,
     row: NDArray[Any],
     seed: int,
     drop: Drop,
 ) -> tuple[int, NDArray[np.float64]]:
     try:
         run = train(problem, replace(recipe, seed=seed), row, drop=drop)
-        return cell, run.outputs(outputs).numpy()
+        return k, run.outputs(outputs).numpy()
     except ValueError as error:
-        raise ValueError(f"retraining {cell} (seed {seed}) failed: {error}") from None
+        raise ValueError(f"retraining {k} (seed {seed}) failed: {error}") from None
 
 
-def _run(
+def _trained(
     problem: Problem,
     recipe: Recipe,
     outputs: Outputs,
-    work: Iterable[tuple[int, NDArray[Any], int]],
+    work: list[tuple[int, NDArray[Any], int]],
     drop: Drop,
     jobs: int,
 ) -> Iterable[tuple[int, NDArray[np.float64]]]:
-    """Finished cells as they come, one at a time or `jobs` side by side."""
-    if jobs == 1:
+    """Finished trainings as they come, one at a time or `jobs` side by side."""
+    if jobs == 1 or len(work) < 2:
         return (_train_one(problem, recipe, outputs, *cell, drop) for cell in work)
     from joblib import Parallel, delayed, parallel_config
 
@@ -179,12 +239,5 @@ class _Sized:
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.items)
-
-
-def _gathered(found: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The rows of all processes: each filled its own and left the others 0."""
-    import torch
-
-    return sum_over_processes(torch.from_numpy(found)).numpy()

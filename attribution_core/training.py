@@ -47,6 +47,8 @@ class Optimizer(Protocol):
         self, params: Params, state: State, grads: Params, step: int, lr_factor: float
     ) -> tuple[Params, State]: ...
 
+    def reach(self, state: State, steps: int) -> Params: ...
+
 
 @dataclass(frozen=True)
 class SGD:
@@ -75,6 +77,11 @@ class SGD:
             g = g + self.momentum * buffers[name] if self.nesterov else buffers[name]
             new[name] = theta - self.lr * lr_factor * g
         return new, {"momentum": buffers}
+
+    def reach(self, state: State, steps: int) -> Params:
+        """How far a constant gradient of 1 moves each parameter per step, in the long run."""
+        rate = self.lr / (1 - self.momentum)
+        return {name: torch.full_like(value, rate) for name, value in state["momentum"].items()}
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,14 @@ class Adam:
             shrunk = theta * (1 - lr * decay) if self.decoupled else theta
             new[name] = shrunk - lr * m / ((v + self.eps_root).sqrt() + self.eps)
         return new, {"first": first, "second": second}
+
+    def reach(self, state: State, steps: int) -> Params:
+        """How far a small constant gradient of 1 moves each parameter per step: lr / (√v̂ + eps)."""
+        correction = 1 - self.betas[1] ** steps
+        return {
+            name: self.lr / ((v / correction + self.eps_root).sqrt() + self.eps)
+            for name, v in state["second"].items()
+        }
 
 
 @dataclass(frozen=True)
@@ -181,6 +196,7 @@ class Run:
     problem: Problem
     recipe: Recipe
     params: Params
+    state: State  # of the optimizer, at the end
     order: list[NDArray[np.intp]]
     weights: NDArray[np.float64]
     exposure: float
@@ -204,6 +220,18 @@ class Run:
     def outputs(self, outputs: Outputs) -> Tensor:
         """The trained model's outputs [t]."""
         return outputs.evaluate(self.problem.model, self.params)
+
+    @property
+    def damping(self) -> Params:
+        """What stopping after K steps does to curvature: 1 / Σ_k (lr reach of a step), per parameter.
+
+        Gradient descent for K steps answers a change a of the gradient by (1 − e^{−ηKH}) H⁻¹ a, which
+        is near (H + 1/(ηK))⁻¹ a: the run has not forgotten its start (Bae et al. 2024, sec. 3.3, one
+        segment). With momentum η is lr/(1 − momentum), with Adam lr/(√v̂ + eps) for each parameter.
+        """
+        factors = sum(self.recipe.lr_factor(k, len(self.order)) for k in range(len(self.order)))
+        reach = self.recipe.optimizer.reach(self.state, len(self.order))
+        return {name: 1.0 / (value * factors) for name, value in reach.items()}
 
     def trained(self) -> Problem:
         """The problem at the trained parameters, with the weight decay that was in force."""
@@ -263,7 +291,7 @@ def train(
             grads = clipped(grads, recipe.clip)
         params, state = optimizer.update(params, state, grads, step, factor)
         losses[step] = loss
-    return Run(started, recipe, params, order, w, exposure, losses)
+    return Run(started, recipe, params, state, order, w, exposure, losses)
 
 
 def gradient(

@@ -32,7 +32,7 @@ class World:
                 key = [seed, *(row * 1000).astype(int)]
                 alone = np.random.default_rng(key).normal(size=self.scores.shape[1])
                 outputs[r, s] = row @ self.scores + self.noise * shared + self.own * alone
-        return SimpleNamespace(outputs=outputs)
+        return SimpleNamespace(per_seed=outputs)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_only_needed_pairs_are_trained(world, decision):
     assert verified.actual.shape == verified.control["random"].shape == (3, T)
     # every result lies at its own seed
     for s, (weights, seeds) in enumerate(rest):
-        again = World(world.scores)(weights, seeds=seeds).outputs[0, 0]
+        again = World(world.scores)(weights, seeds=seeds).per_seed[0, 0]
         assert np.array_equal(verified.control["random"][s], again)
 
 
@@ -240,7 +240,7 @@ def test_outputs_that_are_not_finite_name_row_and_seed(world, decision):
     def broken(weights, *, seeds):
         table = world(weights, seeds=seeds)
         if len(weights) > 1:
-            table.outputs[1, 2] = np.nan
+            table.per_seed[1, 2] = np.nan
         return table
 
     with pytest.raises(ValueError, match="got nan for 'all' with seed 9"):
@@ -251,7 +251,7 @@ def test_random_outputs_that_are_not_finite_name_their_seed(world, decision):
     def broken(weights, *, seeds):
         table = world(weights, seeds=seeds)
         if seeds == [1]:
-            table.outputs[:] = np.inf
+            table.per_seed[:] = np.inf
         return table
 
     with pytest.raises(ValueError, match="got inf for 'random' with seed 1"):
@@ -260,7 +260,7 @@ def test_random_outputs_that_are_not_finite_name_their_seed(world, decision):
 
 def test_outputs_of_another_shape_are_refused(world, decision):
     def fewer(weights, *, seeds):
-        return SimpleNamespace(outputs=world(weights, seeds=seeds).outputs[..., :2])
+        return SimpleNamespace(per_seed=world(weights, seeds=seeds).per_seed[..., :2])
 
     with pytest.raises(ValueError, match=r"shape \(1, 3, 3\), got \(1, 3, 2\)"):
         verify(decision, fewer, seeds=3)

@@ -395,7 +395,7 @@ def test_selected_beats_random_in_an_affine_world():
 
     def retrain(weights, *, seeds):
         noise = np.stack([np.random.default_rng(s).normal(size=t) for s in seeds])
-        return SimpleNamespace(outputs=f.predict(weights)[:, None] + 0.05 * noise)
+        return SimpleNamespace(per_seed=f.predict(weights)[:, None] + 0.05 * noise)
 
     costs = rng.integers(1, 6, n)
     decision = select(f, budget=60, costs=costs)

@@ -4,7 +4,8 @@
     H = (1/n) Σ w_i J_iᵀ D_i J_i   "gauss_newton": J_i the Jacobian of the model's output on example i,
                                    D_i the Hessian of the loss in that output (Schraudolph 2002)
     H = (1/n) Σ w_i diag(∇ℓ_i²)    "diagonal": of the empirical Fisher
-    H + weight_decay + damping = I "identity": no curvature at all
+    H = 0                          "identity": none; what is left is the weight decay and the damping
+                                   (after a short run the damping is nearly all), or I without both
 
 n is fixed whatever the weights. Sums run over all rows and processes before anything is inverted, so
 no result depends on a batch size.
@@ -31,9 +32,12 @@ from attribution_core.problem import (
     Params,
     PerExample,
     Problem,
+    Rows,
     batches,
     call,
+    per_example,
     precision_of,
+    refuse_random_layers,
     take,
 )
 from attribution_core.processes import my_rows, sum_over_processes
@@ -76,7 +80,8 @@ def fit_curvature(
             and 1e-4 for others.
 
     Raises:
-        ValueError: an unknown kind; H + weight_decay + damping is not positive definite; cg has not
+        ValueError: an unknown kind; random layers; losses that are not one finite number per row (names
+            the rows); H + weight_decay + damping is not positive definite; cg has not
             converged within max_iterations (says how far it came).
     """
     if kind not in ("identity", "diagonal", "hessian", "gauss_newton"):
@@ -84,9 +89,15 @@ def fit_curvature(
     if damping is not None and (torch.as_tensor(damping) < 0).any():
         raise ValueError(f"expected damping of at least 0, got {damping}")
     w = np.ones(problem.n) if weights is None else weights
-    if kind == "identity":
-        return Curvature(lambda v: v, 0.0, {"curvature": kind})
     p = sum(value.numel() for value in problem.params.values())
+    if damping is not None and torch.as_tensor(damping).shape not in ((), (p,)):
+        raise ValueError(
+            f"expected damping as one number or [p={p}], got {tuple(torch.as_tensor(damping).shape)}"
+        )
+    refuse_random_layers(problem.model)
+    first = np.arange(min(2, problem.n))
+    with torch.no_grad():  # one finite number per row?
+        per_example(problem.model, problem.loss, take(problem.train, first, problem.device))
     meta: dict[str, Any] = {"curvature": kind}
 
     def shift(mean: Callable[[], float]) -> Tensor:
@@ -94,6 +105,8 @@ def fit_curvature(
         added: float | Tensor = 0.0
         if damping is not None:
             added = damping
+        elif kind == "identity":
+            added = 0.0 if problem.weight_decay > 0 else 1.0
         elif kind != "hessian" and problem.weight_decay == 0:
             added = 0.1 * mean()
         return (problem.weight_decay + torch.as_tensor(added, dtype=torch.float64).cpu()).expand(p)
@@ -102,8 +115,10 @@ def fit_curvature(
         return products(problem, kind, v, w, batch_size)
 
     solve: Callable[[Tensor], Tensor]
-    if kind == "diagonal":
-        diagonal = fisher_diagonal(problem, w, batch_size)
+    if kind in ("identity", "diagonal"):
+        diagonal = torch.zeros(p, dtype=torch.float64)
+        if kind == "diagonal":
+            diagonal = fisher_diagonal(problem, w, batch_size)
         shifts = shift(lambda: float(diagonal.mean()))
         inverse = 1.0 / (diagonal + shifts)
 
@@ -213,8 +228,23 @@ def products(
             return one(problem.model, problem.loss, params, direction, batch, w)
 
         with sdpa_kernel(SDPBackend.MATH):
-            total += flatten(vmap(along, chunk_size=min(len(v), 128))(directions)).double()
+            part = flatten(vmap(along, chunk_size=min(len(v), 128))(directions)).double()
+        _refuse_nan(part, problem, rows, batch)
+        total += part
     return sum_over_processes(total).to(v.device) / problem.n
+
+
+def _refuse_nan(part: Tensor, problem: Problem, rows: NDArray[np.intp], batch: Batch) -> None:
+    """Raise where a batch's part of a sum is not finite, and name the rows that made it so."""
+    if torch.isfinite(part).all():
+        return
+    names = problem.train.rows[rows] if isinstance(problem.train, Rows) else rows
+    with torch.no_grad():
+        per_example(problem.model, problem.loss, batch, rows=names)
+    raise ValueError(
+        f"expected finite curvature, got NaN or infinity from rows {names[:10].tolist()}, whose "
+        "losses are finite; look at functions without a slope there, such as a root of 0"
+    )
 
 
 def hessian_product(
@@ -290,5 +320,6 @@ def fisher_diagonal(
     for rows in batches(my_rows(np.arange(problem.n)), min(batch_size, 32)):
         batch = take(problem.train, rows, problem.device)
         g = flatten(row_gradients(problem.model, problem.loss, params, batch)).double().cpu()
+        _refuse_nan(g, problem, rows, batch)
         total += torch.from_numpy(weights[rows]) @ g.square()
     return sum_over_processes(total) / problem.n

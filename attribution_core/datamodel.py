@@ -34,7 +34,7 @@ class LinearDatamodel:
         meta: how it was made: method, damping, seeds ... (anything that json can hold).
 
     Raises:
-        ValueError: shapes that do not fit, scores that are not finite, ids that repeat.
+        ValueError: shapes that do not fit, numbers that are not finite, ids that repeat.
 
     >>> f = LinearDatamodel([[-1.0], [2.0]], base=[5.0], anchor=1.0)
     >>> float(f.predict([1, 0])[0])          # without example 1
@@ -71,6 +71,11 @@ class LinearDatamodel:
             if array.shape != (want,):
                 raise ValueError(
                     f"expected {name} of shape ({want},) beside scores [n={n}, t={t}], got {array.shape}"
+                )
+        for name, array in (("base", base), ("anchor", anchor)):
+            if not np.isfinite(array).all():
+                raise ValueError(
+                    f"{name} is not finite at {np.flatnonzero(~np.isfinite(array))[:5]}"
                 )
         if len(np.unique(ids)) != n:
             values, counts = np.unique(ids, return_counts=True)
@@ -173,27 +178,40 @@ class LinearDatamodel:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("scores", "base", "anchor", "ids", "targets"):
             array = np.asarray(getattr(self, name))
-            np.save(folder / f"{name}.npy", array.astype(str) if array.dtype == object else array)
+            part = (
+                folder / f"{name}.part.npy"
+            )  # the array may be a map of the very file it replaces
+            np.save(part, array.astype(str) if array.dtype == object else array)
+            part.replace(folder / f"{name}.npy")
         text = json.dumps({"format": FORMAT, "meta": dict(self.meta)}, indent=1, default=str)
-        (folder / "datamodel.json").write_text(text, encoding="utf-8")
+        part = folder / "datamodel.part.json"
+        part.write_text(text, encoding="utf-8")
+        part.replace(folder / "datamodel.json")
 
     @classmethod
     def load(cls, folder: str | Path, *, mmap: bool = True) -> LinearDatamodel:
-        """Read a saved datamodel; the scores stay on disk (memory-mapped) unless mmap=False."""
+        """Read a saved datamodel; the scores stay on disk (memory-mapped) unless mmap=False.
+
+        Raises:
+            FileNotFoundError: no datamodel there.
+            ValueError: files that are damaged, missing or of another format.
+        """
         folder = Path(folder)
         if not (folder / "datamodel.json").exists():
             raise FileNotFoundError(
                 f"no datamodel in {folder} (datamodel.json is missing); was it saved there?"
             )
-        head = json.loads((folder / "datamodel.json").read_text(encoding="utf-8"))
-        if head["format"] != FORMAT:
-            raise ValueError(
-                f"{folder} has format {head['format']}, this version reads {FORMAT}; save it again"
-            )
-        arrays = {
-            name: np.load(folder / f"{name}.npy") for name in ("base", "anchor", "ids", "targets")
-        }
-        scores = np.load(folder / "scores.npy", mmap_mode="r" if mmap else None)
+        try:
+            head = json.loads((folder / "datamodel.json").read_text(encoding="utf-8"))
+            if head["format"] != FORMAT:
+                raise ValueError(f"format {head['format']}, this version reads {FORMAT}")
+            arrays = {
+                name: np.load(folder / f"{name}.npy")
+                for name in ("base", "anchor", "ids", "targets")
+            }
+            scores = np.load(folder / "scores.npy", mmap_mode="r" if mmap else None)
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise ValueError(f"cannot read {folder} ({error}); save the datamodel again") from None
         return cls(scores=scores, meta=head["meta"], **arrays)
 
 

@@ -52,7 +52,7 @@ def lds(datamodel: LinearDatamodel, table: RetrainingTable) -> LDS:
 
     Raises:
         ValueError: other numbers of examples or targets; fewer than 3 rows; outputs or predictions
-            that do not vary, so that no correlation is defined.
+            that are not finite, or do not vary, so that no correlation is defined.
     """
     m, n = table.weights.shape
     t = table.outputs.shape[1]
@@ -65,6 +65,12 @@ def lds(datamodel: LinearDatamodel, table: RetrainingTable) -> LDS:
         raise ValueError(f"expected at least 3 retrainings to correlate, got {m}")
     predicted, actual = datamodel.predict(table.weights), table.outputs
     for name, values in (("retrained", actual), ("predicted", predicted)):
+        bad = ~np.isfinite(values).all(axis=1)
+        if bad.any():
+            raise ValueError(
+                f"expected finite {name} outputs, got NaN or infinity in rows "
+                f"{np.flatnonzero(bad)[:5].tolist()} of the table"
+            )
         flat = np.ptp(values, axis=0) == 0
         if flat.any():
             raise ValueError(

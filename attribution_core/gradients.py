@@ -34,6 +34,7 @@ from attribution_core.problem import (
     batches,
     call,
     per_example,
+    precision_of,
     refuse_random_layers,
     rows_in,
     take,
@@ -42,7 +43,8 @@ from attribution_core.problem import (
 
 Engine = Literal["auto", "ghost", "jvp", "rows"]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # tqdm fits
-LAYER_ELEMENTS = 2**25  # one layer's per-example products held at once (128 MiB in float32)
+LAYER_ELEMENTS = 2**22  # of one layer's per-example products held at once (16 MiB in float32)
+TRIED = 16  # rows on which ghost products may be tried
 FEW = 24  # up to so many directions forward mode beats per-example rows (they break even near 27)
 
 
@@ -218,13 +220,22 @@ def owners(model: nn.Module, names: set[str]) -> dict[nn.Module, dict[str, str]]
 
 
 def outer(left: Tensor, right: Tensor, vectors: Tensor) -> Tensor:
-    """Σ_t left_tᵀ V_k right_t, [b, k], for left [b, T, r], right [b, T, c], V [k, r, c]."""
+    """Σ_t left_tᵀ V_k right_t, [b, k], for left [b, T, r], right [b, T, c], V [k, r, c].
+
+    One direction is multiplied into the wider side, so that what is held is [b, T, min(r, c)]. For
+    many, Σ_t left_t right_tᵀ is formed once, a block of V's rows at a time.
+    """
+    b, _, r = left.shape
+    c = right.shape[2]
     if len(vectors) == 1:
-        return ((right @ vectors[0].T) * left).sum((1, 2))[:, None]
-    flat = vectors.flatten(1)
-    size = max(1, LAYER_ELEMENTS // flat.shape[1])
-    parts = zip(left.split(size), right.split(size), strict=True)
-    return torch.cat([(x.mT @ y).flatten(1) @ flat.T for x, y in parts])
+        v = vectors[0]
+        product = (left @ v) * right if c < r else (right @ v.T) * left
+        return product.sum((1, 2))[:, None]
+    size = max(1, LAYER_ELEMENTS // (b * c))
+    total = vectors.new_zeros(b, len(vectors))
+    for x, v in zip(left.split(size, dim=2), vectors.split(size, dim=1), strict=True):
+        total += (x.mT @ right).flatten(1) @ v.flatten(1).T
+    return total
 
 
 Rule = Callable[[Any, Tensor, Tensor, Params], dict[str, Tensor]]
@@ -285,7 +296,8 @@ def any_layer(
         def layer(value: Tensor) -> Tensor:
             hooks, module._forward_hooks = module._forward_hooks, type(module._forward_hooks)()
             try:
-                return functional_call(module, {**own, name: value}, (source,))
+                with precision_of(own):
+                    return functional_call(module, {**own, name: value}, (source,))
             finally:
                 module._forward_hooks = hooks
 
@@ -365,7 +377,7 @@ def choose_engine(problem: Problem, count: int, rows: np.ndarray, engine: Engine
         raise ValueError(f"unknown engine {engine!r}; one of auto, {', '.join(ENGINES)}")
     if engine in ("jvp", "rows"):
         return engine
-    uncovered = ghost_uncovered(problem, rows[:2])
+    uncovered = ghost_uncovered(problem, rows)
     if not uncovered:
         return "ghost"
     if engine == "ghost":
@@ -377,10 +389,11 @@ def choose_engine(problem: Problem, count: int, rows: np.ndarray, engine: Engine
 
 
 def ghost_uncovered(problem: Problem, rows: np.ndarray) -> list[str]:
-    """Parameters for which ghost products differ from plain autograd on the given rows.
+    """Parameters for which ghost products differ from plain autograd on the first two rows.
 
     Catches what no list of layer types can: weights used outside their module, batches folded into
-    another dimension, a forward of one's own under a known name.
+    another dimension, a forward of one's own under a known name. Where the two rows do not reach a
+    parameter (its gradient is zero), the next ones are tried, up to `TRIED`.
     """
     params, device = problem.params, problem.device
     generator = torch.Generator().manual_seed(0)
@@ -388,23 +401,29 @@ def ghost_uncovered(problem: Problem, rows: np.ndarray) -> list[str]:
         name: torch.randn((1, *value.shape), generator=generator).to(value)
         for name, value in params.items()
     }
-    batch = take(problem.train, rows, device)
-    try:
-        shares = ghost_shares(problem.model, problem.loss, params, probe, batch)
-    except (TypeError, RuntimeError):
-        return list(params)
-    wrong = set()
-    for place, row in enumerate(rows):
-        leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
-        value = call(problem.model, problem.loss, leaf, take(problem.train, [row], device)).sum()
-        gradients = torch.autograd.grad(value, list(leaf.values()), allow_unused=True)
-        for (name, v), g in zip(probe.items(), gradients, strict=True):
-            products = torch.zeros_like(v) if g is None else g * v
-            # rounding of a sum scales with the norm of its terms; 1e-3 of it is far above float32's
-            # and far below any missed term
-            gap = (shares[name][place, 0] - products.sum()).abs()
-            if gap > max(1e-3 * products.norm().item(), 1e-12):
-                wrong.add(name)
+    wrong: set[str] = set()
+    reached: set[str] = set()
+    for some in batches(rows[:TRIED], 2):
+        batch = take(problem.train, some, device)
+        try:
+            shares = ghost_shares(problem.model, problem.loss, params, probe, batch)
+        except (TypeError, RuntimeError):
+            return list(params)
+        for place, row in enumerate(some):
+            leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
+            value = call(problem.model, problem.loss, leaf, take(problem.train, [row], device))
+            gradients = torch.autograd.grad(value.sum(), list(leaf.values()), allow_unused=True)
+            for (name, v), g in zip(probe.items(), gradients, strict=True):
+                products = torch.zeros_like(v) if g is None else g * v
+                size = products.norm().item()
+                # rounding of a sum scales with the norm of its terms; 1e-3 of it is far above
+                # float32's and far below any missed term
+                if (shares[name][place, 0] - products.sum()).abs() > max(1e-3 * size, 1e-12):
+                    wrong.add(name)
+                if size > 0:
+                    reached.add(name)
+        if wrong or len(reached) == len(params):
+            break
     return sorted(wrong)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from attribution_core.curvature import Form, Kind, fit_curvature
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import Engine, Progress, directional, flatten, output_gradients
-from attribution_core.problem import Outputs, Problem
+from attribution_core.problem import Outputs, Problem, Rows
 from attribution_core.processes import collect, my_rows
 from attribution_core.store import Store, fingerprint
 from attribution_core.training import Run
@@ -27,6 +29,7 @@ def influence(
     damping: float | Tensor | None = None,
     weights: ArrayLike | None = None,
     exposure: float = 1.0,
+    curvature_rows: int | None = None,
     form: Form = "auto",
     engine: Engine = "auto",
     tolerance: float | None = None,
@@ -53,6 +56,7 @@ def influence(
         exposure: α, how often a problem's model saw each example, relative to a full run. A model
             trained on batches drawn from a fraction α of the data averages over αn examples, so a unit of
             weight counts 1/(αn) there. With a run: its own.
+        curvature_rows: estimate the curvature on so many rows, drawn with a fixed seed; all if not given.
         engine, batch_size: how gradients are taken; change cost, never the result.
         folder: keep scores there, block by block; the same call resumes. [n, t] float32.
         progress: wraps the loop over the training rows (tqdm).
@@ -65,28 +69,17 @@ def influence(
 
     Source: Koh & Liang 2017, eq. 2, with the sign of ∂ output / ∂ weight; anchors as in DESIGN.
     """
-    settings: dict[str, Any] = {
-        "curvature": curvature, "damping": damping, "form": form,
-        "tolerance": tolerance, "max_iterations": max_iterations,
-    }  # fmt: skip
+    if not isinstance(source, Problem) and (weights is not None or exposure != 1.0):
+        raise ValueError("a run brings its own weights and exposure; do not give them again")
     if isinstance(source, Sequence):
+        one = partial(
+            influence, outputs=outputs, curvature=curvature, damping=damping,
+            curvature_rows=curvature_rows, form=form, engine=engine, tolerance=tolerance,
+            max_iterations=max_iterations, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
         folders = [None if folder is None else Path(folder) / f"run{k}" for k in range(len(source))]
-        found = [
-            influence(
-                run,
-                outputs,
-                **settings,
-                engine=engine,
-                batch_size=batch_size,
-                folder=f,
-                progress=progress,
-            )
-            for run, f in zip(source, folders, strict=True)
-        ]
-        return average(found)
+        return average([one(run, folder=f) for run, f in zip(source, folders, strict=True)])
     if isinstance(source, Run):
-        if weights is not None or exposure != 1.0:
-            raise ValueError("a run brings its own weights and exposure; do not give them again")
         problem, w, exposure = source.trained(), source.weights, source.exposure
         if damping is None and curvature != "hessian":
             damping = flatten({k: v[None] for k, v in source.damping.items()})[0].double()
@@ -98,46 +91,46 @@ def influence(
             f"expected weights [n={problem.n}] and an exposure in (0, 1], got {w.shape} and {exposure}"
         )
 
-    targets = flatten(output_gradients(problem.model, outputs)).double()
-    fitted = fit_curvature(
-        problem, curvature, weights=w, damping=damping, form=form,
-        tolerance=tolerance, max_iterations=max_iterations,
-    )  # fmt: skip
-    directions = fitted.solve(targets) / (-problem.n * exposure)
-    scores = _scores(problem, directions, engine, batch_size, folder, progress)
+    base = outputs.evaluate(problem.model).numpy()  # first, for it names rows of NaN
+
+    def solve() -> tuple[Tensor, dict[str, Any]]:
+        some = sample(problem.n, curvature_rows)
+        fitted = fit_curvature(
+            replace(problem, train=Rows(problem.train, some)), curvature, weights=w[some],
+            damping=damping, form=form, tolerance=tolerance, max_iterations=max_iterations,
+            batch_size=batch_size,
+        )  # fmt: skip
+        targets = flatten(output_gradients(problem.model, outputs)).double()
+        solved = fitted.solve(targets) / (-problem.n * exposure)
+        return solved, {**fitted.meta, "damping": fitted.damping}
+
+    settings = (curvature, damping, form, tolerance, max_iterations, curvature_rows, exposure, w)
+    along = partial(directional, engine=engine, batch_size=batch_size)
+    if folder is None:
+        directions, fitted = solve()
+        mine = my_rows(np.arange(problem.n))
+        scores = collect(along(problem, directions, mine, progress=progress)).numpy()
+    else:
+        made_of = fingerprint(problem, outputs, settings)
+        store = Store.open(folder, (problem.n, len(outputs)), made_of)
+        directions, fitted = store.remember("directions", solve)
+        for rows in progress(store.missing()):
+            store.write(rows, along(problem, directions, rows).cpu().numpy())
+        scores = store.read()
     trainable = sum(value.numel() for value in problem.params.values())
-    every = sum(value.numel() for value in problem.model.parameters())
     meta = {
         "method": "influence",
-        **fitted.meta,
-        "damping": fitted.damping,
+        **fitted,
         "weight_decay": problem.weight_decay,
         "exposure": exposure,
-        "covered": trainable / every,
+        "covered": trainable / sum(value.numel() for value in problem.model.parameters()),
     }
-    names = None if outputs.names is None else np.asarray(outputs.names)
-    base = outputs.evaluate(problem.model).numpy()
+    names = np.asarray(outputs.names) if outputs.names else None
     return LinearDatamodel(scores, base, exposure * w, targets=names, meta=meta)
 
 
-def _scores(
-    problem: Problem,
-    directions: Tensor,
-    engine: Engine,
-    batch_size: int,
-    folder: str | Path | None,
-    progress: Progress,
-) -> NDArray[np.float64]:
-    """J V for all rows, in memory or in a resumable store; every process its own rows."""
-    shown = {"batch_size": batch_size, "progress": progress}
-    if folder is None:
-        mine = my_rows(np.arange(problem.n))
-        return collect(directional(problem, directions, mine, engine, **shown)).numpy()  # type: ignore[arg-type]
-    print_ = fingerprint(problem, directions, "influence")
-    store = Store.open(folder, (problem.n, len(directions)), print_)
-    for rows in progress(store.missing()):
-        store.write(
-            rows,
-            directional(problem, directions, rows, engine, batch_size=batch_size).cpu().numpy(),
-        )
-    return store.read()
+def sample(n: int, size: int | None, seed: int = 0) -> NDArray[np.intp]:
+    """All n row numbers, or `size` of them drawn without replacement, in order."""
+    if size is None or size >= n:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).choice(n, size, replace=False))

@@ -28,6 +28,7 @@ def logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """−log p(label), [b], nats.
 
+    >>> import torch
     >>> model = nn.Linear(2, 3).requires_grad_(False)
     >>> _ = model.weight.zero_(), model.bias.zero_()
     >>> cross_entropy(model, (torch.ones(1, 2), torch.tensor([0]))).exp().round().item()  # 3 classes
@@ -60,7 +61,8 @@ def causal_lm_loss(model: nn.Module, batch: Batch, *, tokens: int | None = None)
     The batch is a dict with input_ids [b, L] and, where needed, attention_mask and labels [b, L]
     (−100 is not predicted). Without labels the inputs are predicted, padding (mask 0) left out.
     """
-    assert isinstance(batch, dict), "expected a dict with input_ids, got a tuple"
+    if not isinstance(batch, dict):
+        raise TypeError(f"expected a dict with input_ids, got a {type(batch).__name__}")
     inputs = {
         name: value for name, value in batch.items() if name in ("input_ids", "attention_mask")
     }

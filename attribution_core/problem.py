@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
@@ -42,6 +42,20 @@ class Columns:
         return tuple(column[rows] for column in self.columns)
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of other data, in the order given."""
+
+    data: Data
+    rows: NDArray[np.intp]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Sequence[int]) -> Any:
+        return self.data[self.rows[np.asarray(rows, dtype=int)].tolist()]
+
+
 def as_data(data: Any) -> Data:
     """Adapt a dict or tuple of tensors, a TensorDataset or a datasets.Dataset to `Data`.
 
@@ -63,7 +77,13 @@ def as_data(data: Any) -> Data:
         raise TypeError(f"expected data with a length and data[[rows]] -> batch, got {type(data)}")
     if len(data) == 0:
         raise ValueError("expected at least one example, got empty data")
-    first = data[[0]]
+    try:
+        first = data[[0]]
+    except (TypeError, KeyError, IndexError, ValueError) as error:
+        raise TypeError(
+            f"expected data[[0]] to be a dict or tuple of tensors, got {type(error).__name__}: {error}; "
+            "pass a dict of tensors, or give your class a __getitem__ that takes a list of rows"
+        ) from error
     if not any(isinstance(value, Tensor) for value in _values(first)):
         raise TypeError(
             f"expected data[[0]] to be a dict or tuple of tensors, got {type(first)}; "
@@ -86,6 +106,12 @@ def take(data: Data, rows: ArrayLike, device: torch.device | None = None) -> Bat
     """The rows of `data` as a batch of tensors on `device`; columns that are no tensors are left out."""
     batch = data[np.asarray(rows, dtype=int).tolist()]
     if isinstance(batch, Mapping):
+        ragged = [k for k, v in batch.items() if isinstance(v, list) and isinstance(v[0], Tensor)]
+        if ragged:
+            raise ValueError(
+                f"expected one tensor per column, got rows of different lengths in {ragged}; pad them, "
+                "or remove the columns"
+            )
         return {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
     return tuple(v.to(device) for v in _tensors(batch))
 
@@ -153,7 +179,7 @@ class Outputs:
     function: PerExample
     data: Any
     matrix: Tensor | None = None  # [rows, t] combines rows into targets; None is one target per row
-    names: tuple[str, ...] | None = None
+    names: tuple[str, ...] = ()  # of the targets, where averages were given some
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", as_data(self.data))
@@ -228,11 +254,39 @@ class _KeepDouble(TorchFunctionMode):
 def call(model: nn.Module, function: PerExample, params: Params, batch: Batch) -> Tensor:
     """function(model, batch) with `params` in place of the model's own; differentiable in both.
 
-    A float64 model is computed in float64 throughout, see `_KeepDouble`.
+    A float64 model is computed in float64 throughout, see `_KeepDouble`; forward and reverse mode
+    see the same function, see `_one_function`.
     """
     named = {f"model.{name}": value for name, value in params.items()}
-    with precision_of(params):
+    with precision_of(params), _one_function(model):
         return functional_call(_Bound(model, function), named, (batch,))
+
+
+@contextmanager
+def _one_function(model: nn.Module) -> Iterator[None]:
+    """Where torch's two modes of differentiation differ, follow reverse mode, as training does.
+
+    Padding rows of an embedding get no gradient, but forward mode gives them a tangent. Attention
+    layers in eval mode take fused kernels that have no forward mode.
+    """
+
+    def still(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        padding = (args[0] == module.padding_idx)[..., None]
+        return torch.where(padding, output.detach(), output)
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    handles = [
+        module.register_forward_hook(still)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in handles:
+            handle.remove()
 
 
 def precision_of(params: Params) -> AbstractContextManager[Any]:
@@ -278,9 +332,14 @@ def refuse_random_layers(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not module.training:
             continue
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        # attention and recurrent layers keep theirs as a number
+        rates = [getattr(module, at, 0) for at in ("dropout", "attention_dropout")]
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates.append(module.p)
+        active = [rate for rate in rates if isinstance(rate, (int, float)) and rate > 0]
+        if active:
             raise ValueError(
-                f"expected a deterministic model, got active dropout in {name!r} (p={module.p}); "
+                f"expected a deterministic model, got active dropout in {name!r} (p={active[0]}); "
                 "call model.eval() or set p=0"
             )
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.gradients import Progress
 from attribution_core.problem import Outputs, Problem
-from attribution_core.processes import sum_over_processes, wait, world
+from attribution_core.processes import from_first, sum_over_processes, wait, world
 from attribution_core.store import FORMAT, fingerprint, write_text
 from attribution_core.training import Drop, Recipe, train
 
@@ -50,7 +50,12 @@ class RetrainingTable:
 
     def save(self, path: str | Path) -> None:
         """Write one npz file (weights, per_seed, seeds)."""
-        np.savez_compressed(path, weights=self.weights, per_seed=self.per_seed, seeds=self.seeds)
+        part = Path(path).with_name(Path(path).name + ".part")
+        with part.open("wb") as file:
+            np.savez_compressed(
+                file, weights=self.weights, per_seed=self.per_seed, seeds=np.array(self.seeds)
+            )
+        part.replace(path)  # whole or not at all
 
     @classmethod
     def load(cls, path: str | Path) -> RetrainingTable:
@@ -137,7 +142,8 @@ def retrain_pairs(
             )
     cache = None if folder is None else _Cache.open(folder, problem, recipe, outputs, drop)
     rank, size = world()
-    todo = [k for k in range(len(cells)) if cache is None or not cache.has(cells[k])]
+    # the first process's list for all: another may have finished some by the time one looks
+    todo = from_first([k for k in range(len(cells)) if cache is None or not cache.has(cells[k])])
     mine = todo[rank::size]
     found = np.zeros((len(cells), len(outputs)))
     done = _trained(problem, recipe, outputs, [(k, *cells[k]) for k in mine], drop, jobs)
@@ -187,7 +193,12 @@ class _Cache:
         return self._path(cell).exists()
 
     def get(self, cell: Cell) -> NDArray[np.float64]:
-        return np.load(self._path(cell))
+        try:
+            return np.load(self._path(cell))
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"{self._path(cell)} is damaged ({error}); delete it and run again"
+            ) from None
 
     def put(self, cell: Cell, values: NDArray[np.float64]) -> None:
         part = self._path(cell).with_suffix(f".part{world()[0]}.npy")

@@ -9,10 +9,12 @@ Every process writes its own blocks. A killed run loses the blocks in flight, no
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from attribution_core.processes import wait, world
+from attribution_core.processes import from_first, wait, world
 
 FORMAT = 1
 
@@ -62,24 +64,27 @@ class Store:
         if world()[0] == 0 and not (folder / "store.json").exists():
             _create(folder, head)
         wait()
-        found = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+        try:
+            found = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+            for name in ("scores", "done"):
+                np.load(folder / f"{name}.npy", mmap_mode="r")  # "r+" fills a short file with zeros
+            rows = np.load(folder / "scores.npy", mmap_mode="r+")
+            done = np.load(folder / "done.npy", mmap_mode="r+")
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{folder} is damaged ({error}); delete it and run again") from None
         if found != head:
             differs = [name for name in head if found.get(name) != head[name]]
             raise ValueError(
                 f"{folder} was written by another run (different {', '.join(differs)}); "
                 "the model, the data or a setting has changed: choose another folder or delete this one"
             )
-        try:
-            rows = np.load(folder / "scores.npy", mmap_mode="r+")
-            done = np.load(folder / "done.npy", mmap_mode="r+")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} is damaged ({error}); delete it and run again") from None
         return cls(folder, rows, done, block)
 
     def missing(self) -> list[NDArray[np.intp]]:
         """This process's share of the row blocks that are not written yet."""
         rank, size = world()
-        todo = np.flatnonzero(self.done == 0)[rank::size]
+        # the first process's list for all: another may have written blocks by the time one looks
+        todo = from_first(np.flatnonzero(self.done == 0))[rank::size]
         return [np.arange(b * self.block, min((b + 1) * self.block, len(self.rows))) for b in todo]
 
     def write(self, rows: NDArray[np.intp], values: ArrayLike) -> None:
@@ -94,6 +99,21 @@ class Store:
         _flush(self.rows)
         self.done[rows[0] // self.block] = 1
         _flush(self.done)
+
+    def remember(
+        self, name: str, make: Callable[[], tuple[torch.Tensor, dict[str, Any]]]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """A tensor and its description, made once for the rows to come and read back on resuming."""
+        path = self.folder / f"{name}.npz"
+        if not from_first(path.exists()):
+            tensor, about = make()
+            if world()[0] == 0:
+                part = path.with_suffix(".part.npz")
+                np.savez(part, tensor=tensor.cpu().numpy(), about=json.dumps(about))
+                part.replace(path)
+            wait()
+        with np.load(path) as held:
+            return torch.from_numpy(held["tensor"]), json.loads(str(held["about"]))
 
     def read(self) -> NDArray[Any]:
         """All rows, once every process has written its own.
@@ -118,10 +138,12 @@ def _flush(array: NDArray[Any]) -> None:
 
 def _create(folder: Path, head: dict[str, Any]) -> None:
     """The three files; store.json last and by renaming, so that it vouches for the others."""
+    if (folder / "scores.npy").exists() and not (folder / "done.npy").exists():
+        raise ValueError(f"{folder} holds a scores.npy that is not a store's; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     shape = tuple(head["shape"])
     blocks = -(-shape[0] // head["block"])
-    for name, dtype, dims in (("scores", head["dtype"], shape), ("done", "uint8", (blocks,))):
+    for name, dtype, dims in (("done", "uint8", (blocks,)), ("scores", head["dtype"], shape)):
         array = np.lib.format.open_memmap(
             folder / f"{name}.npy", mode="w+", dtype=np.dtype(dtype), shape=dims
         )
@@ -146,8 +168,14 @@ def fingerprint(*parts: Any) -> str:
 
 
 def _feed(digest: Any, part: Any) -> None:
-    if isinstance(part, nn.Module):
-        _feed(digest, {"module": str(part), **part.state_dict()})
+    if hasattr(part, "_fingerprint"):  # a datasets.Dataset, or data that know their own
+        digest.update(str(part._fingerprint).encode())
+    elif isinstance(part, nn.Module):
+        # what the weights alone do not tell: heads of a transformer, frozen parameters
+        configs = {id(c): c for m in part.modules() if (c := getattr(m, "config", None)) is not None}
+        _feed(digest, [str(part), *(str(config) for config in configs.values())])
+        _feed(digest, [name for name, p in part.named_parameters() if p.requires_grad])
+        _feed(digest, part.state_dict())
     elif isinstance(part, torch.Tensor):
         # bfloat16 has no numpy counterpart: its bytes are read as they are
         flat = part.detach().cpu().contiguous()
@@ -156,6 +184,7 @@ def _feed(digest: Any, part: Any) -> None:
     elif isinstance(part, np.ndarray):
         digest.update(f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes())
     elif isinstance(part, Mapping):
+        digest.update(b"{%d" % len(part))
         for name in part:
             _feed(digest, str(name))
             _feed(digest, part[name])
@@ -163,20 +192,26 @@ def _feed(digest: Any, part: Any) -> None:
         _feed(digest, type(part).__qualname__)
         for item in fields(part):
             _feed(digest, getattr(part, item.name))
-    elif hasattr(part, "_fingerprint"):  # datasets.Dataset
-        digest.update(str(part._fingerprint).encode())
     elif isinstance(part, Sequence) and not isinstance(part, (str, bytes)):
         digest.update(b"[%d" % len(part))
         for item in part:
             _feed(digest, item)
-    elif callable(part):
-        inner = getattr(part, "func", part)  # functools.partial
-        settings = (
-            (getattr(part, "args", ()), getattr(part, "keywords", {})) if inner is not part else ()
-        )
-        _feed(digest, f"{inner.__module__}.{inner.__qualname__}")
-        _feed(digest, settings)
-    elif hasattr(part, "tensors"):  # TensorDataset
-        _feed(digest, part.tensors)
+    elif isinstance(part, (set, frozenset)):
+        _feed(digest, sorted(repr(item) for item in part))
+    elif isinstance(part, functools.partial):
+        _feed(digest, ["partial", part.func, part.args, part.keywords])
+    elif isinstance(part, types.CodeType):
+        _feed(digest, [part.co_code, part.co_names, part.co_consts])
+    elif isinstance(part, (types.FunctionType, types.MethodType)):
+        _feed(digest, [part.__module__, part.__qualname__, part.__code__, part.__defaults__])
+        _feed(digest, getattr(part, "__self__", None))
+        held = [cell.cell_contents for cell in part.__closure__ or ()]
+        _feed(digest, [value for value in held if value is not part])
+    elif isinstance(part, type) or isinstance(part, types.BuiltinFunctionType):
+        _feed(digest, f"{part.__module__}.{part.__qualname__}")
+    elif hasattr(part, "__len__") and hasattr(part, "__getitem__") and not isinstance(part, (str, bytes)):
+        for start in range(0, len(part), 1024):  # data of one's own, read as methods read them
+            _feed(digest, part[list(range(start, min(start + 1024, len(part))))])
     else:
-        digest.update(f"{type(part).__name__}:{part!r};".encode())
+        text = repr(part)  # an address is no content, and differs between processes
+        digest.update(f"{type(part).__qualname__}:{'' if ' at 0x' in text else text};".encode())

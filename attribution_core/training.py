@@ -8,14 +8,17 @@ same order, same steps".
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from attribution_core.gradients import Progress
@@ -29,6 +32,8 @@ from attribution_core.problem import (
     rows_in,
     take,
 )
+from attribution_core.processes import wait, world
+from attribution_core.store import fingerprint, write_text
 
 State = dict[str, Params]
 Schedule = Literal["linear", "cosine"] | Callable[[int], float]
@@ -38,8 +43,11 @@ Drop = Literal["weight", "row"]
 class Optimizer(Protocol):
     """Two pure functions: the state to start with, and one update."""
 
-    lr: float
-    weight_decay: float | None
+    @property
+    def lr(self) -> float: ...
+
+    @property
+    def weight_decay(self) -> float | None: ...
 
     def init(self, params: Params) -> State: ...
 
@@ -246,6 +254,7 @@ def train(
     exposure: float = 1.0,
     *,
     drop: Drop = "weight",
+    folder: str | Path | None = None,
     progress: Progress = iter,
 ) -> Run:
     """Train `problem.model` (left untouched) by a recipe and return the run.
@@ -257,6 +266,8 @@ def train(
             then α: the place from which models trained on such a fraction are predicted best.
         drop: what weight 0 means. "weight": the example stays in its batches and counts nothing.
             "row": it is gone; batches are drawn from the other rows, with as many epochs.
+        folder: keep the run there; the same call reads it back instead of training again. Under
+            torchrun the first process trains and the others read.
         progress: wraps the loop over steps (tqdm).
 
     Raises:
@@ -275,6 +286,16 @@ def train(
     model = problem.model if recipe.init is None else recipe.init(recipe.seed).to(problem.device)
     refuse_random_layers(model)
     started = replace(problem, model=model)
+    if folder is not None:
+        keep = _Folder(Path(folder), fingerprint(started, recipe, w, exposure, drop))
+        if world()[0] == 0 and not keep.exists():
+            keep.write(
+                train(
+                    started, replace(recipe, init=None), w, exposure, drop=drop, progress=progress
+                )
+            )
+        wait()
+        return keep.read(started, recipe, w, exposure)
     optimizer = _resolved(recipe.optimizer, problem)
     rows = np.flatnonzero(w > 0) if drop == "row" else np.arange(problem.n)
     order = recipe.draw(rows, exposure)
@@ -292,6 +313,54 @@ def train(
         params, state = optimizer.update(params, state, grads, step, factor)
         losses[step] = loss
     return Run(started, recipe, params, state, order, w, exposure, losses)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A run on disk: run.safetensors (parameters, state), run.npz (order, losses), run.json."""
+
+    path: Path
+    fingerprint: str
+
+    def exists(self) -> bool:
+        head = self.path / "run.json"
+        if not head.exists():
+            return False
+        if json.loads(head.read_text(encoding="utf-8")) != {"fingerprint": self.fingerprint}:
+            raise ValueError(
+                f"{self.path} holds another training; the model, the data or the recipe has changed: "
+                "choose another folder or delete this one"
+            )
+        return True
+
+    def write(self, run: Run) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        groups = {"params": run.params, **run.state}
+        flat = {
+            f"{group}/{k}": v.contiguous()
+            for group, held in groups.items()
+            for k, v in held.items()
+        }
+        save_file(flat, self.path / "run.safetensors")
+        sizes = [len(batch) for batch in run.order]
+        np.savez(
+            self.path / "run.npz", order=np.concatenate(run.order), sizes=sizes, losses=run.losses
+        )
+        write_text(self.path / "run.json", json.dumps({"fingerprint": self.fingerprint}))
+
+    def read(
+        self, problem: Problem, recipe: Recipe, weights: NDArray[np.float64], exposure: float
+    ) -> Run:
+        groups: dict[str, Params] = {}
+        for name, value in load_file(self.path / "run.safetensors").items():
+            group, key = name.split("/", 1)
+            groups.setdefault(group, {})[key] = value.to(problem.device)
+        params = {name: groups["params"][name] for name in problem.params}
+        state = {group: held for group, held in groups.items() if group != "params"}
+        with np.load(self.path / "run.npz") as held:
+            order = np.split(held["order"], np.cumsum(held["sizes"])[:-1])
+            losses = held["losses"]
+        return Run(problem, recipe, params, state, order, weights, exposure, losses)
 
 
 def gradient(

@@ -1,0 +1,215 @@
+"""Text in: documents from parquet, jsonl, txt or a saved dataset, checked, split and cut into blocks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recipes.embedded import Document
+
+KINDS = (".parquet", ".jsonl", ".txt")
+PAD = -100  # fills up the last block of a document; never predicted
+
+
+def read_documents(
+    where: str, *, text: str = "text", domain: str | None = None, id: str | None = None
+) -> list[Document]:
+    """Documents from a glob of .parquet, .jsonl or .txt files, a saved dataset, or a hub name.
+
+    A .txt file is one document a file. Without a domain column a document's domain is the name of
+    its file (or "all" in a saved dataset); without an id column its id is file and row.
+
+    Raises:
+        FileNotFoundError: no file matches.
+        ValueError: an unknown file type; a missing column (lists those there are); no documents;
+            ids that repeat.
+    """
+    files = sorted(glob(where, recursive=True))
+    if len(files) == 1 and Path(files[0]).is_dir():
+        documents = _from_table(_saved(files[0]), Path(files[0]).name, text, domain, id, "all")
+    elif files:
+        documents = [doc for file in files for doc in _from_file(file, text, domain, id)]
+    elif any(sign in where for sign in "*?[.") or where.startswith(("/", "~")):
+        raise FileNotFoundError(f"no file matches {where!r}; give a path, a glob or 'embedded'")
+    else:
+        documents = _from_table(_hub(where), where, text, domain, id, "all")
+    if not documents:
+        raise ValueError(f"expected documents in {where!r}, got none")
+    seen: set[str] = set()
+    twice = [doc.id for doc in documents if doc.id in seen or seen.add(doc.id)]  # type: ignore[func-returns-value]
+    if twice:
+        raise ValueError(f"expected unique ids in {where!r}, got {twice[:5]} more than once")
+    return documents
+
+
+def _from_file(file: str, text: str, domain: str | None, id: str | None) -> list[Document]:
+    suffix = Path(file).suffix
+    if suffix not in KINDS:
+        raise ValueError(f"expected {', '.join(KINDS)}, got {file!r}; convert it first")
+    if suffix == ".txt":
+        content = Path(file).read_text(encoding="utf-8", errors="replace")
+        return [Document(file, content, Path(file).parent.name or "all", file)]
+    import pyarrow
+
+    try:
+        if suffix == ".parquet":
+            from pyarrow.parquet import read_table
+
+            table = read_table(file)
+        else:
+            from pyarrow.json import read_json
+
+            table = read_json(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file!r} cannot be read as {suffix[1:]}: {error}") from None
+    return _from_table(table, file, text, domain, id, Path(file).stem)
+
+
+def _saved(folder: str) -> Any:
+    from datasets import DatasetDict, load_from_disk
+
+    found = load_from_disk(folder)
+    if isinstance(found, DatasetDict):
+        raise ValueError(
+            f"expected one dataset in {folder!r}, got splits {list(found)}; give the folder of one"
+        )
+    return found.with_format("arrow")[:]
+
+
+def _hub(name: str) -> Any:
+    from datasets import load_dataset
+
+    return load_dataset(name, split="train").with_format("arrow")[:]
+
+
+def _from_table(
+    table: Any, source: str, text: str, domain: str | None, id: str | None, default: str
+) -> list[Document]:
+    for column in (text, domain, id):
+        if column is not None and column not in table.column_names:
+            raise ValueError(
+                f"expected a column {column!r} in {source!r}, got {table.column_names}; "
+                "name yours with --text, --domain or --id"
+            )
+    texts = [value if isinstance(value, str) else "" for value in table.column(text).to_pylist()]
+    n = len(texts)
+    domains = [default] * n if domain is None else map(str, table.column(domain).to_pylist())
+    ids = (
+        [f"{source}#{k}" for k in range(n)]
+        if id is None
+        else map(str, table.column(id).to_pylist())
+    )
+    rows = zip(ids, texts, domains, strict=True)
+    return [Document(i, t, d, f"{source}:{k}") for k, (i, t, d) in enumerate(rows)]
+
+
+def without_text(documents: Sequence[Document]) -> list[str]:
+    """Ids of documents that hold nothing but white space."""
+    return [doc.id for doc in documents if not doc.text.strip()]
+
+
+def in_both(pool: Sequence[Document], target: Sequence[Document]) -> list[str]:
+    """Ids of pool documents whose text, white space and case aside, is also a target document."""
+
+    def key(doc: Document) -> str:
+        return hashlib.sha256(" ".join(doc.text.lower().split()).encode()).hexdigest()
+
+    held = {key(doc) for doc in target}
+    return [doc.id for doc in pool if key(doc) in held]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tokenised documents on disk, cut into blocks: `Data` for the core, pickled as a path.
+
+    blocks.npy [n, length + 1] int32: a start token, then tokens of one document, then PAD.
+    document.npy [n] the row of the document that a block comes from.
+    """
+
+    folder: Path
+
+    @cached_property
+    def tokens(self) -> NDArray[np.int32]:
+        return np.load(self.folder / "blocks.npy", mmap_mode="r")
+
+    @cached_property
+    def document(self) -> NDArray[np.int32]:
+        return np.load(self.folder / "document.npy")
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return hashlib.sha256(self.tokens.tobytes()).hexdigest()
+
+    @property
+    def length(self) -> int:
+        """Predicted tokens of a full block."""
+        return self.tokens.shape[1] - 1
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Sequence[int]) -> dict[str, Any]:
+        import torch
+
+        tokens = torch.from_numpy(self.tokens[np.asarray(rows, dtype=int)].astype(np.int64))
+        return {"input_ids": tokens.clamp(min=0), "labels": tokens}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def token_counts(self) -> NDArray[np.int64]:
+        """Predicted tokens of every document."""
+        per_block = (self.tokens[:, 1:] != PAD).sum(axis=1)
+        return np.bincount(self.document, per_block).astype(np.int64)
+
+    @classmethod
+    def cut(
+        cls,
+        documents: Sequence[Document],
+        encode: Callable[[list[str]], Iterable[list[int]]],
+        start: int,
+        length: int,
+        folder: Path,
+        made_by: str = "",
+        progress: Callable[[Any], Any] = iter,
+    ) -> Blocks:
+        """Tokenise documents and write their blocks; read them back where that was done already.
+
+        `made_by` names the tokeniser: another one cuts anew.
+
+        Raises:
+            ValueError: documents without tokens (names them).
+        """
+        mark = folder / "texts.sha256"
+        digest = hashlib.sha256(f"{made_by}/{length}/{start}".encode())
+        for doc in documents:
+            digest.update(hashlib.sha256(doc.text.encode(errors="replace")).digest())
+        if not (mark.exists() and mark.read_text() == digest.hexdigest()):
+            rows, owners, empty = [], [], []
+            for first in progress(range(0, len(documents), 500)):
+                some = documents[first : first + 500]
+                for k, ids in enumerate(encode([doc.text for doc in some])):
+                    if not ids:
+                        empty.append(some[k].id)
+                    for at in range(0, len(ids), length):
+                        part = ids[at : at + length]
+                        rows.append([start, *part, *[PAD] * (length - len(part))])
+                        owners.append(first + k)
+            if empty:
+                raise ValueError(
+                    f"expected text in every document, got no tokens for {len(empty)} of them: "
+                    f"{empty[:10]}; remove them, or pass --skip-empty"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(folder / "blocks.npy", np.array(rows, dtype=np.int32))
+            np.save(folder / "document.npy", np.array(owners, dtype=np.int32))
+            mark.write_text(digest.hexdigest())
+        return cls(folder)

@@ -1,0 +1,158 @@
+"""The language model of a selection: a size preset trained from scratch, or a transformers model.
+
+A preset brings its own byte-level BPE, trained on the pool; a folder or hub name its tokeniser and
+weights, and every training starts from those.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from recipes.embedded import Document
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A small Llama and how to train it."""
+
+    width: int
+    layers: int
+    vocabulary: int
+    length: int  # tokens of a block
+    batch_size: int
+    lr: float
+
+
+PRESETS = {
+    "tiny": Preset(width=64, layers=1, vocabulary=2048, length=64, batch_size=8, lr=7e-3),
+    "small": Preset(width=256, layers=4, vocabulary=8192, length=128, batch_size=16, lr=2e-3),
+    "medium": Preset(width=512, layers=8, vocabulary=16384, length=256, batch_size=32, lr=1e-3),
+}
+PRETRAINED = Preset(width=0, layers=0, vocabulary=0, length=256, batch_size=8, lr=5e-5)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A tokeniser and a way to make the initial model."""
+
+    tokenizer: Any  # transformers' PreTrainedTokenizerFast
+    make: Any  # seed -> model
+    preset: Preset
+    from_scratch: bool
+
+    @property
+    def start(self) -> int:
+        """The token that opens every block."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise ValueError("expected a tokeniser with a bos or eos token, got neither; set one")
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids without special tokens."""
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def decode(self, rows: Any) -> list[str]:
+        """Texts of blocks of tokens, start and padding left out."""
+        return self.tokenizer.batch_decode(
+            [[t for t in row[1:] if t >= 0] for row in rows.tolist()]
+        )
+
+
+def language_model(model: str, pool: Sequence[Document], folder: Path) -> LanguageModel:
+    """A preset by name, or a transformers folder or hub name.
+
+    Raises:
+        ValueError: neither a preset nor anything that transformers can load.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if model in PRESETS:
+        preset = PRESETS[model]
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            train_bpe([doc.text for doc in pool], preset.vocabulary).save(str(path))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<s>")
+        return LanguageModel(tokenizer, partial(llama, preset), preset, True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        make = partial(pretrained, model)
+        make(0)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected a preset ({', '.join(PRESETS)}) or a transformers model, got {model!r}: {error}"
+        ) from None
+    return LanguageModel(tokenizer, make, PRETRAINED, False)
+
+
+def train_bpe(texts: list[str], vocabulary: int) -> Any:
+    """A byte-level BPE of the tokenizers library; the same texts give the same tokeniser."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def llama(preset: Preset, seed: int) -> Any:
+    """A Llama with random weights from the seed; the global random state is left as it was."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=preset.vocabulary,
+        hidden_size=preset.width,
+        intermediate_size=2 * preset.width,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=max(1, preset.width // 32),
+        max_position_embeddings=preset.length + 1,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+def pretrained(name: str, seed: int) -> Any:
+    """The stored weights in float32, dropout off; the seed only orders the data."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+
+
+def bits_per_byte(nats: float, documents: Sequence[Document]) -> float:
+    """Total nats over documents as bits per byte of their text, a figure no tokeniser changes."""
+    return nats / math.log(2) / sum(len(doc.text.encode(errors="replace")) for doc in documents)
+
+
+def fingerprint_of(tokenizer: Any) -> str:
+    """Names a tokeniser: its vocabulary and merges."""
+    import hashlib
+
+    if hasattr(tokenizer, "backend_tokenizer"):
+        return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,108 @@
+"""Which documents should a language model train on, for a given target? Chosen, then proved.
+
+    python recipes/select_data.py                               # embedded data, a few minutes
+    python recipes/select_data.py --pool 'pool/*.parquet' --target target.jsonl --test test.jsonl \\
+        --domain source --quota web:0:0.6 --budget 2000000 --model small --out runs/mine
+    torchrun --nproc_per_node 2 recipes/select_data.py ...      # or accelerate launch, on GPUs
+
+The same command again resumes: tokens, proxies, scores and trainings are read back from --out.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from recipes.study import Study
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Choose training documents for a target, retrain on them and on controls, write a report."""
+
+    pool: str = "embedded"
+    """Documents to choose from: 'embedded', a glob of .parquet/.jsonl/.txt files, a saved dataset, or a hub name."""
+    target: str = "embedded"
+    """What the model shall be good at; same forms. Split by file in three: to score, to settle, to report."""
+    test: str | None = None
+    """More held-out text, reported beside the target. With an embedded target: docstrings of other modules."""
+    text: str = "text"
+    """Column that holds the text."""
+    domain: str | None = None
+    """Column that holds a document's domain, for quotas and the report; by default its file."""
+    id: str | None = None
+    """Column that holds unique ids; by default file and row."""
+    documents: int = 4000
+    """How many documents the embedded pool has."""
+    budget: float = 0.2
+    """Tokens to choose; up to 1 it is a share of the pool."""
+    quota: tuple[str, ...] = ()
+    """Shares of the budget as domain:low:high, e.g. --quota code:0:0.3 prose:0.1:1."""
+    model: str = "tiny"
+    """'tiny', 'small' or 'medium' (trained from scratch), or a transformers folder or hub name."""
+    epochs: float = 1.0
+    """Passes over the chosen documents in every training."""
+    lr: float | None = None
+    """Peak learning rate of AdamW; by default the model's."""
+    batch_size: int | None = None
+    """Blocks a step; by default the model's."""
+    curvature: Literal["identity", "diagonal", "gauss_newton"] = "gauss_newton"
+    """Of the influence function."""
+    curvature_rows: int = 128
+    """Blocks on which the curvature is estimated."""
+    damping: float = 0.01
+    """Added to the curvature's eigenvalues: larger is faster and more cautious."""
+    proxies: int = 2
+    """Proxy models, trained on random text for as long as the budget lasts; scores are averaged."""
+    gate: Literal["refuse", "warn", "off"] = "refuse"
+    """What to do when the proxy predicts held-out target text no better than byte n-grams."""
+    gate_order: int = 3
+    """n of these n-grams."""
+    seeds: int = 5
+    """Trainings of every arm, with fresh initial weights and order."""
+    subsets: int = 20
+    """Subsets in the picture of predicted against actual loss."""
+    skip_empty: bool = False
+    """Leave out documents without text instead of stopping."""
+    keep_overlap: bool = False
+    """Keep pool documents that are also target text; they are reported either way."""
+    jobs: int = 2
+    """Trainings side by side, each on one thread."""
+    device: str = "cpu"
+    """Where to score and train, e.g. cuda."""
+    out: Path = Path("runs/select_data")
+    """Folder for everything that is written."""
+
+
+def main(flags: Flags) -> None:
+    """The steps, in order; each reads back what an earlier run has finished."""
+    from recipes.proof import prove, write_report
+    from recipes.selection import choose, gate, score, train_proxies, write_subset
+    from recipes.study import prepare
+
+    study: Study = prepare(flags)
+    proxies = train_proxies(study)
+    gate(study, proxies)
+    datamodel = score(study, proxies)
+    decision = choose(study, datamodel)
+    write_subset(study, datamodel, decision)
+    evidence = prove(study, proxies, datamodel, decision)
+    write_report(study, datamodel, decision, evidence)
+
+
+def run(arguments: list[str] | None = None) -> Any:
+    """Parse and run; what is wrong with the input is said in one line, without a traceback."""
+    flags = tyro.cli(Flags, args=arguments, description=__doc__)
+    try:
+        main(flags)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,145 @@
+"""From proxies to a chosen subset: train, gate, score, choose, write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from applied.recipe import Decision
+from applied.selection import select
+from attribution_core import LinearDatamodel, Run, influence, train
+from attribution_core.processes import world
+from recipes import filters
+from recipes.study import Study, bar, say
+
+SHARD = 50_000  # documents in a parquet file of the subset
+SCORE_BATCH = 16  # blocks a pass; larger batches leave the processor's caches
+
+
+def train_proxies(study: Study) -> list[Run]:
+    """Models anchored where the answer will be used: random text, as many steps as the budget gives."""
+    runs = []
+    for k in range(study.flags.proxies):
+        recipe = replace(study.recipe, seed=1000 + k)  # no seed that verifies
+        folder = study.flags.out / "proxies" / str(k)
+        progress = bar(f"proxy {k + 1} of {study.flags.proxies}")
+        runs.append(
+            train(study.problem, recipe, exposure=study.exposure, folder=folder, progress=progress)
+        )
+    return runs
+
+
+def gate(study: Study, proxies: Sequence[Run]) -> None:
+    """Refuse to score with a proxy that byte n-grams beat: its gradients would count letters.
+
+    Raises:
+        ValueError: the proxy's bits per byte on the target's settle part are not below those of an
+            n-gram model fitted on the very text that the proxy was trained on.
+    """
+    settle = study.outputs("settle")
+    proxy = float(np.mean([run.outputs(settle).numpy() * study.bits(settle) for run in proxies]))
+    drawn = np.unique(np.concatenate(proxies[0].order))
+    order = study.flags.gate_order
+    counts = filters.NgramModel.fit(study.model.decode(study.blocks.tokens[drawn]), order=order)
+    texts = [d.text for d, p in zip(study.held_out, study.part, strict=True) if p == "settle"]
+    ngram = counts.bits_per_byte(texts)
+    study.notes["gate"] = {"proxy": proxy, "ngram": ngram, "order": order}
+    line = f"proxy {proxy:.3f} bits/byte on held-out target text, {order}-grams {ngram:.3f}"
+    say(f"gate: {line}")
+    if proxy < ngram or study.flags.gate == "off":
+        return
+    reason = (
+        f"the proxy predicts the target no better than letter counts ({line}), so its scores would "
+        "say little; train longer (--epochs), on more text (--budget), or a larger --model"
+    )
+    if study.flags.gate == "refuse":
+        raise ValueError(f"{reason}; --gate warn scores all the same")
+    say(f"warning: {reason}")
+
+
+def score(study: Study, proxies: Sequence[Run]) -> LinearDatamodel:
+    """Target loss, bits per byte, as a function of document weights; averaged over proxies."""
+    outputs = study.outputs("score")
+    per_block = influence(
+        proxies,
+        outputs,
+        curvature=study.flags.curvature,
+        curvature_rows=study.flags.curvature_rows,
+        damping=study.flags.damping,
+        tolerance=0.05,  # of a solve whose curvature is itself an estimate from a sample
+        batch_size=SCORE_BATCH,
+        folder=study.flags.out / "scores",
+        progress=bar("scoring"),
+    )
+    bits = per_block.combine(np.diag(study.bits(outputs)), targets=["target"])
+    documents = bits.grouped(study.blocks.document)
+    meta = {**documents.meta, "unit": "bits per byte"}
+    found = replace(documents, ids=np.array([doc.id for doc in study.pool]), meta=meta)
+    if world()[0] == 0:
+        found.save(study.flags.out / "datamodel")
+    say(
+        f"scored {len(study.blocks):,} blocks by {meta['method']} ({meta['curvature']}), "
+        f"{meta['covered']:.0%} of the parameters covered, mean damping {meta['damping']:.2g}"
+    )
+    return found
+
+
+def choose(study: Study, datamodel: LinearDatamodel) -> Decision:
+    """The documents that minimise the predicted target loss within budget and quotas."""
+    return select(
+        datamodel,
+        budget=study.budget,
+        costs=study.tokens,
+        domains=study.domains,
+        quotas=study.quotas or None,
+    )
+
+
+def write_subset(study: Study, datamodel: LinearDatamodel, decision: Decision) -> None:
+    """selected.parquet (what and why) and subset/*.parquet (the text, to stream)."""
+    if world()[0] != 0:
+        return
+    import pyarrow
+    from pyarrow import parquet
+
+    density = datamodel.scores[:, 0] / study.tokens
+    rank = np.empty(len(density), dtype=int)
+    rank[np.argsort(density, kind="stable")] = np.arange(1, len(density) + 1)
+    chosen = np.flatnonzero(decision.weights > 0)
+    best_first = chosen[np.argsort(rank[chosen])]
+    documents = [study.pool[i] for i in best_first]
+    columns = {
+        "id": [d.id for d in documents],
+        "source": [d.source for d in documents],
+        "domain": [d.domain for d in documents],
+        "tokens": study.tokens[best_first],
+        "score": datamodel.scores[best_first, 0],
+        "rank": rank[best_first],
+    }
+    _write_parquet(parquet, pyarrow.table(columns), study.flags.out / "selected.parquet")
+    folder = study.flags.out / "subset"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.parquet"):
+        old.unlink()
+    for k, start in enumerate(range(0, len(chosen), SHARD)):
+        some = [study.pool[i] for i in chosen[start : start + SHARD]]
+        table = pyarrow.table(
+            {name: [getattr(d, name) for d in some] for name in ("id", "text", "domain", "source")}
+        )
+        _write_parquet(parquet, table, folder / f"part-{k:05d}.parquet")
+    say(
+        f"chose {len(chosen):,} of {len(study.pool):,} documents, {decision.cost:,.0f} tokens; "
+        f"predicted target loss {decision.predicted[0]:.3f} bits/byte, random "
+        f"{decision.baseline[0]:.3f}"
+    )
+
+
+def _write_parquet(parquet: Any, table: Any, path: Path) -> None:
+    part = path.with_suffix(".part")
+    parquet.write_table(table, part)
+    os.replace(part, path)

@@ -1,0 +1,198 @@
+"""What is fixed before the first training: texts, tokens, budget, the training problem."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from attribution_core import AdamW, Outputs, Problem, Recipe, causal_lm_loss
+from attribution_core.problem import Rows
+from attribution_core.processes import world
+from recipes import embedded
+from recipes.corpus import Blocks, in_both, read_documents, without_text
+from recipes.embedded import Document
+from recipes.language_model import LanguageModel, bits_per_byte, fingerprint_of, language_model
+from recipes.select_data import Flags
+
+PARTS = ("score", "settle", "report")  # of the target text
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that is fixed before the first training."""
+
+    flags: Flags
+    pool: list[Document]
+    held_out: list[Document]  # target and test
+    part: NDArray[np.str_]  # of each held-out document: score, settle, report or test
+    model: LanguageModel
+    blocks: Blocks  # of the pool
+    held_out_blocks: Blocks
+    tokens: NDArray[np.int64]  # of each pool document
+    budget: float  # in tokens
+    quotas: dict[str, tuple[float, float]]
+    problem: Problem
+    recipe: Recipe
+    notes: dict[str, Any]
+
+    @property
+    def exposure(self) -> float:
+        """The share of the pool's tokens that will be trained on."""
+        return self.budget / float(self.tokens.sum())
+
+    @property
+    def domains(self) -> NDArray[np.str_]:
+        return np.array([doc.domain for doc in self.pool])
+
+    def outputs(self, *parts: str) -> Outputs:
+        """Mean loss of the held-out documents of each part, nats per block position."""
+        rows = np.flatnonzero(np.isin(self.part[self.held_out_blocks.document], parts))
+        labels = self.part[self.held_out_blocks.document][rows]
+        return Outputs(self.problem.loss, Rows(self.held_out_blocks, rows)).mean(by=labels)
+
+    def bits(self, outputs: Outputs) -> NDArray[np.float64]:
+        """Factors [t] that turn these outputs into bits per byte of text."""
+        factors = []
+        for part in outputs.names:
+            documents = [d for d, p in zip(self.held_out, self.part, strict=True) if p == part]
+            count = int((self.part[self.held_out_blocks.document] == part).sum())
+            factors.append(bits_per_byte(count * self.blocks.length, documents))
+        return np.array(factors)
+
+
+def say(text: str) -> None:
+    """A line on standard output, from the first process only."""
+    if world()[0] == 0:
+        print(text, flush=True)
+
+
+def bar(what: str) -> Any:
+    """A progress bar for a loop, shown by the first process only."""
+    return partial(tqdm, desc=what, disable=world()[0] != 0, leave=False, file=sys.stderr)
+
+
+def prepare(flags: Flags) -> Study:
+    """Read and check all text, tokenise it, and set up the training problem."""
+    notes: dict[str, Any] = {}
+    pool, target, test = _read(flags)
+    pool = _checked_pool(flags, pool, [*target, *test], notes)
+    parts = _three_parts(target)
+    held_out = [*parts[0], *parts[1], *parts[2], *test]
+    labels = np.repeat([*PARTS, "test"], [*map(len, parts), len(test)])
+
+    out = flags.out
+    model = language_model(flags.model, pool, out)
+    preset = model.preset
+    cut = partial(
+        Blocks.cut, encode=model.encode, start=model.start, length=preset.length,
+        made_by=fingerprint_of(model.tokenizer), progress=bar("tokenising"),
+    )  # fmt: skip
+    blocks = cut(pool, folder=out / "tokens" / "pool")
+    held_out_blocks = cut(held_out, folder=out / "tokens" / "held_out")
+    tokens = blocks.token_counts()
+    total = float(tokens.sum())
+    budget = flags.budget * total if flags.budget <= 1 else flags.budget
+    if not 0 < budget <= total:
+        raise ValueError(
+            f"expected a budget above 0 and up to the pool's {total:,.0f} tokens, got {budget:,.0f}; "
+            "numbers up to 1 are shares of the pool"
+        )
+    problem = Problem(
+        model.make(0).to(flags.device), partial(causal_lm_loss, tokens=preset.length), blocks
+    )
+    recipe = Recipe(
+        AdamW(flags.lr or preset.lr, betas=(0.9, 0.99)),
+        flags.batch_size or preset.batch_size,
+        flags.epochs,
+        schedule="linear",
+        clip=1.0,
+        init=model.make if model.from_scratch else None,
+    )
+    say(
+        f"pool: {len(pool):,} documents, {total:,.0f} tokens; budget {budget:,.0f} tokens "
+        f"({budget / total:.0%})\ntarget: "
+        + ", ".join(f"{(labels == part).sum()} documents to {part}" for part in PARTS)
+        + (f"; test: {len(test)} documents" if test else "")
+    )
+    return Study(
+        flags, pool, held_out, labels, model, blocks, held_out_blocks, tokens, budget,
+        parse_quotas(flags.quota), problem, recipe, notes,
+    )  # fmt: skip
+
+
+def _read(flags: Flags) -> tuple[list[Document], list[Document], list[Document]]:
+    if flags.pool == "embedded":
+        pool = embedded.text_pool(flags.documents)
+    else:
+        pool = read_documents(flags.pool, text=flags.text, domain=flags.domain, id=flags.id)
+    if flags.target == "embedded":
+        target = embedded.text_target()
+    else:  # a target needs no domain or id of its own
+        target = read_documents(flags.target, text=flags.text)
+    if flags.test is not None and flags.test != "embedded":
+        return pool, target, read_documents(flags.test, text=flags.text)
+    return pool, target, embedded.text_test() if "embedded" in (flags.target, flags.test) else []
+
+
+def _checked_pool(
+    flags: Flags, pool: list[Document], held_out: list[Document], notes: dict[str, Any]
+) -> list[Document]:
+    """The pool without empty documents and held-out text, as the flags say; both are reported."""
+    for name, documents in (("pool", pool), ("target and test", held_out)):
+        empty = without_text(documents)
+        if empty and not (flags.skip_empty and name == "pool"):
+            raise ValueError(
+                f"expected text in every document, got none in {len(empty)} of the {name}: "
+                f"{empty[:10]}; remove them, or pass --skip-empty for the pool"
+            )
+        if empty:
+            say(f"left out {len(empty)} documents without text: {empty[:10]}")
+            notes["without_text"] = empty
+    leaked = in_both(pool, held_out)
+    notes["also_held_out"] = leaked
+    if leaked:
+        done = "kept" if flags.keep_overlap else "left out"
+        say(
+            f"warning: {len(leaked)} pool documents are also target or test text, {done}: {leaked[:10]}"
+        )
+    drop = set(notes.get("without_text", [])) | (set() if flags.keep_overlap else set(leaked))
+    kept = [doc for doc in pool if doc.id not in drop]
+    if not kept:
+        raise ValueError(
+            "expected a pool to choose from, got no document that is not target text too"
+        )
+    return kept
+
+
+def _three_parts(target: Sequence[Document]) -> list[list[Document]]:
+    """Half to score with, a quarter to settle what is open, a quarter to report; split by file."""
+    if len(target) < 3:
+        raise ValueError(
+            f"expected at least 3 target documents, to score, settle and report, got {len(target)}"
+        )
+    if len({doc.file for doc in target}) < 12:  # too few files to split by: split by document
+        renamed = [replace(doc, source=f"{k}:0") for k, doc in enumerate(target)]
+        parts = embedded.split_by_source(renamed, (0.5, 0.25, 0.25))
+        return [[target[int(doc.file)] for doc in part] for part in parts]
+    return embedded.split_by_source(target, (0.5, 0.25, 0.25))
+
+
+def parse_quotas(quotas: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """'domain:low:high' -> {domain: (low, high)}."""
+    found = {}
+    for quota in quotas:
+        try:
+            name, low, high = quota.rsplit(":", 2)
+            found[name] = (float(low), float(high))
+        except ValueError:
+            raise ValueError(
+                f"expected --quota domain:low:high, got {quota!r}; e.g. web:0:0.6"
+            ) from None
+    return found

@@ -1,0 +1,324 @@
+"""attribution_core.curvature: products and solves against dense float64 references."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from attribution_core import Problem
+from attribution_core import curvature as core
+from attribution_core.curvature import conjugate_gradients, fisher_diagonal, fit_curvature, products
+from tests import menagerie
+
+# float64 sums of some hundred terms of size near 1
+EXACT = {"rtol": 1e-9, "atol": 1e-10}
+NETS = {name: menagerie.ARCHITECTURES[name] for name in ("mlp", "conv")}
+SMALL = {**menagerie.CONVEX, **NETS}
+ODD = {name: menagerie.ODD[name] for name in ("hand tied", "padding", "frozen", "encoder")}
+
+
+def some_weights(problem):
+    """Weights between 0 and 2, one of them 0."""
+    return np.linspace(0, 2, problem.n)
+
+
+def dense_hessian(problem, weights):
+    """(1/n) Σ w_i ∇²ℓ_i by torch.autograd.functional, [p, p]."""
+    value = menagerie.objective(replace(problem, weight_decay=0.0), weights)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        return torch.autograd.functional.hessian(value, menagerie.flat_params(problem))
+
+
+def dense_gauss_newton(problem, weights):
+    """(1/n) Σ w_i J_iᵀ D_i J_i, one row at a time; the loss must take (model output, label)."""
+    flat, total = menagerie.flat_params(problem), 0.0
+    for row, w in enumerate(weights):
+        batch = problem.train[[row]]
+
+        def output(theta, batch=batch):
+            return menagerie.losses_at(
+                problem, theta, lambda model, _: model(*batch[:-1])[0], problem.train
+            )
+
+        class Constant(nn.Module):
+            def __init__(self, value):
+                super().__init__()
+                self.value = value
+
+            def forward(self, *args):
+                return self.value[None]
+
+        def loss(z, batch=batch):
+            return problem.loss(Constant(z), batch)[0]
+
+        z = output(flat)
+        jacobian = torch.autograd.functional.jacobian(output, flat)
+        curved = torch.autograd.functional.hessian(loss, z.detach())
+        total = total + w * jacobian.T @ curved @ jacobian
+    return total / problem.n
+
+
+DENSE = {"hessian": dense_hessian, "gauss_newton": dense_gauss_newton}
+
+
+def identity(problem):
+    return torch.eye(len(menagerie.flat_params(problem)), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("name", [*SMALL, *ODD])
+def test_products_equal_a_dense_reference(name, kind):
+    problem = {**SMALL, **ODD}[name]()
+    w = some_weights(problem)
+    expected = DENSE[kind](problem, w)
+    for size in (1, 4, 256):
+        found = products(problem, kind, identity(problem), w, batch_size=size)
+        torch.testing.assert_close(found, expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_hessian_products_of_transformers(name):
+    """Two directions against a double backward pass over the plain model."""
+    problem = menagerie.ARCHITECTURES[name]()
+    w = some_weights(problem)
+    value = menagerie.objective(problem, w)
+    flat = menagerie.flat_params(problem)
+    v = torch.randn(2, len(flat), generator=torch.Generator().manual_seed(0)).double()
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = [torch.autograd.functional.hvp(value, flat, one)[1] for one in v]
+    torch.testing.assert_close(products(problem, "hessian", v, w), torch.stack(expected), **EXACT)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_gauss_newton_products_of_transformers(name):
+    """⟨v, G v⟩ is Σ w_i Var_p(J_i v), summed over tokens, for softmax outputs: D = diag(p) − p pᵀ."""
+    problem = menagerie.ARCHITECTURES[name]()
+    w = some_weights(problem)
+    flat = menagerie.flat_params(problem)
+    v = torch.randn(1, len(flat), generator=torch.Generator().manual_seed(0)).double()
+    batch = problem.train[list(range(problem.n))]
+
+    def logits(model, batch):
+        return model(**batch).logits[:, :-1]
+
+    def at(step):
+        return menagerie.losses_at(problem, flat + step * v[0], logits)
+
+    h = 1e-5  # central differences err by h² z'''/6 ~ 1e-9 and by rounding 1e-16 / h = 1e-11
+    slope, p = (at(h) - at(-h)) / (2 * h), at(0.0).softmax(-1)
+    variance = (p * slope**2).sum(-1) - (p * slope).sum(-1) ** 2
+    predicted = batch.get("attention_mask", torch.ones(problem.n, p.shape[1] + 1))[:, 1:].double()
+    per_row = (variance * predicted).sum(1) / predicted.sum(1)
+    expected = (torch.from_numpy(w) * per_row).sum() / problem.n
+    found = (v * products(problem, "gauss_newton", v, w)).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", menagerie.CONVEX)
+def test_gauss_newton_is_the_hessian_of_a_linear_model(name):
+    problem = menagerie.CONVEX[name]()
+    v, w = identity(problem), some_weights(problem)
+    torch.testing.assert_close(
+        products(problem, "gauss_newton", v, w), products(problem, "hessian", v, w), **EXACT
+    )
+
+
+@pytest.mark.parametrize("name", [*SMALL, "gpt2"])
+def test_diagonal_is_the_mean_squared_gradient(name):
+    problem = {**SMALL, **menagerie.ARCHITECTURES}[name]()
+    w = some_weights(problem)
+    expected = torch.from_numpy(w) @ menagerie.row_gradients(problem).square() / problem.n
+    for size in (1, 4, 256):
+        torch.testing.assert_close(fisher_diagonal(problem, w, size), expected, **EXACT)
+
+
+# --- solves ----------------------------------------------------------------------------------
+
+
+def scaled(problem, weight_decay):
+    return replace(problem, weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize("damping", [0.2, "per parameter"])
+@pytest.mark.parametrize("form", ["dense", "cg"])
+@pytest.mark.parametrize("name", SMALL)
+def test_solves_equal_a_dense_inverse(name, form, damping):
+    problem = scaled(SMALL[name](), 0.05)
+    w, v = some_weights(problem), identity(problem)
+    if damping == "per parameter":
+        damping = torch.linspace(0.1, 0.5, len(v), dtype=torch.float64)
+    added = torch.as_tensor(damping, dtype=torch.float64).expand(len(v))
+    shifted = dense_gauss_newton(problem, w) + torch.diag(0.05 + added)
+    fitted = fit_curvature(problem, weights=w, damping=damping, form=form, tolerance=1e-13)
+    assert fitted.meta["form"] == form
+    assert fitted.damping == pytest.approx(float(added.mean()), rel=1e-12)
+    # cg leaves a residual of 1e-12, the inverse makes at most 1 / (damping + decay) < 10 of it
+    torch.testing.assert_close(fitted.solve(v), torch.linalg.inv(shifted), **EXACT)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("kind", ["diagonal", "hessian", "gauss_newton"])
+def test_batch_size_changes_no_solve(kind, size):
+    problem = scaled(menagerie.softmax(), 0.05)
+    v = identity(problem)
+    whole, small = (fit_curvature(problem, kind, batch_size=b).solve(v) for b in (256, size))
+    torch.testing.assert_close(small, whole, rtol=1e-10, atol=1e-10)
+
+
+def test_diagonal_solve():
+    problem = scaled(menagerie.mlp(), 0.05)
+    v = identity(problem)
+    expected = 1 / (fisher_diagonal(problem, np.ones(problem.n)) + 0.05 + 0.3)
+    solved = fit_curvature(problem, "diagonal", damping=0.3).solve(v)
+    torch.testing.assert_close(solved, torch.diag(expected), **EXACT)
+
+
+def test_identity_solve():
+    problem = menagerie.mlp()
+    v = identity(problem)
+    fitted = fit_curvature(problem, "identity", damping=3.0)
+    assert torch.equal(fitted.solve(v), v)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "gauss_newton"])
+def test_default_damping_is_a_tenth_of_the_mean_eigenvalue(kind):
+    problem = menagerie.mlp()
+    w = some_weights(problem)
+    mean = {
+        "diagonal": lambda: fisher_diagonal(problem, w).mean(),
+        "gauss_newton": lambda: dense_gauss_newton(problem, w).trace() / len(identity(problem)),
+    }[kind]()
+    fitted = fit_curvature(problem, kind, weights=w)
+    assert fitted.damping == pytest.approx(0.1 * float(mean), rel=1e-9)
+
+
+def test_default_damping_without_a_matrix_is_near():
+    """Random signs estimate the trace; its standard error is √(2 Σ_{i≠j} H_ij² / probes) / p."""
+    problem = menagerie.mlp()
+    h = dense_gauss_newton(problem, np.ones(problem.n))
+    p = len(h)
+    error = 0.1 * float((2 * (h - h.diag().diag()).square().sum() / core.PROBES).sqrt()) / p
+    fitted = fit_curvature(problem, form="cg")
+    assert abs(fitted.damping - 0.1 * float(h.trace()) / p) < 4 * error
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "hessian", "gauss_newton"])
+def test_no_default_damping_beside_a_weight_decay(kind):
+    assert fit_curvature(menagerie.softmax(), kind).damping == pytest.approx(0.0, abs=1e-15)
+
+
+def test_the_exact_hessian_is_never_damped_by_itself():
+    problem = menagerie.ridge()
+    v = identity(problem)
+    solved = fit_curvature(scaled(problem, 0.0), "hessian").solve(v)
+    expected = torch.linalg.inv(dense_hessian(problem, np.ones(problem.n)))
+    torch.testing.assert_close(solved, expected, **EXACT)
+
+
+def test_auto_is_dense_for_few_parameters_and_cg_for_many(monkeypatch):
+    problem = menagerie.softmax()
+    assert fit_curvature(problem).meta["form"] == "dense"
+    monkeypatch.setattr(core, "DENSE", len(identity(problem)) - 1)
+    assert fit_curvature(problem).meta["form"] == "cg"
+
+
+def test_cg_tolerance_by_default_follows_the_precision():
+    problem = menagerie.softmax()
+    assert fit_curvature(problem, form="cg").meta["tolerance"] == 1e-12
+    x, y = problem.train.columns
+    single = Problem(problem.model.float(), problem.loss, (x.float(), y), weight_decay=0.05)
+    fitted = fit_curvature(single, form="cg")
+    assert fitted.meta["tolerance"] == 1e-4
+    v = identity(single)
+    exact = torch.linalg.inv(
+        dense_gauss_newton(menagerie.softmax(), np.ones(single.n)) + 0.05 * torch.eye(len(v))
+    )
+    # the residual is 1e-4 of v (here 10 times that is allowed), the inverse at most 1/0.05
+    assert (fitted.solve(v) - exact).norm(dim=1).max() < 10 * 1e-4 / 0.05
+
+
+def test_conjugate_gradients_with_a_zero_direction_and_uneven_scales():
+    a = torch.diag(torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)) + 0.5
+    v = torch.tensor([[0.0, 0.0, 0.0], [1e-9, 0, 0], [1e9, 1.0, 1e-3]], dtype=torch.float64)
+    x = conjugate_gradients(lambda rows: rows @ a, v, 1e-12, 50)
+    assert ((x @ a - v).norm(dim=1) <= 1e-11 * v.norm(dim=1)).all()
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+def test_cg_that_has_not_converged():
+    with pytest.raises(ValueError, match=r"did not converge: relative residual .* after 2 iter"):
+        fitted = fit_curvature(menagerie.mlp(), form="cg", max_iterations=2)
+        fitted.solve(identity(menagerie.mlp()))
+
+
+def test_cg_checks_the_true_residual():
+    """A product that drifts by 1e-6 a call fools the recursion, not the check."""
+    calls = []
+
+    def drifting(rows):
+        calls.append(rows)
+        return rows * torch.tensor([1.0, 5.0, 9.0]).double() * (1 + 1e-6 * len(calls))
+
+    with pytest.raises(ValueError, match="did not converge: relative residual"):
+        conjugate_gradients(drifting, torch.ones(1, 3).double(), 1e-10, 200)
+    assert len(calls) < 200  # the recursion believed itself done
+
+
+@pytest.mark.parametrize("form", ["dense", "cg"])
+def test_a_curvature_that_is_not_positive_definite(form):
+    """A concave loss: −½ (x·θ)²."""
+
+    def concave(model, batch):
+        return -0.5 * model(batch[0])[:, 0] ** 2
+
+    model = nn.Linear(2, 1, bias=False).double()
+    problem = Problem(model, concave, (torch.eye(2).double(),))
+    with pytest.raises(ValueError, match="expected a positive definite curvature.*gauss_newton"):
+        fit_curvature(problem, "hessian", form=form).solve(identity(problem))
+    # eigenvalues are −½: half a unit of damping is the border, more of it is definite
+    solved = fit_curvature(problem, "hessian", form=form, damping=1.0).solve(identity(problem))
+    torch.testing.assert_close(solved, 2 * identity(problem))
+
+
+def test_a_loss_that_calls_the_model_twice_has_no_gauss_newton():
+    def twice(model, batch):
+        return (model(batch[0]) - model(-batch[0])).square().sum(1)
+
+    problem = Problem(menagerie.mlp().model, twice, menagerie.mlp().train)
+    with pytest.raises(ValueError, match="calls the model once, got 2 calls"):
+        fit_curvature(problem)
+
+
+def test_unknown_curvature_and_negative_damping():
+    problem = menagerie.ridge()
+    with pytest.raises(ValueError, match="unknown curvature 'fisher'; identity, diagonal, hessian"):
+        fit_curvature(problem, "fisher")
+    with pytest.raises(ValueError, match="expected damping of at least 0, got -1"):
+        fit_curvature(problem, damping=-1)
+    with pytest.raises(ValueError, match="expected damping"):
+        fit_curvature(problem, damping=torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "hessian", "gauss_newton"])
+def test_rows_of_nan_loss_are_named(kind):
+    problem = menagerie.softmax()
+    problem.train.columns[0][7, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN or infinity in rows \[7\]"):
+        fit_curvature(problem, kind, batch_size=3)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "hessian", "gauss_newton"])
+def test_a_loss_that_is_one_number_for_the_batch(kind):
+    def mean(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    problem = Problem(menagerie.softmax().model, mean, menagerie.softmax().train)
+    with pytest.raises(ValueError, match="expected one loss per row.*reduction='none'"):
+        fit_curvature(problem, kind)

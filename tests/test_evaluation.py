@@ -1,0 +1,143 @@
+"""attribution_core.evaluation: LDS in worlds whose answer is known, intervals, ceiling, refusals."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from attribution_core import LinearDatamodel, RetrainingTable, lds, random_subsets
+from attribution_core.evaluation import bootstrap_interval, ceiling, spearman
+
+N, T, ROWS = 30, 8, 60
+
+
+def affine_world(noise=0.0, seeds=4, rows=ROWS, seed=0):
+    """(true datamodel, table whose outputs are its predictions plus noise of every single seed)."""
+    rng = np.random.default_rng(seed)
+    truth = LinearDatamodel(rng.normal(size=(N, T)), rng.normal(size=T), 1.0)
+    weights = random_subsets(N, rows, keep=0.5, seed=seed)
+    per_seed = truth.predict(weights)[:, None] + noise * rng.normal(size=(rows, seeds, T))
+    return truth, RetrainingTable(weights, per_seed, tuple(range(seeds)))
+
+
+def test_the_truth_scores_one():
+    truth, table = affine_world()
+    found = lds(truth, table)
+    np.testing.assert_allclose(found.per_target, 1.0, rtol=1e-12)
+    assert found.mean == pytest.approx(1.0)
+    assert found.interval == pytest.approx((1.0, 1.0))
+    assert found.slope == pytest.approx(1.0)
+    assert found.ceiling == pytest.approx(1.0)
+    assert (found.seeds, found.rows) == (4, ROWS)
+    assert "LDS 1.000" in str(found)
+    assert "60 retrainings × 4 seeds" in str(found)
+
+
+@pytest.mark.parametrize("factor", [0.5, -2.0])
+def test_scaled_scores_keep_the_rank_and_show_in_the_slope(factor):
+    truth, table = affine_world()
+    scaled = LinearDatamodel(factor * truth.scores, truth.base + 3, truth.anchor)
+    found = lds(scaled, table)
+    assert found.mean == pytest.approx(np.sign(factor))
+    assert found.slope == pytest.approx(1 / factor)
+
+
+def test_per_target_is_scipys_spearman():
+    truth, table = affine_world(noise=3.0)
+    predicted = truth.predict(table.weights)
+    expected = [stats.spearmanr(predicted[:, j], table.outputs[:, j]).statistic for j in range(T)]
+    found = lds(truth, table)
+    np.testing.assert_allclose(found.per_target, expected, rtol=1e-12)
+    assert found.mean == pytest.approx(np.mean(expected))
+    assert found.interval[0] < found.mean < found.interval[1]
+
+
+def test_slope_is_least_squares_with_an_intercept_per_target():
+    truth, table = affine_world(noise=3.0)
+    predicted = truth.predict(table.weights)
+    x = np.zeros((ROWS * T, 1 + T))
+    x[:, 0] = predicted.ravel()
+    x[np.arange(ROWS * T), 1 + np.tile(np.arange(T), ROWS)] = 1.0
+    expected = np.linalg.lstsq(x, table.outputs.ravel(), rcond=None)[0][0]
+    assert lds(truth, table).slope == pytest.approx(expected)
+
+
+def test_spearman_with_ties():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 4, (20, 5)), rng.integers(0, 4, (20, 5))
+    expected = [stats.spearmanr(a[:, j], b[:, j]).statistic for j in range(5)]
+    np.testing.assert_allclose(spearman(a, b), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 8])
+def test_the_ceiling_is_what_a_perfect_predictor_reaches(seeds):
+    """Mean LDS of the truth itself over repeated worlds, beside the mean ceiling of their tables."""
+    worlds = [affine_world(noise=4.0, seeds=seeds, seed=k) for k in range(30)]
+    reached = np.array([lds(*world).mean for world in worlds])
+    said = np.array([ceiling(table) for _, table in worlds])
+    gap = reached - said
+    # four standard errors of the mean gap; .02 for ranks, for which Spearman–Brown (a statement about
+    # Pearson correlations) and the square root of a noisy mean are only near
+    assert abs(gap.mean()) < 4 * gap.std(ddof=1) / np.sqrt(len(gap)) + 0.02
+    assert 0.5 < said.mean() < 0.97  # the noise matters
+
+
+def test_the_ceiling_of_pure_noise_and_of_one_seed():
+    rng = np.random.default_rng(0)
+    weights = random_subsets(N, 200, keep=0.5)
+    noise = RetrainingTable(weights, rng.normal(size=(200, 4, T)), tuple(range(4)))
+    # split halves of 200 rows correlate by chance at 1/√(200 · 8 · 3 splits) ~ .015; √(2 r) of it
+    assert ceiling(noise) < 0.35
+    alone = RetrainingTable(weights, rng.normal(size=(200, 1, T)), (0,))
+    assert np.isnan(ceiling(alone))
+
+
+def test_the_interval_covers_the_mean():
+    """95 % nominal; percentile bootstraps of 20 values cover about 92 %."""
+    rng = np.random.default_rng(0)
+    draws = [bootstrap_interval(rng.normal(1.0, 2.0, 20)) for _ in range(100)]
+    covered = sum(low <= 1.0 <= high for low, high in draws)
+    assert 84 <= covered <= 99  # 92 less and plus 2.9 and 2.6 standard errors of 2.7
+
+
+def test_the_interval_of_few_values():
+    assert np.isnan(bootstrap_interval(np.array([1.0]))).all()
+    assert bootstrap_interval(np.array([2.0, 2.0])) == (2.0, 2.0)
+    values = np.random.default_rng(0).normal(size=9)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+def test_tables_that_do_not_fit():
+    truth, table = affine_world()
+    fewer = LinearDatamodel(truth.scores[:, 1:], truth.base[1:], 1.0)
+    with pytest.raises(ValueError, match="n=30 examples and t=7 targets, got n=30 and t=8"):
+        lds(fewer, table)
+    short = LinearDatamodel(truth.scores[1:], truth.base, 1.0)
+    with pytest.raises(ValueError, match="n=29 examples and t=8 targets, got n=30"):
+        lds(short, table)
+
+
+def test_too_few_retrainings():
+    truth, table = affine_world(rows=2)
+    with pytest.raises(ValueError, match="at least 3 retrainings to correlate, got 2"):
+        lds(truth, table)
+
+
+def test_outputs_or_predictions_that_do_not_vary():
+    truth, table = affine_world()
+    table.per_seed[:, :, 2] = 1.0
+    with pytest.raises(ValueError, match=r"retrained outputs do not vary for targets \[2\]"):
+        lds(truth, table)
+    truth, table = affine_world()
+    truth.scores[:, 3] = 0.0
+    with pytest.raises(ValueError, match=r"predicted outputs do not vary for targets \[3\]"):
+        lds(truth, table)
+
+
+def test_outputs_that_are_not_finite():
+    truth, table = affine_world()
+    table.per_seed[5, 0, 2] = np.nan
+    with pytest.raises(ValueError, match=r"expected finite retrained outputs.*rows \[5\]"):
+        lds(truth, table)

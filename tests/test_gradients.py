@@ -1,0 +1,292 @@
+"""attribution_core.gradients: three engines against plain autograd, sums and gradients of outputs."""
+
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from attribution_core import Outputs, Problem, cross_entropy, margin
+from attribution_core import gradients as core
+from attribution_core.gradients import directional, flatten, mean_gradient, output_gradients, unflatten
+from tests import menagerie
+
+# float64 rounding is 1e-16 a term; sums here have at most a few thousand terms of size near 1
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+PROBLEMS = {**menagerie.ARCHITECTURES, **menagerie.ODD}
+ENGINES = ("ghost", "jvp", "rows")
+
+
+def directions(problem, k):
+    """k random directions [k, p], float64."""
+    p = len(menagerie.flat_params(problem))
+    return torch.randn(k, p, generator=torch.Generator().manual_seed(1)).double()
+
+
+@pytest.fixture(scope="module", params=PROBLEMS)
+def case(request):
+    """(name, problem, its per-example gradients by plain autograd)."""
+    problem = PROBLEMS[request.param]()
+    return request.param, problem, menagerie.row_gradients(problem)
+
+
+def test_the_reference_is_the_slope_of_the_loss():
+    """Central differences of the losses themselves, on the model with the most float32 casts."""
+    problem = menagerie.llama()
+    v, flat, h = directions(problem, 1)[0], menagerie.flat_params(problem), 1e-5
+    up, down = (menagerie.losses_at(problem, flat + s * h * v) for s in (1, -1))
+    # differences err by h² f'''/6 ~ 1e-10 |v|³ and by rounding 1e-16 / h = 1e-11; a float32 step
+    # anywhere would err by 1e-7 / h = 1e-2
+    torch.testing.assert_close(
+        (up - down) / (2 * h), menagerie.row_gradients(problem) @ v, rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("k", [1, 3])
+def test_engines_equal_plain_autograd(case, engine, k):
+    name, problem, rows = case
+    v = directions(problem, k)
+    if engine == "ghost" and name in menagerie.NOT_BY_LAYERS:
+        with pytest.raises(ValueError, match="use engine='jvp' or 'rows'"):
+            directional(problem, v, engine=engine)
+        return
+    torch.testing.assert_close(directional(problem, v, engine=engine), rows @ v.T, **EXACT)
+
+
+def test_auto_takes_ghost_where_it_covers_and_else_an_engine_by_count(case):
+    name, problem, _ = case
+    rows = np.arange(problem.n)
+    if name in menagerie.NOT_BY_LAYERS:
+        assert core.choose_engine(problem, core.FEW, rows, "auto") == "jvp"
+        assert core.choose_engine(problem, core.FEW + 1, rows, "auto") == "rows"
+    else:
+        assert core.choose_engine(problem, 1, rows, "auto") == "ghost"
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "gpt2"])
+def test_ghost_products_cut_into_pieces(name, monkeypatch):
+    """One row's product of one layer at a time gives the same."""
+    problem = PROBLEMS[name]()
+    v = directions(problem, 3)
+    whole = directional(problem, v, engine="ghost")
+    monkeypatch.setattr(core, "LAYER_ELEMENTS", 1)
+    torch.testing.assert_close(directional(problem, v, engine="ghost"), whole, **EXACT)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", menagerie.ARCHITECTURES)
+def test_batch_size_changes_nothing(name, engine):
+    problem = PROBLEMS[name]()
+    v = directions(problem, 2)
+    whole = directional(problem, v, engine=engine, batch_size=problem.n)
+    for size in (1, 4):  # 6 rows in batches of 4 leave a last batch of 2
+        torch.testing.assert_close(
+            directional(problem, v, engine=engine, batch_size=size), whole, **EXACT
+        )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_are_taken_in_the_order_asked_for(engine):
+    problem = menagerie.conv()
+    v = directions(problem, 2)
+    asked = [4, 0, 4]
+    torch.testing.assert_close(
+        directional(problem, v, asked, engine), directional(problem, v, engine=engine)[asked], **EXACT
+    )
+    assert directional(problem, v, [], engine).shape == (0, 2)
+
+
+def test_directions_by_name_and_as_one_tensor():
+    problem = menagerie.mlp()
+    v = directions(problem, 2)
+    named = unflatten(v, problem.params)
+    assert torch.equal(flatten(named), v)
+    shuffled = {name: named[name] for name in sorted(named, reverse=True)}
+    assert torch.equal(directional(problem, shuffled), directional(problem, v))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["gpt2", "conv", "encoder"])
+def test_the_model_is_left_as_it_was(name, engine):
+    problem = PROBLEMS[name]()
+    model = problem.model
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [(m.training, len(m._forward_hooks)) for m in model.modules()]
+    with suppress(ValueError):  # ghost on the encoder
+        directional(problem, directions(problem, 2), engine=engine)
+    assert [(m.training, len(m._forward_hooks)) for m in model.modules()] == flags
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("engine", ["auto", "jvp", "rows"])
+@pytest.mark.parametrize("name", ["encoder", "attention", "llama"])
+def test_float32_models_whose_layers_have_fused_paths(name, engine):
+    """In eval mode torch swaps in kernels without forward mode; float64 tests do not reach them."""
+    problem = PROBLEMS[name]()
+    v = directions(problem, 2)
+    expected = menagerie.row_gradients(problem) @ v.T
+    problem.model.float()
+    data = problem.train.columns
+    if not isinstance(data, dict):
+        data = (data[0].float(), data[1])
+    found = directional(Problem(problem.model, problem.loss, data), v, engine=engine)
+    assert found.dtype == torch.float32
+    # float32 rounding 1e-7, times the norm of the terms: some tens
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_dropout_of_probability_zero_in_training_mode(engine):
+    """GPT-2 left in train() with all dropout at 0 is deterministic, and every engine takes it."""
+    problem = menagerie.gpt2()
+    v = directions(problem, 2)
+    expected = directional(problem, v, engine="rows")
+    problem.model.train()
+    torch.testing.assert_close(directional(problem, v, engine=engine), expected, **EXACT)
+
+
+def test_an_uncovered_parameter_hidden_from_the_first_rows():
+    """The first two rows do not reach the parameter that acts outside its module; others do."""
+
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(2, 3)
+            self.scale = nn.Linear(1, 1)
+
+        def forward(self, x):
+            return self.body(x) * (1 + x[:, :1].relu() * self.scale.weight.sum())
+
+    x = torch.tensor([[-1.0, 1.0], [-2.0, 1.0], [1.0, 1.0], [2.0, -1.0]]).double()
+    problem = Problem(Sometimes().double(), cross_entropy, (x, torch.tensor([0, 1, 2, 0])))
+    v = directions(problem, 1)
+    expected = menagerie.row_gradients(problem) @ v.T
+    torch.testing.assert_close(directional(problem, v), expected, **EXACT)
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda v, named: v[0], r"expected directions \[k, p=.*\], got"),
+        (lambda v, named: v[:, 1:], r"expected directions \[k, p=.*\], got"),
+        (lambda v, named: dict(list(named.items())[1:]), "missing .'0.weight'.*unknown"),
+        (lambda v, named: {**named, "new": v}, "unknown .'new'"),
+        (lambda v, named: {**named, "0.bias": named["0.bias"][0]}, "one k for all"),
+        (lambda v, named: {**named, "0.bias": named["0.bias"][:1]}, "one k for all"),
+    ],
+)
+def test_directions_that_do_not_fit(wrong, message):
+    problem = menagerie.mlp()
+    v = directions(problem, 2)
+    with pytest.raises(ValueError, match=message):
+        directional(problem, wrong(v, unflatten(v, problem.params)))
+
+
+def test_unknown_engine():
+    problem = menagerie.mlp()
+    with pytest.raises(ValueError, match="unknown engine 'fast'; one of auto, ghost, jvp, rows"):
+        directional(problem, directions(problem, 1), engine="fast")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_row_of_nan_is_named(engine):
+    problem = menagerie.mlp()
+    problem.train.columns[0][4, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN or infinity in rows \[4\]"):
+        directional(problem, directions(problem, 1), engine=engine)
+
+
+def test_finite_losses_with_infinite_gradients():
+    """√|x·θ| at 0 has a finite value and no finite slope."""
+    x = torch.tensor([[1.0], [2.0], [0.0]]).double()
+
+    def root(model, batch):
+        return model(batch[0])[:, 0].abs().sqrt()
+
+    problem = Problem(nn.Linear(1, 1, bias=False).double(), root, (x,))
+    with pytest.raises(ValueError, match=r"expected finite gradients.*rows \[2\]"):
+        directional(problem, directions(problem, 1))
+
+
+def test_a_loss_that_is_one_number_for_the_batch():
+    def mean(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    problem = Problem(menagerie.mlp().model, mean, menagerie.mlp().train)
+    with pytest.raises(ValueError, match="expected one loss per row.*reduction='none'"):
+        directional(problem, directions(problem, 1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Dropout(0.1), "active dropout"),
+        (nn.BatchNorm1d(4), "batch norm in training mode"),
+    ],
+)
+def test_layers_that_are_random_or_mix_rows(layer, message):
+    x, y = menagerie.mlp().train.columns
+    problem = Problem(nn.Sequential(nn.Linear(4, 4), layer).double(), cross_entropy, (x, y))
+    v = directions(problem, 1)
+    with pytest.raises(ValueError, match=message):
+        directional(problem, v)
+    problem.model.eval()
+    torch.testing.assert_close(
+        directional(problem, v), menagerie.row_gradients(problem) @ v.T, **EXACT
+    )
+
+
+def test_dropout_that_is_no_module_of_its_own():
+    """nn.MultiheadAttention keeps its dropout as a number."""
+    model = menagerie.Attention().double()
+    model.attend.dropout = 0.1
+    x, y = menagerie.ODD["attention"]().train.columns
+    problem = Problem(model, cross_entropy, (x, y))
+    with pytest.raises(ValueError, match="active dropout"):
+        directional(problem, directions(problem, 1))
+
+
+# --- sums, and gradients of outputs ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*menagerie.ARCHITECTURES, "frozen", "hand tied"])
+def test_mean_gradient_is_the_gradient_of_the_objective(name):
+    problem = PROBLEMS[name]()
+    problem = Problem(problem.model, problem.loss, problem.train, weight_decay=0.1)
+    w = np.linspace(0, 2, problem.n)
+    theta = menagerie.flat_params(problem)
+    expected = torch.from_numpy(w) @ menagerie.row_gradients(problem) / problem.n + 0.1 * theta
+    for size in (1, 4, 100):
+        found = mean_gradient(problem, w, batch_size=size)
+        assert list(found) == list(problem.params)
+        torch.testing.assert_close(
+            torch.cat([g.flatten() for g in found.values()]), expected, **EXACT
+        )
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+@pytest.mark.parametrize("name", [*menagerie.ARCHITECTURES, "frozen", "encoder"])
+def test_output_gradients_equal_plain_autograd(name, size):
+    problem = PROBLEMS[name]()
+    function = problem.loss if name in ("gpt2", "llama") else margin
+    outputs = Outputs(function, problem.train)
+    labels = np.arange(problem.n) % 3
+    rows = menagerie.row_gradients(problem, function)
+    wanted = {
+        "rows": (outputs, rows),
+        "mean": (outputs.mean(), rows.mean(0, keepdim=True)),
+        "by label": (
+            outputs.mean(by=labels),
+            torch.stack([rows[labels == j].mean(0) for j in range(3)]),
+        ),
+    }
+    for some, expected in wanted.values():
+        found = flatten(output_gradients(problem.model, some, batch_size=size))
+        torch.testing.assert_close(found, expected, **EXACT)

@@ -1,0 +1,192 @@
+"""attribution_core.problem: data of every kind, outputs, guards."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from attribution_core import Outputs, Problem, cross_entropy, influence, margin
+from attribution_core.problem import as_data, batches, call, per_example, rows_in, take
+from tests import menagerie
+
+X, Y = menagerie.mlp().train.columns
+ARRAYS = {"x": X.numpy(), "y": Y.numpy()}
+
+
+class Own:
+    """The least a dataset must do."""
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, rows):
+        return X[rows], Y[rows]
+
+
+class Named(nn.Module):
+    """A classifier that takes its input by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = menagerie.mlp().model
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def by_name(model, batch):
+    return cross_entropy(model, (batch["x"].to(X), batch["y"]))
+
+
+DATA = {
+    "tuple": (X, Y),
+    "list of arrays": [X.numpy(), Y.numpy()],
+    "TensorDataset": TensorDataset(X, Y),
+    "own": Own(),
+    "dict": {"x": X, "y": Y},
+    "dict of arrays": ARRAYS,
+    "Dataset": datasets.Dataset.from_dict(ARRAYS),
+    "Dataset of torch": datasets.Dataset.from_dict(ARRAYS).with_format("torch"),
+    "Dataset with text": datasets.Dataset.from_dict({**ARRAYS, "text": ["a"] * len(X)}),
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_data_of_every_kind_gives_the_same_scores(kind):
+    data = DATA[kind]
+    named = kind.startswith("d") or kind.startswith("Dataset")
+    problem = Problem(menagerie.mlp().model, by_name if named else cross_entropy, data)
+    assert problem.n == len(X)
+    outputs = Outputs(problem.loss, data)
+    found = influence(problem, outputs, damping=1.0)
+    expected = influence(menagerie.mlp(), Outputs(cross_entropy, (X, Y)), damping=1.0)
+    # a datasets.Dataset hands floats out in float32: 1e-7, through a curvature with damping 1
+    tolerance = 1e-5 if kind.startswith("Dataset") else 1e-12
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=tolerance, atol=tolerance)
+
+
+def test_rows_are_taken_in_the_order_asked_for_and_text_is_left_out():
+    data = as_data(DATA["Dataset with text"])
+    batch = take(data, [4, 0, 4])
+    assert set(batch) == {"x", "y"}
+    assert batch["y"].tolist() == Y[[4, 0, 4]].tolist()
+    assert rows_in(batch) == 3
+
+
+def test_batches_cover_rows_once_in_order():
+    assert [b.tolist() for b in batches(5, 2)] == [[0, 1], [2, 3], [4]]
+    assert [b.tolist() for b in batches([7, 3, 5], 2)] == [[7, 3], [5]]
+    assert list(batches(0, 2)) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (3, TypeError, "expected data with a length and"),
+        ((X[:0], Y[:0]), ValueError, "at least one example, got empty data"),
+        ((X, Y[:2]), ValueError, r"columns of one length, got \[6, 2\]"),
+        ({"x": X, "y": Y[:2]}, ValueError, r"columns of one length, got \[6, 2\]"),
+        (datasets.Dataset.from_dict({"t": ["a", "b"]}), TypeError, "a dict or tuple of tensors"),
+        ("some text", TypeError, "a dict or tuple of tensors|expected data"),
+    ],
+)
+def test_data_that_does_not_fit(data, error, message):
+    with pytest.raises(error, match=message):
+        as_data(data)
+
+
+def test_rows_of_different_lengths_are_not_dropped_in_silence():
+    """A datasets.Dataset gives a list of tensors for ragged rows; the column would vanish."""
+    ragged = datasets.Dataset.from_dict({"x": [[1.0, 2.0], [3.0]], "y": [0, 1]})
+    with pytest.raises(ValueError, match="different lengths.*'x'|'x'.*different lengths"):
+        take(as_data(ragged), [0, 1])
+
+
+def test_a_model_without_trainable_parameters():
+    model = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="trainable parameters, got none"):
+        Problem(model, cross_entropy, (X, Y))
+
+
+def test_parameters_are_those_that_train_and_tied_ones_appear_once():
+    assert set(menagerie.ODD["frozen"]().params) == {"2.weight", "4.weight", "4.bias"}
+    names = set(menagerie.gpt2().params)
+    assert "transformer.wte.weight" in names
+    assert "lm_head.weight" not in names
+
+
+def test_losses_that_are_one_number_or_another_shape():
+    problem = menagerie.mlp()
+    batch = (X[:3], Y[:3])
+    wrong = {
+        r"got \(\)": lambda m, b: cross_entropy(m, b).mean(),
+        r"got \(3, 1\)": lambda m, b: cross_entropy(m, b)[:, None],
+        r"got .*float": lambda m, b: float(cross_entropy(m, b).mean()),
+    }
+    for message, loss in wrong.items():
+        with pytest.raises(ValueError, match=rf"one loss per row, shape \(3,\), {message}.*reduction"):
+            per_example(problem.model, loss, batch)
+
+
+def test_values_of_nan_name_the_rows_of_the_data():
+    x = X.clone()
+    x[1] = float("inf")
+    with pytest.raises(ValueError, match=r"finite loss values, got NaN or infinity in rows \[14\]"):
+        per_example(menagerie.mlp().model, cross_entropy, (x[:3], Y[:3]), rows=[13, 14, 15])
+    outputs = Outputs(margin, (x, Y))
+    with pytest.raises(ValueError, match=r"finite output values.*rows \[1\]"):
+        outputs.evaluate(menagerie.mlp().model, batch_size=4)
+
+
+def test_call_swaps_parameters_in_and_leaves_the_model():
+    problem = menagerie.mlp()
+    zeros = {name: torch.zeros_like(value) for name, value in problem.params.items()}
+    losses = call(problem.model, problem.loss, zeros, (X, Y))
+    torch.testing.assert_close(losses, torch.full((6,), np.log(3), dtype=torch.float64))
+    for name, value in menagerie.mlp().params.items():
+        assert torch.equal(problem.params[name], value)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_float64_transformers_are_computed_in_float64(name):
+    """The plain model casts to float32 inside: it agrees to 1e-5 and is not the same."""
+    problem = menagerie.ARCHITECTURES[name]()
+    batch = take(problem.train, [0, 1, 2])
+    found = call(problem.model, problem.loss, problem.params, batch)
+    with torch.no_grad():
+        plain = problem.loss(problem.model, batch)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    if name == "llama":
+        assert not torch.equal(found, plain)
+
+
+# --- outputs ---------------------------------------------------------------------------------
+
+
+def test_outputs_by_row_by_mean_and_by_label():
+    model, labels = menagerie.mlp().model, np.array(["b", "a", "b", "c", "a", "b"])
+    outputs = Outputs(margin, (X, Y))
+    rows = margin(model, (X, Y)).detach()
+    torch.testing.assert_close(outputs.evaluate(model), rows)
+    torch.testing.assert_close(outputs.mean().evaluate(model), rows.mean()[None])
+    by = outputs.mean(by=labels)
+    expected = [rows[labels == name].mean() for name in "abc"]
+    torch.testing.assert_close(by.evaluate(model, batch_size=4), torch.stack(expected))
+    assert by.names == ("a", "b", "c")
+    assert (len(outputs), len(outputs.mean()), len(by)) == (6, 1, 3)
+
+
+def test_means_that_make_no_sense():
+    outputs = Outputs(margin, (X, Y))
+    with pytest.raises(ValueError, match="got averages already"):
+        outputs.mean().mean()
+    with pytest.raises(ValueError, match=r"one label per row \[6\], got \(2,\)"):
+        outputs.mean(by=["a", "b"])
+
+
+def test_outputs_in_single_precision_are_returned_in_double():
+    model = menagerie.mlp().model.float()
+    values = Outputs(margin, (X.float(), Y)).mean().evaluate(model)
+    assert values.dtype == torch.float64

@@ -1,0 +1,197 @@
+"""attribution_core.retraining: tables equal to loops of train, side by side, resumed, refused."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from attribution_core import SGD, Recipe, RetrainingTable, random_subsets, retrain, train
+from attribution_core.retraining import retrain_pairs
+from tests import menagerie
+from tests.test_store import kill_when, run_python
+
+SEEDS = (3, 1)
+
+
+def world():
+    """(problem, recipe, outputs, weights of 3 halves)."""
+    problem = menagerie.softmax()
+    recipe = Recipe(SGD(0.1, 0.9), batch_size=4, epochs=2)
+    return problem, recipe, menagerie.unseen(problem), random_subsets(problem.n, 3, keep=0.5)
+
+
+@pytest.mark.parametrize("drop", ["row", "weight"])
+def test_a_table_is_a_loop_of_train(drop):
+    problem, recipe, outputs, weights = world()
+    table = retrain(problem, recipe, outputs, weights, seeds=SEEDS, drop=drop)
+    assert table.per_seed.shape == (3, 2, 5)
+    for row in range(3):
+        for s, seed in enumerate(SEEDS):
+            run = train(problem, replace(recipe, seed=seed), weights[row], drop=drop)
+            np.testing.assert_array_equal(table.per_seed[row, s], run.outputs(outputs))
+    np.testing.assert_allclose(table.outputs, table.per_seed.mean(1))
+    np.testing.assert_array_equal(table.weights, weights)
+    assert table.seeds == SEEDS
+
+
+def test_one_row_of_weights_and_a_number_of_seeds():
+    problem, recipe, outputs, weights = world()
+    table = retrain(problem, recipe, outputs.mean(), weights[0], seeds=2)
+    assert table.per_seed.shape == (1, 2, 1)
+    assert table.seeds == (0, 1)
+
+
+def test_side_by_side_is_one_by_one():
+    problem, recipe, outputs, weights = world()
+    one, two = (
+        retrain(problem, recipe, outputs, weights, seeds=SEEDS, jobs=jobs) for jobs in (1, 2)
+    )
+    # worker processes may run torch with other thread counts: sums in another order
+    np.testing.assert_allclose(two.per_seed, one.per_seed, rtol=1e-12)
+
+
+def test_pairs_of_weights_and_seeds():
+    problem, recipe, outputs, weights = world()
+    table = retrain(problem, recipe, outputs, weights, seeds=SEEDS)
+    found = retrain_pairs(problem, recipe, outputs, [(weights[2], 1), (weights[0], 3)])
+    np.testing.assert_array_equal(found, [table.per_seed[2, 1], table.per_seed[0, 0]])
+
+
+def test_saved_and_loaded_is_the_same(tmp_path):
+    table = retrain(*world(), seeds=SEEDS)
+    for name in ("table.npz", "table"):
+        table.save(tmp_path / name)
+        loaded = RetrainingTable.load(tmp_path / name)
+        np.testing.assert_array_equal(loaded.weights, table.weights)
+        np.testing.assert_array_equal(loaded.per_seed, table.per_seed)
+        assert loaded.seeds == table.seeds
+
+
+def test_random_subsets_keep_their_share_and_follow_their_seed():
+    weights = random_subsets(21, 400, keep=1 / 3)
+    assert set(np.unique(weights)) == {0.0, 1.0}
+    np.testing.assert_array_equal(weights.sum(1), 7)
+    # every example is kept in a third of 400 rows, with a standard error of .024
+    assert np.abs(weights.mean(0) - 1 / 3).max() < 5 * 0.024
+    np.testing.assert_array_equal(weights, random_subsets(21, 400, keep=1 / 3))
+    assert (weights != random_subsets(21, 400, keep=1 / 3, seed=1)).any()
+
+
+# --- resuming --------------------------------------------------------------------------------
+
+
+def counted(folder, recipe=None, rows=3, seeds=SEEDS, jobs=1, pause=0.0):
+    """The table, and how many trainings were done for it here."""
+    import time
+
+    problem, usual, outputs, _ = world()
+    seen = []
+
+    def progress(items):
+        for item in items:
+            yield item  # written when the loop comes back
+            seen.append(item[0])
+            time.sleep(pause)
+
+    weights = random_subsets(problem.n, rows, keep=0.5)
+    table = retrain(
+        problem, recipe or usual, outputs, weights, seeds=seeds, folder=folder, jobs=jobs,
+        progress=progress,
+    )  # fmt: skip
+    return table, len(seen)
+
+
+def test_a_killed_retraining_resumes_with_the_same_table(tmp_path):
+    """kill -9 after some trainings; the same call computes only the others."""
+    whole, count = counted(tmp_path / "whole", rows=10)
+    assert count == 20
+    folder = tmp_path / "killed"
+    child = run_python(
+        f"from tests import test_retraining as t; t.counted({str(folder)!r}, rows=10, pause=0.2)"
+    )
+    kill_when(child, lambda: len(list(folder.glob("*.npy"))) >= 3)
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+    assert 3 <= len(finished) < 20
+    resumed, count = counted(folder, rows=10)
+    assert count == 20 - len([path for path in finished if ".part" not in path.name])
+    np.testing.assert_array_equal(resumed.per_seed, whole.per_seed)
+    for path, time in finished.items():
+        assert path.stat().st_mtime_ns == time
+    assert counted(folder, rows=10)[1] == 0
+
+
+def test_a_larger_table_trains_what_is_new(tmp_path):
+    small, count = counted(tmp_path, rows=2, seeds=(0,))
+    assert count == 2
+    large, count = counted(tmp_path, rows=3, seeds=(0, 1), jobs=2)
+    assert count == 4  # one more row and one more seed: 6 cells, 2 of them known
+    np.testing.assert_array_equal(large.per_seed[:2, :1], small.per_seed)
+
+
+def test_a_folder_of_another_run(tmp_path):
+    counted(tmp_path)
+    with pytest.raises(ValueError, match="holds trainings of another run"):
+        counted(tmp_path, recipe=Recipe(SGD(0.2), batch_size=4, epochs=2))
+    problem, recipe, outputs, weights = world()
+    frozen = menagerie.softmax()
+    frozen.model.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="holds trainings of another run"):
+        retrain(frozen, recipe, outputs, weights, seeds=SEEDS, folder=tmp_path)
+    with pytest.raises(ValueError, match="holds trainings of another run"):
+        retrain(problem, recipe, outputs, weights, seeds=SEEDS, folder=tmp_path, drop="weight")
+
+
+def test_a_damaged_cell(tmp_path):
+    counted(tmp_path)
+    cell = sorted(tmp_path.glob("*.npy"))[0]
+    cell.write_bytes(cell.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=rf"{cell.name} is damaged .*; delete it and run again"):
+        counted(tmp_path)
+    cell.unlink()
+    assert counted(tmp_path)[1] == 1
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weights", "seeds", "message"),
+    [
+        (np.ones((2, 3)), 1, r"expected weights \[n=20\] for every training, got \(3,\)"),
+        (np.ones((0, 20)), 1, "expected at least one training"),
+        (np.ones((1, 20)), 0, "expected at least one training"),
+        (-np.ones((1, 20)), 1, r"retraining 0 \(seed 0\) failed: expected finite weights"),
+    ],
+)
+def test_weights_and_seeds_that_make_no_sense(weights, seeds, message):
+    problem, recipe, outputs, _ = world()
+    with pytest.raises(ValueError, match=message):
+        retrain(problem, recipe, outputs, weights, seeds=seeds)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failed_training_says_which(jobs):
+    problem, recipe, outputs, weights = world()
+    x, y = problem.train.columns
+    x[int(np.flatnonzero(weights[1] * (1 - weights[0]) * (1 - weights[2]))[0])] = float("nan")
+    with pytest.raises(ValueError, match=r"retraining 1 \(seed 0\) failed: training stopped at step"):
+        retrain(problem, recipe, outputs, weights, seeds=1, jobs=jobs)
+
+
+def test_tables_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"expected weights \[m, n\] and per_seed \[m, s=1, t\]"):
+        RetrainingTable(np.ones((2, 3)), np.ones((2, 2, 1)), (0,))
+
+
+@pytest.mark.parametrize("keep", [0, 1.5])
+def test_shares_that_make_no_sense(keep):
+    with pytest.raises(ValueError, match=r"expected a keep fraction in \(0, 1\]"):
+        random_subsets(4, 2, keep=keep)
+
+
+def test_retraining_leaves_the_model_alone():
+    problem, recipe, outputs, weights = world()
+    before = menagerie.flat_params(problem)
+    retrain(problem, recipe, outputs, weights, seeds=1)
+    assert torch.equal(menagerie.flat_params(problem), before)

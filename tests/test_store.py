@@ -1,0 +1,310 @@
+"""attribution_core.store: resuming after a kill, refusing what is foreign or damaged, fingerprints."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from attribution_core import SGD, Outputs, Problem, Recipe, influence, margin
+from attribution_core.store import Store, fingerprint
+from tests import menagerie
+
+BLOCKS = 12
+
+
+def run_python(code, **environment):
+    """A child process that can import the tests."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=menagerie.ROOT,
+        env={**os.environ, "PYTHONPATH": str(menagerie.ROOT), **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill_when(process, ready, limit=60):
+    """SIGKILL once `ready()`; fails if the process ends before."""
+    end = time.monotonic() + limit
+    while not ready():
+        assert process.poll() is None, "the process ended before it could be killed"
+        assert time.monotonic() < end, "nothing to kill in time"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def scored(folder, pause=0.0):
+    """Score 12 blocks of 256 rows into a folder; returns the datamodel and the blocks computed here."""
+    problem = menagerie.softmax(256 * BLOCKS)
+    computed = []
+
+    def progress(blocks):
+        for rows in blocks:
+            yield rows  # the block is written when the loop comes back
+            computed.append(int(rows[0]) // 256)
+            time.sleep(pause)
+
+    outputs = menagerie.unseen(problem)
+    return influence(problem, outputs, folder=folder, progress=progress), computed
+
+
+def test_a_killed_scoring_resumes_with_the_same_bytes(tmp_path):
+    """kill -9 after some blocks; the same call computes only the others."""
+    whole, all_blocks = scored(tmp_path / "whole")
+    assert all_blocks == list(range(BLOCKS))
+    folder = tmp_path / "killed"
+    done = folder / "done.npy"
+    child = run_python(f"from tests import test_store; test_store.scored({str(folder)!r}, pause=0.3)")
+    kill_when(child, lambda: done.exists() and len(done.read_bytes()) > 128 and np.load(done).sum() >= 3)
+    before = np.flatnonzero(np.load(done))
+    assert 3 <= len(before) < BLOCKS
+    resumed, computed = scored(folder)
+    assert sorted([*before, *computed]) == list(range(BLOCKS))
+    assert (folder / "scores.npy").read_bytes() == (tmp_path / "whole" / "scores.npy").read_bytes()
+    np.testing.assert_array_equal(resumed.scores, whole.scores)
+    np.testing.assert_array_equal(resumed.base, whole.base)
+    assert resumed.meta == whole.meta
+    again, computed = scored(folder)
+    assert computed == []
+    np.testing.assert_array_equal(again.scores, whole.scores)
+
+
+def test_stored_scores_are_the_scores_in_single_precision(tmp_path):
+    problem = menagerie.softmax(600)
+    outputs = menagerie.unseen(problem)
+    stored = influence(problem, outputs, folder=tmp_path)
+    assert isinstance(stored.scores, np.memmap)
+    expected = influence(problem, outputs).scores.astype(np.float32)
+    np.testing.assert_array_equal(stored.scores, expected)
+
+
+def test_a_stored_datamodel_can_be_saved_into_its_own_folder(tmp_path):
+    problem = menagerie.softmax(300)
+    outputs = menagerie.unseen(problem)
+    stored = influence(problem, outputs, folder=tmp_path)
+    expected = np.array(stored.scores)
+    stored.save(tmp_path)
+    np.testing.assert_array_equal(type(stored).load(tmp_path).scores, expected)
+    np.testing.assert_array_equal(influence(problem, outputs, folder=tmp_path).scores, expected)
+
+
+def test_a_folder_of_other_scores_is_not_overwritten(tmp_path):
+    problem = menagerie.softmax(30)
+    outputs = menagerie.unseen(problem)
+    influence(problem, outputs).save(tmp_path)
+    before = (tmp_path / "scores.npy").read_bytes()
+    with pytest.raises(ValueError, match="holds a scores.npy that is not a store's"):
+        influence(problem, outputs, folder=tmp_path)
+    assert (tmp_path / "scores.npy").read_bytes() == before
+
+
+# --- the store by itself ---------------------------------------------------------------------
+
+
+def test_blocks_are_missing_until_written(tmp_path):
+    store = Store.open(tmp_path, (10, 2), "print", block=4)
+    assert [rows.tolist() for rows in store.missing()] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    with pytest.raises(ValueError, match="3 of 3 blocks in .* are not written; run the same command"):
+        store.read()
+    for rows in store.missing()[1:]:
+        store.write(rows, np.tile(rows[:, None], 2))
+    again = Store.open(tmp_path, (10, 2), "print", block=4)
+    assert [rows.tolist() for rows in again.missing()] == [[0, 1, 2, 3]]
+    again.write(again.missing()[0], np.zeros((4, 2)))
+    expected = [0, 0, 0, 0, 4, 5, 6, 7, 8, 9]
+    np.testing.assert_array_equal(again.read(), np.tile(np.array(expected)[:, None], 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fingerprint": "other"}, "another run .different fingerprint"),
+        ({"shape": (10, 3)}, "another run .different shape"),
+        ({"dtype": "float64"}, "another run .different dtype"),
+        ({"block": 5}, "another run .different block"),
+    ],
+)
+def test_a_foreign_store(tmp_path, changes, message):
+    settings = {"shape": (10, 2), "fingerprint": "print", "block": 4}
+    Store.open(tmp_path, **settings)
+    with pytest.raises(ValueError, match=message):
+        Store.open(tmp_path, **{**settings, **changes})
+
+
+@pytest.mark.parametrize("name", ["scores.npy", "done.npy", "store.json"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+def test_a_damaged_store(tmp_path, name, damage):
+    Store.open(tmp_path, (10, 2), "print")
+    path = tmp_path / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-5] if damage == "cut" else b"")
+    if (name, damage) == ("store.json", "gone"):  # as a kill during creation leaves it: made anew
+        assert len(Store.open(tmp_path, (10, 2), "print").missing()) == 1
+        return
+    with pytest.raises(ValueError, match=r"is damaged .*; delete it and run again"):
+        Store.open(tmp_path, (10, 2), "print")
+
+
+def test_values_that_are_not_finite_are_not_written(tmp_path):
+    store = Store.open(tmp_path, (10, 2), "print", block=4)
+    values = np.zeros((4, 2))
+    values[1, 0] = np.nan
+    with pytest.raises(ValueError, match=r"NaN or infinity in rows \[5\]"):
+        store.write(np.arange(4, 8), values)
+    assert len(store.missing()) == 3
+
+
+def test_what_is_remembered_is_made_once(tmp_path):
+    store = Store.open(tmp_path, (10, 2), "print")
+    made = []
+
+    def make():
+        made.append(1)
+        return torch.arange(3.0), {"damping": 0.5}
+
+    for _ in range(2):
+        tensor, about = store.remember("directions", make)
+        assert tensor.tolist() == [0, 1, 2]
+        assert about == {"damping": 0.5}
+    assert len(made) == 1
+
+
+# --- fingerprints ----------------------------------------------------------------------------
+
+
+def changed_weight(problem):
+    other = menagerie.mlp()
+    with torch.no_grad():
+        other.model[0].weight[0, 0] += 1e-12
+    return replace(problem, model=other.model)
+
+
+def frozen_weight(problem):
+    other = menagerie.mlp()
+    other.model[0].requires_grad_(False)
+    return replace(problem, model=other.model)
+
+
+def changed_datum(problem):
+    x, y = (column.clone() for column in problem.train.columns)
+    x[5, 3] += 1e-12
+    return replace(problem, train=(x, y))
+
+
+def other_layer(problem):
+    return replace(problem, model=nn.Sequential(*menagerie.mlp().model[:-2], nn.ReLU(), menagerie.mlp().model[-1]))
+
+
+CHANGES = {
+    "weight": changed_weight,
+    "frozen": frozen_weight,
+    "datum": changed_datum,
+    "layer": other_layer,
+    "loss": lambda p: replace(p, loss=margin),
+    "partial": lambda p: replace(p, loss=functools.partial(p.loss)),
+    "decay": lambda p: replace(p, weight_decay=1e-9),
+    "order": lambda p: replace(p, train=tuple(c.flip(0) for c in p.train.columns)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_of_a_problem_changes_its_print(change):
+    problem = menagerie.mlp()
+    assert fingerprint(menagerie.mlp()) == fingerprint(problem)
+    assert fingerprint(CHANGES[change](problem)) != fingerprint(problem)
+
+
+def closure(value):
+    def function(model, batch):
+        return value
+
+    return function
+
+
+DIFFERENT = [
+    (functools.partial(margin, tokens=1), functools.partial(margin, tokens=2)),
+    (functools.partial(margin, 1), functools.partial(margin, 2)),
+    (lambda m, b: b + 1, lambda m, b: b + 2),
+    (lambda m, b: b.sin(), lambda m, b: b.cos()),
+    (closure(1), closure(2)),
+    (lambda m, b: [lambda: 1], lambda m, b: [lambda: 2]),
+    (Recipe(SGD(0.1), 2, 1), Recipe(SGD(0.2), 2, 1)),
+    (Recipe(SGD(0.1), 2, 1), Recipe(SGD(0.1), 2, 1, "linear")),
+    (torch.ones(2), torch.ones(2).double()),
+    (torch.ones(2).bfloat16(), torch.zeros(2).bfloat16()),
+    (np.zeros((2, 3)), np.zeros((3, 2))),
+    (["ab", "c"], ["a", "bc"]),
+    ([{"a": 1}, {"b": 2}], [{"a": 1, "b": 2}, {}]),
+    (None, 0),
+    (1, 1.0),
+    (TensorDataset(torch.ones(2)), TensorDataset(torch.zeros(2))),
+]
+
+
+@pytest.mark.parametrize("pair", DIFFERENT, ids=range(len(DIFFERENT)))
+def test_different_things_have_different_prints(pair):
+    first, second = pair
+    assert fingerprint(first) == fingerprint(first)
+    assert fingerprint(first) != fingerprint(second)
+
+
+class Own:
+    """Data of one's own, with neither a repr nor a fingerprint."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, rows):
+        return (self.x[rows],)
+
+
+def test_data_of_ones_own_are_told_apart_by_their_rows():
+    x = torch.randn(2000, 2)
+    other = x.clone()
+    other[1999, 1] += 1
+    assert fingerprint(Own(x)) == fingerprint(Own(x.clone())) != fingerprint(Own(other))
+
+
+def test_heads_of_a_transformer_are_part_of_it():
+    """Four heads or two: the same weights, another function."""
+    one, other = menagerie.gpt2().model, menagerie.gpt2().model
+    assert fingerprint(one) == fingerprint(other)
+    other.config.n_head = 4
+    assert fingerprint(one) != fingerprint(other)
+
+
+def everything():
+    """Of all kinds that have a print, some that Python orders or names by address."""
+    problem = menagerie.gpt2()
+    held = {"a", "b", "c", "d"}
+    return fingerprint(
+        problem,
+        Problem(menagerie.mlp().model, lambda m, b: b in {"x", "y", "z"}, Own(torch.ones(3, 2))),
+        Outputs(margin, menagerie.mlp().train).mean(by=list("aabbcc")),
+        Recipe(SGD(0.1), 2, 1, schedule=lambda step: len(held) / (step + 1)),
+        functools.partial(margin, held=held, thing=object()),
+    )
+
+
+def test_prints_are_the_same_in_every_process():
+    """Whatever the hash seed, and wherever objects lie."""
+    code = "from tests import test_store; print(test_store.everything())"
+    children = [run_python(code, PYTHONHASHSEED=seed) for seed in ("1", "2")]
+    prints = [child.communicate(timeout=120)[0].strip() for child in children]
+    assert prints[0] == prints[1]
+    assert len(prints[0]) == 64

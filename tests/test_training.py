@@ -1,0 +1,330 @@
+"""attribution_core.training: pure optimizers against torch.optim, weights, order, exposure, refusals."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from attribution_core import SGD, Adam, AdamW, Outputs, Problem, Recipe, margin, train
+from attribution_core.training import clipped, gradient
+from tests import menagerie
+
+STEPS = 100
+# 100 steps of rounding 1e-16, grown by training by less than 1e4
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+OPTIMIZERS = {
+    "sgd": (SGD(0.05), torch.optim.SGD, {"lr": 0.05}),
+    "momentum": (SGD(0.05, 0.9), torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "nesterov": (
+        SGD(0.05, 0.9, nesterov=True, weight_decay=0.1),
+        torch.optim.SGD,
+        {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    ),
+    "adam": (
+        Adam(0.01, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1),
+        torch.optim.Adam,
+        {"lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1},
+    ),
+    "adamw": (
+        AdamW(0.01, weight_decay=0.1),
+        torch.optim.AdamW,
+        {"lr": 0.01, "weight_decay": 0.1},
+    ),
+}
+SCHEDULES = {
+    None: lambda step: 1.0,
+    "linear": lambda step: 1 - step / STEPS,
+    "cosine": lambda step: 0.5 * (1 + np.cos(np.pi * step / STEPS)),
+}
+
+
+def by_torch(problem, order, optimizer, settings, factor=lambda step: 1.0, weights=None, clip=None):
+    """The textbook loop: sum of weighted losses over the number of rows, backward, clip, step."""
+    model = copy.deepcopy(problem.model)
+    weights = torch.ones(problem.n) if weights is None else torch.as_tensor(weights)
+    tool = optimizer(model.parameters(), **settings)
+    schedule = torch.optim.lr_scheduler.LambdaLR(tool, factor)
+    losses = []
+    for rows in order:
+        tool.zero_grad()
+        values = problem.loss(model, problem.train[list(rows)])
+        loss = (values * weights[list(rows)].to(values)).sum() / len(rows)
+        loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        tool.step()
+        schedule.step()
+        losses.append(loss.item())
+    return dict(model.named_parameters()), np.array(losses)
+
+
+def assert_same(run, params, losses):
+    np.testing.assert_allclose(run.losses, losses, **EXACT)
+    assert list(run.params) == list(params)
+    for name, value in params.items():
+        torch.testing.assert_close(run.params[name], value.detach(), **EXACT)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_hundred_steps_equal_torch(name, schedule):
+    ours, theirs, settings = OPTIMIZERS[name]
+    problem = menagerie.mlp()
+    run = train(problem, Recipe(ours, batch_size=2, epochs=STEPS * 2 / problem.n, schedule=schedule))
+    assert len(run.order) == STEPS
+    assert_same(run, *by_torch(problem, run.order, theirs, settings, SCHEDULES[schedule]))
+
+
+def test_a_schedule_of_ones_own_and_clipping_equal_torch():
+    problem = menagerie.conv()
+
+    def warmup(step):
+        return min(1.0, (step + 1) / 10)
+
+    recipe = Recipe(SGD(0.1, 0.9), 3, 20, schedule=warmup, clip=0.2)
+    run = train(problem, recipe)
+    settings = {"lr": 0.1, "momentum": 0.9}
+    expected = by_torch(problem, run.order, torch.optim.SGD, settings, warmup, clip=0.2)
+    assert_same(run, *expected)
+    free = train(problem, replace(recipe, clip=None))
+    assert not np.allclose(free.losses, run.losses)  # the limit was met on the way
+
+
+def test_clipping_leaves_small_gradients_alone():
+    g = {"a": torch.tensor([3.0]).double(), "b": torch.tensor([[4.0]]).double()}
+    assert clipped(g, 5.1) == g
+    torch.testing.assert_close(clipped(g, 1.0)["b"], torch.tensor([[4 / (5 + 1e-6)]]).double())
+
+
+def test_the_problems_weight_decay_is_the_optimizers():
+    problem = menagerie.mlp()
+    recipe = Recipe(SGD(0.1), 2, 3)
+    inside = train(replace(problem, weight_decay=0.2), recipe)
+    beside = train(problem, replace(recipe, optimizer=SGD(0.1, weight_decay=0.2)))
+    for name in inside.params:
+        assert torch.equal(inside.params[name], beside.params[name])
+    assert inside.trained().weight_decay == beside.trained().weight_decay == 0.2
+
+
+def test_the_gradient_of_a_weighted_batch():
+    problem = menagerie.mlp()
+    w, rows = torch.tensor([0.5, 0.0, 2.0]), [4, 1, 2]
+    loss, grads = gradient(problem, problem.params, problem.train[rows], w)
+    flat = torch.cat([g.flatten() for g in grads.values()])
+    torch.testing.assert_close(flat, w.double() @ menagerie.row_gradients(problem)[rows] / 3)
+    expected = w.double() @ menagerie.losses_at(problem, menagerie.flat_params(problem))[rows] / 3
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
+
+
+# --- weights and order -----------------------------------------------------------------------
+
+
+def test_weight_zero_is_left_out_of_the_sum_and_changes_nothing_else():
+    """Same batches, same steps, same denominator: as torch's loop with these weights."""
+    problem = menagerie.mlp()
+    w = np.array([1.0, 0.0, 1.0, 0.5, 0.0, 2.0])
+    recipe = Recipe(Adam(0.01), batch_size=4, epochs=10)
+    run, full = train(problem, recipe, w), train(problem, recipe)
+    assert all(np.array_equal(a, b) for a, b in zip(run.order, full.order, strict=True))
+    assert_same(run, *by_torch(problem, run.order, torch.optim.Adam, {"lr": 0.01}, weights=w))
+    np.testing.assert_array_equal(run.anchor, w)
+
+
+def test_dropped_rows_are_never_seen():
+    problem = menagerie.ridge()
+    w = (np.arange(problem.n) % 4 > 0).astype(float)
+    run = train(problem, Recipe(SGD(0.01), batch_size=5, epochs=4), w, drop="row")
+    seen = np.bincount(np.concatenate(run.order), minlength=problem.n)
+    # 15 of 20 rows are left: 4 epochs are 12 batches of 5, every row 4 times
+    np.testing.assert_array_equal(seen, 4 * w)
+    assert len(run.order) == 12
+
+
+def test_dropped_rows_with_fewer_left_than_a_batch():
+    problem = menagerie.ridge()
+    w = np.zeros(problem.n)
+    w[[3, 7]] = 1.0
+    run = train(problem, Recipe(SGD(0.01), batch_size=5, epochs=3), w, drop="row")
+    assert [sorted(batch.tolist()) for batch in run.order] == [[3, 7]] * 3
+
+
+def test_exposure_takes_fewer_steps_from_the_whole_set():
+    problem = menagerie.ridge()
+    recipe = Recipe(SGD(0.01), batch_size=5, epochs=8, schedule="linear")
+    full, half = train(problem, recipe), train(problem, recipe, exposure=0.5)
+    seen = np.bincount(np.concatenate(half.order), minlength=problem.n)
+    np.testing.assert_array_equal(seen, 4)  # every row half as often as in 8 epochs
+    assert len(half.order) == len(full.order) / 2
+    np.testing.assert_array_equal(half.anchor, 0.5)
+    # and the schedule is that of the shorter run
+    rates = [recipe.lr_factor(k, len(half.order)) for k in range(len(half.order))]
+    np.testing.assert_allclose(rates, 1 - np.arange(16) / 16)
+
+
+def test_exposure_has_the_steps_of_a_run_on_a_fraction():
+    problem = menagerie.ridge()
+    recipe = Recipe(SGD(0.01), batch_size=3, epochs=7)
+    w = np.arange(problem.n) % 2
+    half, removed = train(problem, recipe, exposure=0.5), train(problem, recipe, w, drop="row")
+    assert len(half.order) == len(removed.order)
+
+
+def test_a_run_is_replayed_from_its_order():
+    problem = menagerie.mlp()
+    run = train(problem, Recipe(AdamW(0.01, weight_decay=0.1), 2, 5, seed=3))
+    again = train(problem, replace(run.recipe, order=run.order, seed=99))
+    for name in run.params:
+        assert torch.equal(run.params[name], again.params[name])
+
+
+def test_equal_seeds_give_equal_runs_and_other_seeds_other_orders():
+    problem = menagerie.mlp()
+    recipe = Recipe(SGD(0.1), 2, 5)
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first, second = train(problem, recipe), train(problem, recipe)
+    other = train(problem, replace(recipe, seed=1))
+    assert all(torch.equal(first.params[name], second.params[name]) for name in first.params)
+    assert any((a != b).any() for a, b in zip(first.order, other.order, strict=True))
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert (np.random.get_state()[1] == state[1]).all()  # noqa: NPY002
+
+
+def test_every_pass_sees_every_row_once():
+    rows = np.arange(10)
+    order = Recipe(SGD(0.1), batch_size=4, epochs=6).draw(rows)
+    assert len(order) == 15
+    stream = np.concatenate(order)
+    for start in range(0, 60, 10):
+        np.testing.assert_array_equal(np.sort(stream[start : start + 10]), rows)
+
+
+def test_init_by_seed():
+    problem = menagerie.mlp()
+
+    def init(seed):
+        model = copy.deepcopy(problem.model)
+        nn.init.constant_(model[0].bias, seed)
+        return model
+
+    recipe = Recipe(SGD(0.0), 2, 1, init=init, seed=4)
+    assert train(problem, recipe).params["0.bias"].eq(4).all()
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt2", "frozen"])
+def test_the_problems_model_is_left_as_it_was(name):
+    problem = {**menagerie.ARCHITECTURES, **menagerie.ODD}[name]()
+    before = copy.deepcopy(problem.model.state_dict())
+    run = train(problem, Recipe(SGD(0.1), 2, 2))
+    for key, value in problem.model.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert all(p.grad is None for p in problem.model.parameters())
+    trained = run.model
+    moved = {key for key, value in trained.state_dict().items() if not torch.equal(value, before[key])}
+    trainable = {key for key, p in problem.model.named_parameters() if p.requires_grad}
+    # every trainable parameter moved (a tied one under all its names), no other did
+    tied = {"lm_head.weight"} if name == "gpt2" else set()
+    assert moved - tied == trainable
+    outputs = Outputs(problem.loss, problem.train)
+    torch.testing.assert_close(run.outputs(outputs), outputs.evaluate(trained))
+
+
+def test_a_run_is_kept_in_a_folder(tmp_path):
+    """The second call reads what the first one wrote; another recipe is another run."""
+    problem = menagerie.mlp()
+    recipe = Recipe(Adam(0.01), 2, 5)
+    steps = []
+
+    def progress(items):
+        for item in items:
+            steps.append(item)
+            yield item
+
+    w = np.linspace(0.5, 1, problem.n)
+    runs = [
+        train(problem, recipe, w, 0.5, folder=tmp_path / "run", progress=progress) for _ in range(2)
+    ]
+    assert len(steps) == len(runs[0].order)
+    plain = train(problem, recipe, w, 0.5)
+    for run in runs:
+        for name in plain.params:
+            assert torch.equal(run.params[name], plain.params[name])
+            assert torch.equal(run.damping[name], plain.damping[name])
+        np.testing.assert_array_equal(run.anchor, plain.anchor)
+        np.testing.assert_array_equal(run.losses, plain.losses)
+        assert all(np.array_equal(a, b) for a, b in zip(run.order, plain.order, strict=True))
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": np.ones(3)}, r"expected one weight per training example, \[n=6\], got \(3,\)"),
+        ({"weights": -np.ones(6)}, "expected finite weights of at least 0"),
+        ({"weights": np.full(6, np.nan)}, "expected finite weights of at least 0"),
+        ({"weights": np.zeros(6)}, "expected something to train on"),
+        ({"exposure": 0.0}, r"expected an exposure in \(0, 1\], got 0"),
+        ({"exposure": 1.5}, r"expected an exposure in \(0, 1\], got 1.5"),
+        ({"drop": "both"}, "unknown drop 'both'"),
+    ],
+)
+def test_arguments_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(menagerie.mlp(), Recipe(SGD(0.1), 2, 1), **settings)
+
+
+def test_an_explicit_order_cannot_lose_rows():
+    recipe = Recipe(SGD(0.1), 2, 1, order=[[0, 1], [2, 3]])
+    with pytest.raises(ValueError, match="explicit order cannot be redrawn"):
+        train(menagerie.mlp(), recipe, [1, 1, 1, 1, 1, 0], drop="row")
+
+
+def test_two_weight_decays():
+    problem = replace(menagerie.mlp(), weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"got 0.1 in the problem and 0.2 in the optimizer"):
+        train(problem, Recipe(SGD(0.1, weight_decay=0.2), 2, 1))
+
+
+def test_unknown_schedule():
+    with pytest.raises(ValueError, match="unknown schedule 'step'; linear, cosine"):
+        train(menagerie.mlp(), Recipe(SGD(0.1), 2, 1, schedule="step"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [(nn.Dropout(0.5), "active dropout"), (nn.BatchNorm1d(3), "batch norm in training mode")],
+)
+def test_random_layers(layer, message):
+    problem = menagerie.mlp()
+    model = nn.Sequential(problem.model, layer).double()
+    with pytest.raises(ValueError, match=message):
+        train(Problem(model, problem.loss, problem.train), Recipe(SGD(0.1), 2, 1))
+
+
+def test_a_loss_of_nan_names_the_step_and_the_rows():
+    x, y = menagerie.mlp().train.columns
+    x[4, 0] = float("nan")
+    problem = Problem(menagerie.mlp().model, menagerie.mlp().loss, (x, y))
+    recipe = Recipe(SGD(0.1), 2, 1, order=[[0, 1], [2, 3], [5, 4]])
+    with pytest.raises(ValueError, match=r"stopped at step 2 of 3:.*NaN or infinity in rows \[4\]"):
+        train(problem, recipe)
+
+
+def test_a_learning_rate_that_explodes_says_so():
+    recipe = Recipe(SGD(1e200), 2, 5)
+    with pytest.raises(ValueError, match="stopped at step .*; look at these examples, or at the lea"):
+        train(menagerie.ridge(), recipe)
+
+
+def test_a_loss_of_one_number():
+    problem = menagerie.mlp()
+
+    def mean(model, batch):
+        return margin(model, batch).mean()
+
+    with pytest.raises(ValueError, match="expected one loss per row"):
+        train(Problem(problem.model, mean, problem.train), Recipe(SGD(0.1), 2, 1))

@@ -1,0 +1,78 @@
+"""What two processes compute, for tests/test_processes.py to hold beside one process.
+
+    torchrun --standalone --nproc_per_node 2 tests/two_processes.py FOLDER
+
+Every process writes FOLDER/<rank>.npz and the blocks or trainings that it did itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from attribution_core import SGD, Outputs, Recipe, influence, margin, random_subsets, retrain
+from attribution_core.processes import collect, from_first, my_rows, sum_over_processes, world
+from tests import menagerie
+
+ROWS = 256 * 5 + 7  # six blocks of a store, the last one short
+
+
+def everything(folder: Path) -> dict[str, np.ndarray]:
+    """Scores and tables by name, the same on every process; and what this one did."""
+    found: dict[str, np.ndarray] = {}
+    problem = menagerie.softmax(ROWS)
+    outputs = menagerie.unseen(problem)
+    for curvature in ("hessian", "gauss_newton", "diagonal", "identity"):
+        found[curvature] = influence(problem, outputs, curvature=curvature).scores
+    found["cg"] = influence(problem, outputs, curvature="hessian", form="cg").scores
+    net = menagerie.mlp(7)
+    few = Outputs(margin, net.train)
+    found["odd number of rows"] = influence(net, few, damping=0.5).scores
+    single = menagerie.mlp(1)
+    found["fewer rows than processes"] = influence(
+        single, Outputs(margin, single.train), damping=0.5
+    ).scores
+
+    done: list[int] = []
+
+    def progress(items):
+        for item in items:
+            done.append(int(item[0]))
+            yield item
+
+    for curvature in ("hessian", "identity"):
+        stored = influence(
+            problem, outputs, curvature=curvature, folder=folder / f"store-{curvature}",
+            progress=progress,
+        )  # fmt: skip
+        found[f"store {curvature}"] = np.array(stored.scores)
+    found["own: blocks"] = np.array(done)
+
+    small = menagerie.softmax(20)
+    recipe = Recipe(SGD(0.1), batch_size=4, epochs=2)
+    weights = random_subsets(20, 5, keep=0.5)
+    for name, where in (("table", None), ("table in a folder", folder / "table")):
+        done.clear()
+        table = retrain(
+            small, recipe, menagerie.unseen(small), weights, seeds=3, folder=where, progress=progress
+        )
+        found[name] = table.per_seed
+        found[f"own: {name}"] = np.array(done)
+    return found
+
+
+if __name__ == "__main__":
+    import torch
+
+    rank, size = world()
+    assert size == 2, f"expected 2 processes, got {size}; launch by torchrun"
+    assert from_first(rank) == 0
+    ranks = torch.tensor([float(rank)])
+    assert sum_over_processes(ranks + 1).item() == 3
+    rows = np.arange(5)
+    assert collect(torch.from_numpy(my_rows(rows))[:, None])[:, 0].tolist() == rows.tolist()
+    out = Path(sys.argv[1])
+    np.savez(out / f"{rank}.npz", **everything(out))
+    torch.distributed.destroy_process_group()

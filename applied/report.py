@@ -5,45 +5,29 @@
         "Highest documents": [documents(highest)],
     }).save(folder / "report.html")
 
-What makes HTML returns a fragment, a plain string whose text is escaped; `calibration`, `arms`,
-`composition` and `histogram` return a matplotlib Figure that carries its own alt text as its label.
+Every fragment is a plain string whose text is escaped; figures come from `applied.pictures`.
 """
 
 from __future__ import annotations
 
 import base64
 import dataclasses
-import io
 import json
 import math
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
+from applied.pictures import digits, png
 from applied.recipe import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe & Ito's colours, told apart by colour-blind eyes too
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-SKY, PINK, YELLOW, GREY, INK = "#56B4E9", "#CC79A7", "#F0E442", "#8A8A8A", "#222222"
-PALETTE = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY)
-PALE = (ORANGE, SKY, PINK, YELLOW)  # dark letters on these
-KINDS = {"random": (GREY, "s"), "chosen": (BLUE, "o"), "filters": (ORANGE, "^")}
-KINDS["tilted"] = (GREEN, "D")
-OTHERS = [((PINK, SKY, RED, INK)[i % 4], "vPXp<"[i % 5]) for i in range(20)]
-HATCHES = ("", "///", "...", "xxx")
-WIDTH = 5.8  # inches; a phone shows it at two thirds, with letters still readable
-TEXT, SMALL = 10.5, 9.0  # points
-WORDS: dict[str, Any] = {"fontsize": SMALL, "color": INK}
 SHOWN, KEPT = 600, 20_000  # characters of a document shown at once, and at all
 
 STYLE = """
@@ -166,7 +150,7 @@ def _cell(value: Any, *, zeros: bool = True) -> str:
     """A value as escaped text: numbers to four digits, an interval small beside its mean."""
     if isinstance(value, Interval):
         known = math.isfinite(value.low) and math.isfinite(value.high)
-        beside = f" <small>[{_digits(value.low)}, {_digits(value.high)}]</small>" if known else ""
+        beside = f" <small>[{digits(value.low)}, {digits(value.high)}]</small>" if known else ""
         return _cell(value.mean) + beside
     number = _number(value)
     if value is None or (number is not None and math.isnan(number)):
@@ -175,12 +159,7 @@ def _cell(value: Any, *, zeros: bool = True) -> str:
         return escape(str(value))
     if isinstance(value, (int, np.integer)):
         return f"{int(value):,}"
-    return _digits(number) if zeros else f"{number:.4g}"
-
-
-def _digits(number: float) -> str:
-    """Four digits, zeros kept, so that the numbers of a column line up."""
-    return f"{number:#.4g}".rstrip(".")
+    return digits(number) if zeros else f"{number:.4g}"
 
 
 @dataclass(frozen=True)
@@ -216,9 +195,6 @@ def documents(items: Iterable[Document]) -> str:
     return "".join(cards)
 
 
-# --- pictures -------------------------------------------------------------------------------------
-
-
 def picture(figure: Figure, caption: str = "", *, alt: str | None = None) -> str:
     """A figure as HTML with the PNG inside.
 
@@ -231,266 +207,6 @@ def picture(figure: Figure, caption: str = "", *, alt: str | None = None) -> str
     data = base64.b64encode(png(figure)).decode()
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}">{below}</figure>\n'
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as PNG; equal figures give equal bytes."""
-    buffer = io.BytesIO()
-    with _any_name(figure):
-        figure.savefig(buffer, format="png", dpi=180, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-@contextmanager
-def _any_name(figure: Any) -> Iterator[None]:
-    """Draw names as they are: $x$ is no formula, letters that the font lacks are boxes."""
-    from matplotlib.text import Text
-
-    for words in figure.findobj(Text):
-        words.set_parse_math(False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        yield
-
-
-def _axes(height: float, xlabel: str, ylabel: str = "", title: str = "") -> tuple[Any, Any]:
-    """A figure and its axes in the common style."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
-    ax = figure.add_subplot()
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=TEXT - 1, colors=INK)
-    ax.ticklabel_format(useOffset=False)
-    ax.set_xlabel(xlabel, fontsize=TEXT, color=INK)
-    ax.set_ylabel(ylabel, fontsize=TEXT, color=INK)
-    if title:
-        ax.set_title(title, fontsize=TEXT + 0.5, color=INK, loc="left")
-    return figure, ax
-
-
-def rank_correlation(
-    predicted: ArrayLike, actual: ArrayLike, *, draws: int = 2000, seed: int = 0
-) -> Interval:
-    """Spearman's rank correlation with its 95 % percentile interval over resampled pairs.
-
-    nan where it is not defined: fewer than three pairs, or a side without variation.
-    """
-    from scipy.stats import rankdata
-
-    x, y = np.asarray(predicted, dtype=float), np.asarray(actual, dtype=float)
-    if x.shape != y.shape or x.ndim != 1:
-        raise ValueError(f"expected pairs, predicted [m] and actual [m], got {x.shape}, {y.shape}")
-    if len(x) < 3:
-        return Interval(math.nan, math.nan, math.nan)
-    again = np.random.default_rng(seed).integers(len(x), size=(draws, len(x)))
-    pick = np.concatenate([np.arange(len(x))[None], again])
-    a, b = (rankdata(side[pick], axis=1) - (len(x) + 1) / 2 for side in (x, y))
-    norm = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    rho = np.divide((a * b).sum(1), norm, out=np.full(len(norm), math.nan), where=norm > 0)
-    known = rho[1:][np.isfinite(rho[1:])] if np.isfinite(rho[0]) else rho[:0]
-    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
-    return Interval(float(rho[0]), float(low), float(high))
-
-
-def calibration(
-    predicted: ArrayLike,
-    actual: ArrayLike,
-    kinds: Sequence[str] | None = None,
-    labels: Sequence[str] | None = None,
-    *,
-    unit: str = "held-out loss, nats",
-) -> Figure:
-    """Actual against predicted outputs of retrained subsets, with rank correlation and slope.
-
-    Args:
-        predicted, actual: [m], one value per retrained subset.
-        kinds: [m] how each subset was made (chosen, random, filters, tilted, ...): colour and shape.
-        labels: [m] a name to write beside a point, or "" for none.
-    """
-    x, y = np.asarray(predicted, dtype=float), np.asarray(actual, dtype=float)
-    rho = rank_correlation(x, y)
-    if not len(x):
-        raise ValueError("expected at least one retrained subset, got none")
-    kinds = ["subsets"] * len(x) if kinds is None else [str(kind) for kind in kinds]
-    slope = np.polyfit(x, y, 1)[0] if len(x) > 1 and np.ptp(x) > 0 else math.nan
-    words = f"Spearman {_plain(rho, '.2f')}, slope {_plain(slope, '.2f')}, {len(x)} subset{'s'[: len(x) != 1]}"
-    figure, ax = _axes(4.6, f"predicted ({unit})", f"actual ({unit})", words)
-    near = _limits(ax, x, y)
-    for kind, (colour, marker) in _styles(kinds).items():
-        mine = np.array(kinds) == kind
-        own = rank_correlation(x[mine], y[mine], draws=0).mean if mine.sum() >= 5 else math.nan
-        name = f"{kind}: {mine.sum()}" + (f", ρ {own:.2f}" if math.isfinite(own) else "")
-        look = {"c": colour, "marker": marker, "s": 38, "ec": "white", "lw": 0.7, "zorder": 3}
-        ax.scatter(x[mine], y[mine], label=name, **look)
-    if math.isfinite(slope):
-        dots = (0, (2, 2))
-        ax.axline((x.mean(), y.mean()), slope=slope, color=INK, lw=1, ls=dots, label="fitted line")
-    if near:
-        ax.axline((x[0], x[0]), slope=1, color=GREY, lw=1.2, label="actual = predicted")
-    else:
-        words += f"\nactual − predicted is {(y - x).mean():+.3g} in the mean"
-        ax.set_title(words, fontsize=TEXT + 0.5, color=INK, loc="left")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False)
-    if labels is not None:
-        _beside(figure, ax, x, y, [str(label) for label in labels])
-    figure.set_label(f"Scatter of actual against predicted {unit}. {words}.".replace("\n", ", "))
-    return figure
-
-
-def _plain(value: Any, form: str) -> str:
-    """A number or an interval in words, "undefined" where it is nan."""
-    if isinstance(value, Interval):
-        known = math.isfinite(value.low) and math.isfinite(value.high)
-        ends = f" [{value.low:{form}}, {value.high:{form}}]" if known else ""
-        return _plain(value.mean, form) + ends
-    return f"{value:{form}}" if math.isfinite(value) else "undefined"
-
-
-def _styles(kinds: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker by kind, in order of appearance; the known kinds keep theirs everywhere."""
-    seen = list(dict.fromkeys(kinds))
-    new = [kind for kind in seen if kind not in KINDS]
-    return {k: KINDS[k] if k in KINDS else OTHERS[new.index(k) % len(OTHERS)] for k in seen}
-
-
-def _limits(ax: Any, x: NDArray[Any], y: NDArray[Any]) -> bool:
-    """Set the axes' ranges: one for both where the points still fill it. Is actual = predicted inside?"""
-    low, high = min(x.min(), y.min()), max(x.max(), y.max())
-    near = bool(high - low <= 2 * max(np.ptp(x), np.ptp(y)))
-    for values, limit in ((x, ax.set_xlim), (y, ax.set_ylim)):
-        start, end = (low, high) if near else (values.min(), values.max())
-        pad = 0.08 * (end - start) or 0.01 * abs(end) or 1.0
-        limit(start - pad, end + pad)
-    return near
-
-
-def _beside(figure: Any, ax: Any, x: NDArray[Any], y: NDArray[Any], labels: Sequence[str]) -> None:
-    """Labels beside their points, each in the first free place of eight around it, or left out."""
-    from matplotlib.patheffects import withStroke
-
-    with _any_name(figure):
-        figure.draw_without_rendering()  # settles the layout, so that points have places
-    scale, frame = figure.dpi / 72, ax.get_window_extent().extents / (figure.dpi / 72)
-    places = ax.transData.transform(np.column_stack([x, y])) / scale  # in points, as letters are
-    taken = [(px - 3, py - 3, px + 3, py + 3) for px, py in places]
-    halo = [withStroke(linewidth=2.5, foreground="white")]
-    for (px, py), at, label in zip(places, zip(x, y, strict=True), labels, strict=True):
-        wide, tall = 0.29 * SMALL * len(label), 0.58 * SMALL  # half of what the letters take
-        for right, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
-            dx, dy = right * (wide + 7), up * (tall + 5)
-            box = (px + dx - wide, py + dy - tall, px + dx + wide, py + dy + tall)
-            inside = (box[:2] > frame[:2]).all() and (box[2:] < frame[2:]).all()
-            if label and inside and not any(_overlap(box, other) for other in taken):
-                centred = {"ha": "center", "va": "center", "textcoords": "offset points"}
-                ax.annotate(label, at, (dx, dy), **centred, **WORDS, path_effects=halo)
-                taken.append(box)
-                break
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def arms(
-    names: Sequence[str],
-    mean: ArrayLike,
-    low: ArrayLike | None = None,
-    high: ArrayLike | None = None,
-    *,
-    reference: str = "random",
-    highlight: str = "chosen",
-    xlabel: str = "held-out loss after retraining, nats (lower is better)",
-) -> Figure:
-    """Retrained loss of every arm with its interval, the lowest on top; a line at the reference.
-
-    `low` and `high` [a] may be left out or hold nan where one seed allows no interval.
-    """
-    middle = np.asarray(mean, dtype=float)
-    unknown = np.full(len(middle), math.nan)
-    ends = [unknown if end is None else np.asarray(end, dtype=float) for end in (low, high)]
-    order = np.argsort(-middle, kind="stable")
-    figure, ax = _axes(1.1 + 0.36 * len(order), xlabel)
-    ax.set_yticks(range(len(order)), [names[i] for i in order], fontsize=TEXT)
-    listed = []
-    for row, (i, tick) in enumerate(zip(order, ax.get_yticklabels(), strict=True)):
-        colour, weight = (BLUE, "bold") if names[i] == highlight else (INK, "normal")
-        tick.set(color=colour, weight=weight)
-        ax.plot([ends[0][i], ends[1][i]], [row, row], color=colour, lw=2, solid_capstyle="butt")
-        ax.plot(middle[i], row, "o", color=colour, ms=6.5)
-        right = {"xy": (1.01, row), "xycoords": ("axes fraction", "data"), "va": "center"}
-        ax.annotate(_digits(middle[i]), **right, fontsize=TEXT - 1, color=colour)
-        if names[i] == reference:
-            ax.axvline(middle[i], color=GREY, lw=1, ls=(0, (4, 3)), zorder=0)
-        listed.append(f"{names[i]} {_plain(Interval(middle[i], ends[0][i], ends[1][i]), '.4g')}")
-    ax.set_ylim(-0.6, len(order) - 0.4)
-    ax.margins(x=0.06)
-    figure.set_label(f"Arms by {xlabel}: {'; '.join(reversed(listed))}.")
-    return figure
-
-
-def composition(shares: Mapping[str, Mapping[str, float]]) -> Figure:
-    """What every arm is made of: share by domain, one stacked bar per arm, the first arm on top."""
-    domains = list(dict.fromkeys(domain for arm in shares.values() for domain in arm))
-    figure, ax = _axes(1.2 + 0.4 * len(shares) + 0.25 * math.ceil(len(domains) / 4), "share")
-    ax.set_yticks(range(len(shares)), list(shares), fontsize=TEXT)
-    handles, left, edge = [], np.zeros(len(shares)), {"ec": "white", "lw": 0.8}
-    for j, domain in enumerate(domains):
-        colour, hatch = PALETTE[j % len(PALETTE)], HATCHES[j // len(PALETTE) % len(HATCHES)]
-        part = np.array([float(arm.get(domain, 0.0)) for arm in shares.values()])
-        handles.append(ax.barh(range(len(part)), part, 0.72, left, fc=colour, hatch=hatch, **edge))
-        ink = INK if colour in PALE or hatch else "white"
-        ground = {"fc": "white", "ec": "none", "pad": 1} if hatch else None
-        for row in np.flatnonzero(part >= 0.07):
-            at = (left[row] + part[row] / 2, row)
-            style = {
-                "ha": "center",
-                "va": "center",
-                "fontsize": SMALL,
-                "color": ink,
-                "bbox": ground,
-            }
-            ax.text(*at, f"{100 * part[row]:.0f}", **style)
-        left = left + part
-    ax.invert_yaxis()
-    ax.set_xlim(0, max(1.0, left.max(initial=0.0)))
-    ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    below = {"loc": "outside lower center", "ncols": 4, "handlelength": 1.2, "columnspacing": 1.2}
-    figure.legend(handles, domains, **below, fontsize=SMALL, frameon=False)
-    listed = [
-        f"{arm}: " + ", ".join(f"{name} {100 * x:.0f} %" for name, x in parts.items() if x > 0)
-        for arm, parts in shares.items()
-    ]
-    figure.set_label(f"Share of each domain. {'; '.join(listed)}.")
-    return figure
-
-
-def histogram(
-    scores: ArrayLike, chosen: ArrayLike, *, xlabel: str = "score (negative lowers the loss)"
-) -> Figure:
-    """Scores of all examples, the chosen ones in colour; half a per cent at each end is folded in."""
-    values, mask = np.asarray(scores, dtype=float), np.asarray(chosen).astype(bool)
-    low, high = np.quantile(values, [0.005, 0.995])
-    outside = int(((values < low) | (values > high)).sum())
-    size = max(abs(low), abs(high))
-    power = 3 * math.floor(math.log10(size) / 3) if size > 0 else 0
-    unit = f" in 1e{power}" if power else ""
-    folded = f"; {outside:,} beyond the ends" if outside else ""
-    figure, ax = _axes(3.0, f"{xlabel}{unit}{folded}", "examples")
-    shown = np.clip(values, low, high) / 10.0**power
-    bins = np.histogram_bin_edges(shown, min(50, max(5, round(2 * len(values) ** (1 / 3)))))
-    names = [f"chosen ({mask.sum():,})", f"left out ({(~mask).sum():,})"]
-    both = [shown[mask], shown[~mask]]
-    ax.hist(both, bins, stacked=True, color=[BLUE, "#C9CBD1"], label=names)
-    figure.legend(loc="outside upper right", ncols=2, fontsize=TEXT - 1, frameon=False)
-    figure.set_label(
-        f"Histogram of scores: {mask.sum():,} chosen of {len(values):,}, "
-        f"median {np.median(values):.3g}, 99 % between {low:.3g} and {high:.3g}."
-    )
-    return figure
-
-
-# --- metrics --------------------------------------------------------------------------------------
 
 
 def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:

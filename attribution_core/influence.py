@@ -81,11 +81,13 @@ def influence(
         return average([one(run, folder=f) for run, f in zip(source, folders, strict=True)])
     if isinstance(source, Run):
         problem, w, exposure = source.trained(), source.weights, source.exposure
+        n = source.drawn
         if damping is None and curvature != "hessian":
             damping = flatten({k: v[None] for k, v in source.damping.items()})[0].double()
     else:
         problem = source
         w = np.ones(problem.n) if weights is None else np.asarray(weights, dtype=float)
+        n = problem.n
     if w.shape != (problem.n,) or not 0 < exposure <= 1:
         raise ValueError(
             f"expected weights [n={problem.n}] and an exposure in (0, 1], got {w.shape} and {exposure}"
@@ -96,15 +98,16 @@ def influence(
     def solve() -> tuple[Tensor, dict[str, Any]]:
         some = sample(problem.n, curvature_rows)
         fitted = fit_curvature(
-            replace(problem, train=Rows(problem.train, some)), curvature, weights=w[some],
+            replace(problem, train=Rows(problem.train, some)), curvature,
+            weights=w[some] * (problem.n / n),
             damping=damping, form=form, tolerance=tolerance, max_iterations=max_iterations,
             batch_size=batch_size,
         )  # fmt: skip
         targets = flatten(output_gradients(problem.model, outputs)).double()
-        solved = fitted.solve(targets) / (-problem.n * exposure)
+        solved = fitted.solve(targets) / (-n * exposure)
         return solved, {**fitted.meta, "damping": fitted.damping}
 
-    settings = (curvature, damping, form, tolerance, max_iterations, curvature_rows, exposure, w)
+    settings = (curvature, damping, form, tolerance, max_iterations, curvature_rows, exposure, n, w)
     along = partial(directional, engine=engine, batch_size=batch_size)
     if folder is None:
         directions, fitted = solve()

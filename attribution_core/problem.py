@@ -202,7 +202,7 @@ class Outputs:
         return replace(self, matrix=matrix / matrix.sum(0), names=tuple(str(x) for x in names))
 
     def evaluate(
-        self, model: nn.Module, params: Params | None = None, batch_size: int = 256
+        self, model: nn.Module, params: Params | None = None, batch_size: int = 32
     ) -> Tensor:
         """The outputs [t] of a model, float64 on the CPU."""
         values = []

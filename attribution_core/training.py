@@ -225,6 +225,13 @@ class Run:
         """The training weights at which derivatives of this run are taken: exposure · weights, [n]."""
         return self.exposure * self.weights
 
+    @property
+    def drawn(self) -> int:
+        """How many examples the batches were drawn from: n, or fewer where rows were removed."""
+        seen = np.bincount(np.concatenate(self.order), minlength=len(self.weights))
+        removed = (self.weights == 0).any() and not seen[self.weights == 0].any()
+        return int((self.weights > 0).sum()) if removed else len(self.weights)
+
     def outputs(self, outputs: Outputs) -> Tensor:
         """The trained model's outputs [t]."""
         return outputs.evaluate(self.problem.model, self.params)

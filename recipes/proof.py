@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from applied import report
+from applied import pictures, report
 from applied.recipe import Decision, Verified, paired_interval, random_controls, verify
 from attribution_core import LinearDatamodel, Outputs, RetrainingTable, Run
 from attribution_core.processes import world
@@ -74,7 +74,7 @@ def prove(
 
     verified = verify(decision, table, control={"random": "random", **arms}, seeds=seeds)
     subsets = [decision.weights, *arms.values(), *random, *extra]
-    kinds = ["chosen", *["filter"] * len(arms), *["random"] * len(seeds), *extra_kinds]
+    kinds = ["chosen", *["filters"] * len(arms), *["random"] * len(seeds), *extra_kinds]
     actual = [*fixed.mean(axis=1)[:, report], *rest[:, report]]
     return Evidence(
         verified,
@@ -125,7 +125,7 @@ def _more_subsets(
         noise = spread * 2.0 ** (k % 4 - 1) * rng.standard_normal(len(study.pool)) * study.tokens
         noised = replace(datamodel, scores=datamodel.scores + noise[:, None])
         rows.append(choose(study, noised).weights)
-    kinds = ["random"] * random + ["tempered"] * (count - random)
+    kinds = ["random"] * random + ["tilted"] * (count - random)
     return kinds, np.array(rows).reshape(count, len(study.pool))
 
 
@@ -135,7 +135,7 @@ def write_report(
     """metrics.json, and report.html with every picture inside."""
     if world()[0] != 0:
         return
-    correlation = report.rank_correlation(evidence.predicted, evidence.actual)
+    correlation = pictures.rank_correlation(evidence.predicted, evidence.actual)
     held = {name: _against(evidence, name) for name in evidence.arms}
     chosen_ids = "\n".join(map(str, decision.ids))
     metrics = {
@@ -238,7 +238,7 @@ def _page(
             "Proof by retraining": [
                 report.table(rows, header, best={header[1]: "low"}),
                 report.picture(
-                    report.arms(
+                    pictures.arms(
                         list(evidence.arms),
                         *columns,
                         xlabel="held-out target loss after retraining, bits per byte (lower is better)",
@@ -247,7 +247,7 @@ def _page(
             ],
             "Predicted against actual": [
                 report.picture(
-                    report.calibration(
+                    pictures.calibration(
                         evidence.predicted,
                         evidence.actual,
                         evidence.kinds,
@@ -261,10 +261,10 @@ def _page(
                     "counts for more than its size."
                 ),
             ],
-            "Composition": [report.picture(report.composition(_composition(study, evidence)))],
+            "Composition": [report.picture(pictures.composition(_composition(study, evidence)))],
             "Scores": [
                 report.picture(
-                    report.histogram(density, decision.weights > 0, xlabel="score per token")
+                    pictures.histogram(density, decision.weights > 0, xlabel="score per token")
                 )
             ],
             "Documents predicted to help most": [

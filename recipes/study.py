@@ -138,7 +138,7 @@ def _read(flags: Flags) -> tuple[list[Document], list[Document], list[Document]]
         target = read_documents(flags.target, text=flags.text)
     if flags.test is not None and flags.test != "embedded":
         return pool, target, read_documents(flags.test, text=flags.text)
-    return pool, target, embedded.text_test() if "embedded" in (flags.target, flags.test) else []
+    return pool, target, embedded.text_test(200) if "embedded" in (flags.target, flags.test) else []
 
 
 def _checked_pool(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from applied import report
+from applied import pictures, report
 from applied.recipe import Interval
 
 NASTY = "<script>alert('x')</script> & \"quotes\" http://example.com/a.js"
@@ -47,20 +47,20 @@ KINDS = ["random"] * 12 + ["tilted"] * 8 + ["filters"] * 3 + ["chosen"]
 LABELS = [""] * 20 + ["low perplexity", "選ぶ", "$\\bad$", "chosen"]
 TAILS = np.random.default_rng(2).standard_cauchy(5000) * 1e-6
 FIGURES = {
-    "calibration": lambda: report.calibration(X, Y, KINDS, LABELS),
-    "off the line": lambda: report.calibration(X - 2, X),
-    "one subset": lambda: report.calibration([3.0], [3.1], ["chosen"], ["chosen"]),
-    "flat": lambda: report.calibration([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]),
-    "twelve kinds": lambda: report.calibration(X, Y, [f"_kind {i % 12}" for i in range(24)]),
-    "arms": lambda: report.arms(["random", "chosen"], [4.2, 4.0], [4.1, NAN], [4.3, NAN]),
-    "one arm": lambda: report.arms(["$only$"], [4.2]),
-    "composition": lambda: report.composition({"pool": {"code": 0.5}, "chosen": {"prose": 1.0}}),
-    "one domain": lambda: report.composition({"chosen": {"code": 1.0}}),
-    "many domains": lambda: report.composition({"a": {f"_{i}$": 1 / 30 for i in range(30)}}),
-    "other script": lambda: report.composition({"選ぶ": {"散文": 1.0}}),
-    "histogram": lambda: report.histogram(X, X < 4),
-    "heavy tails": lambda: report.histogram(TAILS, np.zeros(5000)),
-    "one score": lambda: report.histogram([0.0], [True]),
+    "calibration": lambda: pictures.calibration(X, Y, KINDS, LABELS),
+    "off the line": lambda: pictures.calibration(X - 2, X),
+    "one subset": lambda: pictures.calibration([3.0], [3.1], ["chosen"], ["chosen"]),
+    "flat": lambda: pictures.calibration([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]),
+    "twelve kinds": lambda: pictures.calibration(X, Y, [f"_kind {i % 12}" for i in range(24)]),
+    "arms": lambda: pictures.arms(["random", "chosen"], [4.2, 4.0], [4.1, NAN], [4.3, NAN]),
+    "one arm": lambda: pictures.arms(["$only$"], [4.2]),
+    "composition": lambda: pictures.composition({"pool": {"code": 0.5}, "chosen": {"prose": 1.0}}),
+    "one domain": lambda: pictures.composition({"chosen": {"code": 1.0}}),
+    "many domains": lambda: pictures.composition({"a": {f"_{i}$": 1 / 30 for i in range(30)}}),
+    "other script": lambda: pictures.composition({"選ぶ": {"散文": 1.0}}),
+    "histogram": lambda: pictures.histogram(X, X < 4),
+    "heavy tails": lambda: pictures.histogram(TAILS, np.zeros(5000)),
+    "one score": lambda: pictures.histogram([0.0], [True]),
 }
 
 
@@ -99,7 +99,7 @@ def test_every_figure_has_alt_text_that_says_what_it_shows():
     alts = [attrs["alt"] for attrs in seen.all("img")]
     assert len(alts) == len(FIGURES)
     assert all(len(alt) > 30 for alt in alts)
-    arms = report.arms(["random", "chosen"], [4.2, 4.0], [4.1, NAN], [4.3, NAN])
+    arms = pictures.arms(["random", "chosen"], [4.2, 4.0], [4.1, NAN], [4.3, NAN])
     assert arms.get_label().endswith("chosen 4; random 4.2 [4.1, 4.3].")
     arms.set_label("")
     with pytest.raises(ValueError, match="alt text"):
@@ -110,7 +110,7 @@ def test_every_figure_has_alt_text_that_says_what_it_shows():
 @pytest.mark.parametrize("name", FIGURES)
 def test_nothing_is_clipped(name):
     figure = FIGURES[name]()
-    report.png(figure)
+    pictures.png(figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         box = figure.get_tightbbox()
@@ -119,7 +119,7 @@ def test_nothing_is_clipped(name):
 
 
 def test_pictures_are_the_same_bytes_each_time():
-    first, again = (report.png(FIGURES["calibration"]()) for _ in range(2))
+    first, again = (pictures.png(FIGURES["calibration"]()) for _ in range(2))
     assert first == again
     assert first.startswith(b"\x89PNG")
 
@@ -167,10 +167,10 @@ def test_the_rank_correlation_is_scipys_and_stands_in_the_title():
     rng = np.random.default_rng(1)
     x = rng.normal(size=30).round(1)  # with ties
     y = x + rng.normal(size=30)
-    found, truth = report.rank_correlation(x, y), stats.spearmanr(x, y).statistic
+    found, truth = pictures.rank_correlation(x, y), stats.spearmanr(x, y).statistic
     assert found.mean == pytest.approx(truth, abs=1e-12)
     assert found.low < truth < found.high
-    title = report.calibration(x, y).axes[0].get_title(loc="left")
+    title = pictures.calibration(x, y).axes[0].get_title(loc="left")
     assert title.startswith(f"Spearman {truth:.2f} [{found.low:.2f}, {found.high:.2f}], slope ")
 
 
@@ -187,26 +187,26 @@ def test_the_interval_is_the_bootstrap_of_scipy():
         rng=np.random.default_rng(0),
         n_resamples=500,
     ).confidence_interval
-    found = report.rank_correlation(x, y)
+    found = pictures.rank_correlation(x, y)
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=0.03)
 
 
 @pytest.mark.parametrize(("x", "y"), [([], []), ([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3])])
 def test_an_undefined_rank_correlation_is_nan_and_said(x, y):
-    assert math.isnan(report.rank_correlation(x, y).mean)
+    assert math.isnan(pictures.rank_correlation(x, y).mean)
     if x:
-        assert "Spearman undefined" in report.calibration(x, y).get_label()
+        assert "Spearman undefined" in pictures.calibration(x, y).get_label()
 
 
 def test_bad_pairs_are_refused():
     with pytest.raises(ValueError, match="expected pairs"):
-        report.rank_correlation([1, 2, 3], [1, 2])
+        pictures.rank_correlation([1, 2, 3], [1, 2])
     with pytest.raises(ValueError, match="at least one"):
-        report.calibration([], [])
+        pictures.calibration([], [])
 
 
 def test_arms_are_sorted_with_the_lowest_on_top():
-    ax = report.arms(["a", "chosen", "random"], [3.0, 1.0, 2.0]).axes[0]
+    ax = pictures.arms(["a", "chosen", "random"], [3.0, 1.0, 2.0]).axes[0]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "random", "chosen"]
 
 

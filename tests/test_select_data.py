@@ -1,0 +1,241 @@
+"""The recipe as a user meets it: one command, wrong input, a kill in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+
+from recipes import embedded
+from recipes.select_data import run
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = [sys.executable, str(ROOT / "recipes" / "select_data.py")]
+SMALL = [
+    "--proxies",
+    "1",
+    "--seeds",
+    "2",
+    "--subsets",
+    "8",
+    "--gate",
+    "off",
+    "--curvature",
+    "identity",
+]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A pool in parquet with domains, a target and a test in jsonl."""
+    import pyarrow
+
+    folder = tmp_path_factory.mktemp("texts")
+    pool = embedded.text_pool(160)
+    columns = {
+        "body": [d.text for d in pool],
+        "kind": [d.domain for d in pool],
+        "name": [d.id for d in pool],
+    }
+    parquet.write_table(pyarrow.table(columns), folder / "pool.parquet")
+    for name, documents in (("target", embedded.text_target(60)), ("test", embedded.text_test(20))):
+        lines = [json.dumps({"body": d.text}) for d in documents]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def flags(texts, out, *more):
+    return [
+        *("--pool", str(texts / "pool.parquet"), "--target", str(texts / "target.jsonl")),
+        *(
+            "--test",
+            str(texts / "test.jsonl"),
+            "--text",
+            "body",
+            "--domain",
+            "kind",
+            "--id",
+            "name",
+        ),
+        *("--jobs", "1", "--out", str(out), *SMALL, *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    run(flags(texts, out, "--quota", "code:0:0.3", "prose:0.05:1"))
+    return out
+
+
+def test_the_subset_is_written_in_standard_formats(finished, texts):
+    chosen = parquet.read_table(finished / "selected.parquet")
+    assert chosen.column_names == ["id", "source", "domain", "tokens", "score", "rank"]
+    subset = parquet.read_table(finished / "subset")
+    assert set(subset["id"].to_pylist()) == set(chosen["id"].to_pylist())
+    pool = parquet.read_table(texts / "pool.parquet").to_pydict()
+    text_of = dict(zip(pool["name"], pool["body"], strict=True))
+    rows = zip(subset["id"].to_pylist(), subset["text"].to_pylist(), strict=True)
+    assert all(text_of[name] == text for name, text in rows)
+
+
+def test_budget_and_quotas_are_kept(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    chosen = parquet.read_table(finished / "selected.parquet").to_pydict()
+    tokens, domain = np.array(chosen["tokens"]), np.array(chosen["domain"])
+    assert tokens.sum() <= metrics["selection"]["budget"]
+    assert tokens[domain == "code"].sum() <= 0.3 * metrics["selection"]["budget"]
+
+
+def test_every_arm_is_in_the_table_with_its_interval(finished):
+    arms = json.loads((finished / "metrics.json").read_text())["arms"]
+    assert set(arms) == {
+        "chosen", "random", "low perplexity", "n-gram importance", "n-gram classifier",
+    }  # fmt: skip
+    for arm in arms.values():
+        for part in ("report", "test"):
+            loss = arm[part]["loss"]
+            assert loss["low"] <= loss["mean"] <= loss["high"]
+    assert all(abs(arms["random"][p]["minus_random"]["mean"]) == 0 for p in ("report", "test"))
+
+
+def test_the_report_is_one_file_with_every_section(finished):
+    page = (finished / "report.html").read_text()
+    for heading in ("Proof by retraining", "Predicted against actual", "Composition", "Scores"):
+        assert heading in page
+    assert "<script" not in page
+    assert page.count("data:image/png") >= 4
+
+
+def test_the_same_command_again_trains_and_scores_nothing(finished, texts, capsys):
+    def stamps():
+        kept = [*finished.glob("retraining/*.npy"), *finished.glob("scores/run0/*.npy")]
+        return {path: path.stat().st_mtime_ns for path in kept}
+
+    before = stamps()
+    run(flags(texts, finished, "--quota", "code:0:0.3", "prose:0.05:1"))
+    assert stamps() == before
+
+
+def test_another_setting_in_the_same_folder_is_refused(finished, texts):
+    with pytest.raises(SystemExit, match=r"another training.*choose another folder"):
+        run(flags(texts, finished, "--lr", "0.001"))
+
+
+def refused(texts, tmp_path, *more):
+    with pytest.raises(SystemExit) as caught:
+        run(flags(texts, tmp_path, *more))
+    return str(caught.value)
+
+
+def test_wrong_paths_columns_and_formats(texts, tmp_path):
+    assert "no file matches" in refused(texts, tmp_path, "--pool", str(tmp_path / "none-*.jsonl"))
+    said = refused(texts, tmp_path, "--text", "content")
+    assert "expected a column 'content'" in said
+    assert "body" in said
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"body": "half a li')
+    assert "cannot be read" in refused(texts, tmp_path, "--pool", str(broken))
+    other = tmp_path / "pool.csv"
+    other.write_text("a,b")
+    assert "expected .parquet, .jsonl, .txt" in refused(texts, tmp_path, "--pool", str(other))
+
+
+def test_empty_pools_and_documents(texts, tmp_path):
+    nothing = tmp_path / "nothing.jsonl"
+    nothing.write_text("")
+    assert "nothing.jsonl" in refused(texts, tmp_path, "--pool", str(nothing))
+    blank = tmp_path / "blank.jsonl"
+    rows = [
+        {"body": "some words", "kind": "x", "name": "a"},
+        {"body": " ", "kind": "x", "name": "b"},
+    ]
+    blank.write_text("\n".join(map(json.dumps, rows)))
+    said = refused(texts, tmp_path, "--pool", str(blank))
+    assert "['b']" in said
+    assert "--skip-empty" in said
+
+
+def test_budgets_and_quotas_that_cannot_be_met(texts, tmp_path):
+    assert "budget above 0" in refused(texts, tmp_path, "--budget", "0")
+    assert "up to the pool's" in refused(texts, tmp_path, "--budget", "1e9")
+    assert "domain:low:high" in refused(texts, tmp_path, "--quota", "code")
+    assert "got ['wen']" in refused(texts, tmp_path, "--quota", "wen:0:1")
+    said = refused(texts, tmp_path, "--quota", "code:0.7:1", "prose:0.6:1")
+    assert "'code'" in said or "'prose'" in said
+
+
+def test_target_text_in_the_pool_is_reported_and_left_out(texts, tmp_path, capsys):
+    pool = parquet.read_table(texts / "pool.parquet").to_pydict()
+    target = tmp_path / "target.jsonl"
+    both = [*pool["body"][:3], *[d.text for d in embedded.text_target(30)]]
+    target.write_text("\n".join(json.dumps({"body": text}) for text in both))
+    refused(texts, tmp_path, "--target", str(target), "--budget", "1e9")  # stops after the checks
+    said = capsys.readouterr().out
+    assert "3 pool documents are also target or test text" in said
+    assert pool["name"][0] in said
+
+
+def test_the_gate_refuses_a_proxy_that_counts_letters(texts, tmp_path):
+    said = refused(texts, tmp_path, "--gate", "refuse", "--lr", "1e-6")
+    assert "no better than letter counts" in said
+    assert "--epochs" in said
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = (
+        "import sys, recipes.select_data as r\n"
+        "try: r.run(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    spent = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
+    assert spent < 1.0  # seconds of processor time, which other processes do not lengthen
+    assert "--budget" in done.stdout
+
+
+@pytest.mark.parametrize("stage", ["scores/run0/done.npy", "retraining/*.npy"])
+def test_a_killed_run_resumes_to_the_same_choice(stage, texts, finished, tmp_path):
+    """kill -9 in the middle; the same command computes what is missing and chooses the same ids."""
+    command = [*SCRIPT, *flags(texts, tmp_path, "--quota", "code:0:0.3", "prose:0.05:1")]
+    first = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
+    deadline = time.time() + 240
+    while not _begun(tmp_path, stage):
+        assert first.poll() is None, "the run ended before it was killed"
+        assert time.time() < deadline
+        time.sleep(0.005)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    done = {
+        p: p.stat().st_mtime_ns for p in tmp_path.glob("retraining/*.npy") if "part" not in p.name
+    }
+    assert not (tmp_path / "metrics.json").exists()
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    found = [json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, finished)]
+    assert found[0]["chosen"]["sha256"] == found[1]["chosen"]["sha256"]
+    assert {p: p.stat().st_mtime_ns for p in done} == done  # nothing finished was trained again
+
+
+def _begun(folder, stage):
+    """Whether some of the stage is done."""
+    if "*" in stage:
+        return any("part" not in path.name for path in folder.glob(stage))
+    path = folder / stage
+    try:
+        return path.exists() and np.load(path).any()
+    except (ValueError, EOFError):  # being created
+        return False

@@ -120,10 +120,9 @@ def fit_curvature(
         if kind == "diagonal":
             diagonal = fisher_diagonal(problem, w, batch_size)
         shifts = shift(lambda: float(diagonal.mean()))
-        inverse = 1.0 / (diagonal + shifts)
-
-        solve = partial(torch.mul, inverse)
-
+        if (diagonal + shifts).min() <= 0:
+            raise _not_definite(float((diagonal + shifts).min()))
+        solve = partial(torch.mul, 1.0 / (diagonal + shifts))
     elif form == "dense" or (form == "auto" and p <= DENSE):
         meta["form"] = "dense"
         matrix = multiply(torch.eye(p, dtype=torch.float64))
@@ -157,15 +156,17 @@ def _mean_eigenvalue(multiply: Callable[[Tensor], Tensor], p: int) -> float:
     return float((z * multiply(z)).sum(1).mean()) / p
 
 
+def _not_definite(lowest: float) -> ValueError:
+    return ValueError(
+        f"expected a positive definite curvature, got a smallest eigenvalue of {lowest:.3g} with weight "
+        "decay and damping; use curvature='gauss_newton', or raise the damping"
+    )
+
+
 def _cholesky(shifted: Tensor) -> Callable[[Tensor], Tensor]:
     factor, failed = torch.linalg.cholesky_ex(shifted)
     if failed:
-        lowest = float(torch.linalg.eigvalsh(shifted)[0])
-        raise ValueError(
-            "expected a positive definite curvature, got a smallest eigenvalue of "
-            f"{lowest:.3g} with weight decay and damping; use curvature='gauss_newton', or raise "
-            "the damping"
-        )
+        raise _not_definite(float(torch.linalg.eigvalsh(shifted)[0]))
     return lambda v: torch.cholesky_solve(v.T, factor).T
 
 

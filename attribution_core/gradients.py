@@ -257,9 +257,7 @@ def linear(module: nn.Module, source: Tensor, gradient: Tensor, held: Params) ->
 def embedding(
     module: nn.Embedding, source: Tensor, gradient: Tensor, held: Params
 ) -> dict[str, Tensor]:
-    """nn.Embedding: rows of the direction are looked up as the weights were."""
-    if module.padding_idx is not None:
-        gradient = gradient * (source != module.padding_idx)[..., None]
+    """nn.Embedding: rows of the direction are looked up as the weights were; `call` keeps padding still."""
     looked_up = ((F.embedding(source, v) * gradient).flatten(1).sum(1) for v in held["weight"])
     return {"weight": torch.stack(list(looked_up), dim=1)}
 

@@ -83,7 +83,7 @@ def influence(
         problem, w, exposure = source.trained(), source.weights, source.exposure
         n = source.drawn
         if damping is None and curvature != "hessian":
-            damping = flatten({k: v[None] for k, v in source.damping.items()})[0].double()
+            damping = flatten({k: v[None] for k, v in source.damping.items()})[0].double().cpu()
     else:
         problem = source
         w = np.ones(problem.n) if weights is None else np.asarray(weights, dtype=float)
@@ -103,7 +103,7 @@ def influence(
             damping=damping, form=form, tolerance=tolerance, max_iterations=max_iterations,
             batch_size=batch_size,
         )  # fmt: skip
-        targets = flatten(output_gradients(problem.model, outputs)).double()
+        targets = flatten(output_gradients(problem.model, outputs)).double().cpu()
         solved = fitted.solve(targets) / (-n * exposure)
         return solved, {**fitted.meta, "damping": fitted.damping}
 
@@ -112,7 +112,7 @@ def influence(
     if folder is None:
         directions, fitted = solve()
         mine = my_rows(np.arange(problem.n))
-        scores = collect(along(problem, directions, mine, progress=progress)).numpy()
+        scores = collect(along(problem, directions, mine, progress=progress).cpu()).numpy()
     else:
         made_of = fingerprint(problem, outputs, settings)
         store = Store.open(folder, (problem.n, len(outputs)), made_of)

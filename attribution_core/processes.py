@@ -6,6 +6,8 @@ One process unless launched by torchrun or `accelerate launch`; then accelerate 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -63,3 +65,13 @@ def wait() -> None:
     """Wait until every process has come here."""
     if world()[1] > 1:
         dist.barrier()
+
+
+@contextmanager
+def first_goes_first() -> Iterator[None]:
+    """The first process runs the body before the others: it makes files that they then read."""
+    if world()[0] > 0:
+        wait()
+    yield
+    if world()[0] == 0:
+        wait()

@@ -139,7 +139,9 @@ def _flush(array: NDArray[Any]) -> None:
 def _create(folder: Path, head: dict[str, Any]) -> None:
     """The three files; store.json last and by renaming, so that it vouches for the others."""
     if (folder / "scores.npy").exists() and not (folder / "done.npy").exists():
-        raise ValueError(f"{folder} holds a scores.npy that is not a store's; choose another folder")
+        raise ValueError(
+            f"{folder} holds a scores.npy that is not a store's; choose another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     shape = tuple(head["shape"])
     blocks = -(-shape[0] // head["block"])
@@ -172,7 +174,9 @@ def _feed(digest: Any, part: Any) -> None:
         digest.update(str(part._fingerprint).encode())
     elif isinstance(part, nn.Module):
         # what the weights alone do not tell: heads of a transformer, frozen parameters
-        configs = {id(c): c for m in part.modules() if (c := getattr(m, "config", None)) is not None}
+        configs = {
+            id(c): c for m in part.modules() if (c := getattr(m, "config", None)) is not None
+        }
         _feed(digest, [str(part), *(str(config) for config in configs.values())])
         _feed(digest, [name for name, p in part.named_parameters() if p.requires_grad])
         _feed(digest, part.state_dict())
@@ -207,9 +211,13 @@ def _feed(digest: Any, part: Any) -> None:
         _feed(digest, getattr(part, "__self__", None))
         held = [cell.cell_contents for cell in part.__closure__ or ()]
         _feed(digest, [value for value in held if value is not part])
-    elif isinstance(part, type) or isinstance(part, types.BuiltinFunctionType):
+    elif isinstance(part, (type, types.BuiltinFunctionType)):
         _feed(digest, f"{part.__module__}.{part.__qualname__}")
-    elif hasattr(part, "__len__") and hasattr(part, "__getitem__") and not isinstance(part, (str, bytes)):
+    elif (
+        hasattr(part, "__len__")
+        and hasattr(part, "__getitem__")
+        and not isinstance(part, (str, bytes))
+    ):
         for start in range(0, len(part), 1024):  # data of one's own, read as methods read them
             _feed(digest, part[list(range(start, min(start + 1024, len(part))))])
     else:

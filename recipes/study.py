@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from attribution_core import AdamW, Outputs, Problem, Recipe, causal_lm_loss
 from attribution_core.problem import Rows
-from attribution_core.processes import world
+from attribution_core.processes import first_goes_first, world
 from recipes import embedded
 from recipes.corpus import Blocks, in_both, read_documents, without_text
 from recipes.embedded import Document
@@ -80,6 +81,8 @@ def bar(what: str) -> Any:
 
 def prepare(flags: Flags) -> Study:
     """Read and check all text, tokenise it, and set up the training problem."""
+    if flags.model == "tiny":  # its tensors are so small that threads wait more than they work
+        torch.set_num_threads(1)
     notes: dict[str, Any] = {}
     pool, target, test = _read(flags)
     pool = _checked_pool(flags, pool, [*target, *test], notes)
@@ -88,14 +91,15 @@ def prepare(flags: Flags) -> Study:
     labels = np.repeat([*PARTS, "test"], [*map(len, parts), len(test)])
 
     out = flags.out
-    model = language_model(flags.model, pool, out)
-    preset = model.preset
-    cut = partial(
-        Blocks.cut, encode=model.encode, start=model.start, length=preset.length,
-        made_by=fingerprint_of(model.tokenizer), progress=bar("tokenising"),
-    )  # fmt: skip
-    blocks = cut(pool, folder=out / "tokens" / "pool")
-    held_out_blocks = cut(held_out, folder=out / "tokens" / "held_out")
+    with first_goes_first():
+        model = language_model(flags.model, pool, out)
+        preset = model.preset
+        cut = partial(
+            Blocks.cut, encode=model.encode, start=model.start, length=preset.length,
+            made_by=fingerprint_of(model.tokenizer), progress=bar("tokenising"),
+        )  # fmt: skip
+        blocks = cut(pool, folder=out / "tokens" / "pool")
+        held_out_blocks = cut(held_out, folder=out / "tokens" / "held_out")
     tokens = blocks.token_counts()
     total = float(tokens.sum())
     budget = flags.budget * total if flags.budget <= 1 else flags.budget

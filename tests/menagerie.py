@@ -11,7 +11,6 @@ package's own ways.
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -28,9 +27,6 @@ from attribution_core.problem import precision_of
 ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)  # tensors here are tiny, and pytest-xdist has both cores busy
-with warnings.catch_warnings():  # torch's own first use of forward mode warns about torch.jit
-    warnings.simplefilter("ignore", DeprecationWarning)
-    torch.func.jvp(torch.sin, (torch.ones(1),), (torch.ones(1),))
 
 
 def seeded(build):
@@ -340,7 +336,9 @@ def row_gradients(problem, function=None, data=None):
         with precision_of(problem.params):
             value = (function or problem.loss)(model, data[[row]])[0]
         grads = torch.autograd.grad(value, params, allow_unused=True)
-        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
+        grads = [
+            torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)
+        ]
         found.append(torch.cat([g.flatten() for g in grads]))
     return torch.stack(found)
 

@@ -178,11 +178,29 @@ def test_diagonal_solve():
     torch.testing.assert_close(solved, torch.diag(expected), **EXACT)
 
 
-def test_identity_solve():
-    problem = menagerie.mlp()
+@pytest.mark.parametrize(("decay", "damping"), [(0.05, 0.3), (0.0, 0.3), (0.05, None)])
+def test_identity_solve_divides_by_decay_and_damping(decay, damping):
+    problem = scaled(menagerie.mlp(), decay)
     v = identity(problem)
-    fitted = fit_curvature(problem, "identity", damping=3.0)
-    assert torch.equal(fitted.solve(v), v)
+    solved = fit_curvature(problem, "identity", damping=damping).solve(v)
+    torch.testing.assert_close(solved, v / (decay + (damping or 0.0)), **EXACT)
+
+
+def test_identity_solve_without_either_is_the_identity():
+    v = identity(menagerie.mlp())
+    assert torch.equal(fit_curvature(menagerie.mlp(), "identity").solve(v), v)
+
+
+@pytest.mark.parametrize("kind", ["identity", "diagonal"])
+def test_nothing_to_divide_by(kind):
+    """Damping 0 where the curvature has a zero on its diagonal: a parameter no example moves."""
+    model = nn.Linear(2, 1, bias=False).double()
+    x = torch.tensor([[1.0, 0.0], [2.0, 0.0]]).double()
+    problem = Problem(model, menagerie.squared_error, (x, x[:, :1]))
+    with pytest.raises(
+        ValueError, match="got a smallest eigenvalue of 0 with weight decay and damp"
+    ):
+        fit_curvature(problem, kind, damping=0.0)
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "gauss_newton"])
@@ -253,8 +271,8 @@ def test_conjugate_gradients_with_a_zero_direction_and_uneven_scales():
 
 
 def test_cg_that_has_not_converged():
+    fitted = fit_curvature(menagerie.mlp(), form="cg", max_iterations=2)
     with pytest.raises(ValueError, match=r"did not converge: relative residual .* after 2 iter"):
-        fitted = fit_curvature(menagerie.mlp(), form="cg", max_iterations=2)
         fitted.solve(identity(menagerie.mlp()))
 
 
@@ -280,7 +298,7 @@ def test_a_curvature_that_is_not_positive_definite(form):
 
     model = nn.Linear(2, 1, bias=False).double()
     problem = Problem(model, concave, (torch.eye(2).double(),))
-    with pytest.raises(ValueError, match="expected a positive definite curvature.*gauss_newton"):
+    with pytest.raises(ValueError, match=r"expected a positive definite curvature.*gauss_newton"):
         fit_curvature(problem, "hessian", form=form).solve(identity(problem))
     # eigenvalues are −½: half a unit of damping is the border, more of it is definite
     solved = fit_curvature(problem, "hessian", form=form, damping=1.0).solve(identity(problem))
@@ -320,5 +338,5 @@ def test_a_loss_that_is_one_number_for_the_batch(kind):
         return F.cross_entropy(model(batch[0]), batch[1])
 
     problem = Problem(menagerie.softmax().model, mean, menagerie.softmax().train)
-    with pytest.raises(ValueError, match="expected one loss per row.*reduction='none'"):
+    with pytest.raises(ValueError, match=r"expected one loss per row.*reduction='none'"):
         fit_curvature(problem, kind)

@@ -32,7 +32,8 @@ def make(seed=0, **changes):
 def test_predict_is_affine_in_the_weights(weights):
     f = make()
     expected = [
-        f.base[j] + sum((w - a) * s for w, a, s in zip(weights, f.anchor, f.scores[:, j], strict=True))
+        f.base[j]
+        + sum((w - a) * s for w, a, s in zip(weights, f.anchor, f.scores[:, j], strict=True))
         for j in range(T)
     ]
     np.testing.assert_allclose(f.predict(weights), expected, **EXACT)
@@ -191,7 +192,10 @@ def test_a_folder_with_a_file_missing(tmp_path):
     ("changes", "message"),
     [
         ({"scores": np.zeros(N)}, r"expected scores \[n, t\], got shape \(7,\)"),
-        ({"base": np.zeros(2)}, r"expected base of shape \(3,\) beside scores \[n=7, t=3\], got \(2,\)"),
+        (
+            {"base": np.zeros(2)},
+            r"expected base of shape \(3,\) beside scores \[n=7, t=3\], got \(2,\)",
+        ),
         ({"anchor": np.zeros(2)}, r"expected anchor of shape \(7,\)"),
         ({"ids": [1, 2]}, r"expected ids of shape \(7,\)"),
         ({"targets": ["a"]}, r"expected targets of shape \(3,\)"),

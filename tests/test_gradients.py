@@ -10,7 +10,13 @@ from torch.nn import functional as F
 
 from attribution_core import Outputs, Problem, cross_entropy, margin
 from attribution_core import gradients as core
-from attribution_core.gradients import directional, flatten, mean_gradient, output_gradients, unflatten
+from attribution_core.gradients import (
+    directional,
+    flatten,
+    mean_gradient,
+    output_gradients,
+    unflatten,
+)
 from tests import menagerie
 
 # float64 rounding is 1e-16 a term; sums here have at most a few thousand terms of size near 1
@@ -94,7 +100,9 @@ def test_rows_are_taken_in_the_order_asked_for(engine):
     v = directions(problem, 2)
     asked = [4, 0, 4]
     torch.testing.assert_close(
-        directional(problem, v, asked, engine), directional(problem, v, engine=engine)[asked], **EXACT
+        directional(problem, v, asked, engine),
+        directional(problem, v, engine=engine)[asked],
+        **EXACT,
     )
     assert directional(problem, v, [], engine).shape == (0, 2)
 
@@ -220,7 +228,7 @@ def test_a_loss_that_is_one_number_for_the_batch():
         return F.cross_entropy(model(batch[0]), batch[1])
 
     problem = Problem(menagerie.mlp().model, mean, menagerie.mlp().train)
-    with pytest.raises(ValueError, match="expected one loss per row.*reduction='none'"):
+    with pytest.raises(ValueError, match=r"expected one loss per row.*reduction='none'"):
         directional(problem, directions(problem, 1))
 
 

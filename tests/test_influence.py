@@ -23,7 +23,7 @@ from attribution_core import (
     squared_error,
     train,
 )
-from attribution_core.gradients import directional, flatten
+from attribution_core.gradients import flatten
 from tests import menagerie
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -94,7 +94,7 @@ def test_scores_are_minus_G_times_the_inverse_times_A(curvature):
         "hessian": lambda: dense_hessian(problem, w) + 2.0 * eye,
         "gauss_newton": lambda: dense_gauss_newton(problem, w) + 2.0 * eye,
         "diagonal": lambda: torch.diag(torch.from_numpy(w) @ g**2 / problem.n) + 2.0 * eye,
-        "identity": lambda: eye,
+        "identity": lambda: 2.0 * eye,
     }[curvature]()
     expected = -g @ torch.linalg.inv(h) @ a.T / problem.n
     f = influence(problem, outputs, curvature=curvature, weights=w)

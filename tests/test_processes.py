@@ -17,7 +17,14 @@ def test_two_processes_are_one(tmp_path):
     """By torchrun and gloo, on everything in tests/two_processes.py."""
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     launched = subprocess.run(
         [*launch, "tests/two_processes.py", str(tmp_path / "two")],
         cwd=menagerie.ROOT,

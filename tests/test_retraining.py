@@ -173,9 +173,11 @@ def test_weights_and_seeds_that_make_no_sense(weights, seeds, message):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_failed_training_says_which(jobs):
     problem, recipe, outputs, weights = world()
-    x, y = problem.train.columns
+    x, _ = problem.train.columns
     x[int(np.flatnonzero(weights[1] * (1 - weights[0]) * (1 - weights[2]))[0])] = float("nan")
-    with pytest.raises(ValueError, match=r"retraining 1 \(seed 0\) failed: training stopped at step"):
+    with pytest.raises(
+        ValueError, match=r"retraining 1 \(seed 0\) failed: training stopped at step"
+    ):
         retrain(problem, recipe, outputs, weights, seeds=1, jobs=jobs)
 
 

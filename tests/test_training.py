@@ -73,7 +73,9 @@ def assert_same(run, params, losses):
 def test_a_hundred_steps_equal_torch(name, schedule):
     ours, theirs, settings = OPTIMIZERS[name]
     problem = menagerie.mlp()
-    run = train(problem, Recipe(ours, batch_size=2, epochs=STEPS * 2 / problem.n, schedule=schedule))
+    run = train(
+        problem, Recipe(ours, batch_size=2, epochs=STEPS * 2 / problem.n, schedule=schedule)
+    )
     assert len(run.order) == STEPS
     assert_same(run, *by_torch(problem, run.order, theirs, settings, SCHEDULES[schedule]))
 
@@ -222,7 +224,9 @@ def test_the_problems_model_is_left_as_it_was(name):
         assert torch.equal(value, before[key])
     assert all(p.grad is None for p in problem.model.parameters())
     trained = run.model
-    moved = {key for key, value in trained.state_dict().items() if not torch.equal(value, before[key])}
+    moved = {
+        key for key, value in trained.state_dict().items() if not torch.equal(value, before[key])
+    }
     trainable = {key for key, p in problem.model.named_parameters() if p.requires_grad}
     # every trainable parameter moved (a tied one under all its names), no other did
     tied = {"lm_head.weight"} if name == "gpt2" else set()
@@ -316,7 +320,9 @@ def test_a_loss_of_nan_names_the_step_and_the_rows():
 
 def test_a_learning_rate_that_explodes_says_so():
     recipe = Recipe(SGD(1e200), 2, 5)
-    with pytest.raises(ValueError, match="stopped at step .*; look at these examples, or at the lea"):
+    with pytest.raises(
+        ValueError, match=r"stopped at step .*; look at these examples, or at the lea"
+    ):
         train(menagerie.ridge(), recipe)
 
 

@@ -56,7 +56,13 @@ def everything(folder: Path) -> dict[str, np.ndarray]:
     for name, where in (("table", None), ("table in a folder", folder / "table")):
         done.clear()
         table = retrain(
-            small, recipe, menagerie.unseen(small), weights, seeds=3, folder=where, progress=progress
+            small,
+            recipe,
+            menagerie.unseen(small),
+            weights,
+            seeds=3,
+            folder=where,
+            progress=progress,
         )
         found[name] = table.per_seed
         found[f"own: {name}"] = np.array(done)

@@ -48,7 +48,7 @@ def influence(
         source: a problem whose model is trained; or a `Run`, which brings its anchor along; or
             several runs, whose datamodels are averaged.
         curvature: "gauss_newton", "hessian" (exact; convex problems), "diagonal", or "identity"
-            (gradient dot products, without units).
+            (none: gradient products, scaled by decay and damping).
         damping: added to the curvature beside the weight decay. None: for a run, what its length
             amounts to (`Run.damping`; 0 with "hessian"); for a problem, see `fit_curvature`. The
             mean of what was used stands in `.meta["damping"]`.

@@ -26,7 +26,7 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from attribution_core.gradients import flatten, row_gradients, unflatten
+from attribution_core.gradients import Progress, flatten, row_gradients, unflatten
 from attribution_core.problem import (
     Batch,
     Params,
@@ -67,6 +67,7 @@ def fit_curvature(
     tolerance: float | None = None,
     max_iterations: int = 500,
     batch_size: int = 256,
+    progress: Progress = iter,
 ) -> Curvature:
     """Fit a curvature to the problem at its present parameters.
 
@@ -78,6 +79,7 @@ def fit_curvature(
             6,000 parameters.
         tolerance: of cg, on ‖residual‖ / ‖v‖ of every direction; by default 1e-12 for float64 models
             and 1e-4 for others.
+        progress: wraps the iterations of cg (tqdm); they end when the tolerance is reached.
 
     Raises:
         ValueError: an unknown kind; random layers; losses that are not one finite number per row (names
@@ -140,7 +142,7 @@ def fit_curvature(
             return multiply(v) + shifts * v
 
         def solve(v: Tensor) -> Tensor:
-            return conjugate_gradients(shifted, v, goal, max_iterations)
+            return conjugate_gradients(shifted, v, goal, max_iterations, progress)
 
     return Curvature(solve, float(shifts.mean()) - problem.weight_decay, meta)
 
@@ -171,7 +173,11 @@ def _cholesky(shifted: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def conjugate_gradients(
-    multiply: Callable[[Tensor], Tensor], v: Tensor, tolerance: float, max_iterations: int
+    multiply: Callable[[Tensor], Tensor],
+    v: Tensor,
+    tolerance: float,
+    max_iterations: int,
+    progress: Progress = iter,
 ) -> Tensor:
     """Solve A x = v for every row of v [k, p], A symmetric positive definite; true residual checked.
 
@@ -184,7 +190,7 @@ def conjugate_gradients(
     residual, direction = v.clone(), v.clone()
     size = v.norm(dim=1).clamp(min=torch.finfo(v.dtype).tiny)
     square = residual.square().sum(1)
-    for _ in range(max_iterations):
+    for _ in progress(range(max_iterations)):
         active = square.sqrt() > tolerance * size
         if not active.any():
             break

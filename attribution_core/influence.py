@@ -59,7 +59,7 @@ def influence(
         curvature_rows: estimate the curvature on so many rows, drawn with a fixed seed; all if not given.
         engine, batch_size: how gradients are taken; change cost, never the result.
         folder: keep scores there, block by block; the same call resumes. [n, t] float32.
-        progress: wraps the loop over the training rows (tqdm).
+        progress: wraps the loops over solver iterations and training rows (tqdm).
 
     Returns:
         scores [n, t] in output units per unit of weight; base f(anchor) [t]; anchor α · weights.
@@ -101,7 +101,7 @@ def influence(
             replace(problem, train=Rows(problem.train, some)), curvature,
             weights=w[some] * (problem.n / n),
             damping=damping, form=form, tolerance=tolerance, max_iterations=max_iterations,
-            batch_size=batch_size,
+            batch_size=batch_size, progress=progress,
         )  # fmt: skip
         targets = flatten(output_gradients(problem.model, outputs)).double().cpu()
         solved = fitted.solve(targets) / (-n * exposure)

@@ -37,10 +37,12 @@ def my_rows(rows: np.ndarray) -> np.ndarray:
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes, the same on each."""
-    if world()[1] > 1:
-        tensor = tensor.contiguous()
-        dist.all_reduce(tensor)
-    return tensor
+    if world()[1] == 1:
+        return tensor
+    moved = tensor.cuda() if dist.get_backend() == "nccl" else tensor  # nccl sums on GPUs only
+    moved = moved.contiguous()
+    dist.all_reduce(moved)
+    return moved.to(tensor.device)
 
 
 def collect(rows: Tensor) -> Tensor:

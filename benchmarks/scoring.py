@@ -11,7 +11,7 @@ one where others use the machine. What `directional` does once per call (it trie
 rows) is shown by itself. Peak memory is that of three batches in a process of its own for each row,
 above what the process holds once model, data and directions stand (Linux).
 
-Issue 2 asks for at most 1.25 with one direction, 1.5 with 16.
+The goal is at most 1.25 with one direction, 1.5 with 16.
 """
 
 from __future__ import annotations

@@ -87,7 +87,12 @@ def _saved(folder: str) -> Any:
 def _hub(name: str) -> Any:
     from datasets import load_dataset
 
-    return load_dataset(name, split="train").with_format("arrow")[:]
+    try:
+        return load_dataset(name, split="train").with_format("arrow")[:]
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a file, a saved dataset nor a hub dataset within reach: {error}"
+        ) from None
 
 
 def _from_table(

@@ -83,7 +83,9 @@ def language_model(model: str, pool: Sequence[Document], folder: Path) -> Langua
         path = folder / "tokenizer.json"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            train_bpe([doc.text for doc in pool], preset.vocabulary).save(str(path))
+            part = path.with_suffix(".part")
+            train_bpe([doc.text for doc in pool], preset.vocabulary).save(str(part))
+            part.replace(path)
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<s>")
         return LanguageModel(tokenizer, partial(llama, preset), preset, True)
     try:

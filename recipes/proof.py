@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from applied import pictures, report
-from applied.recipe import Decision, Verified, paired_interval, random_controls, verify
+from applied.recipe import Decision, Verified, random_controls, verify
 from attribution_core import LinearDatamodel, Outputs, RetrainingTable, Run
 from attribution_core.processes import world
 from attribution_core.retraining import retrain_pairs
@@ -40,6 +37,8 @@ def prove(
 ) -> Evidence:
     """Retrain on the chosen documents, on random ones and on what each filter chooses."""
     seeds = list(range(study.flags.seeds))
+    say("asking the filters ...")
+    datamodel, decision = _on_the_report(study, proxies, datamodel, decision)
     arms = filter_arms(study, proxies)
     random = random_controls(decision, seeds)
     outputs = study.outputs("report", "test")
@@ -53,7 +52,7 @@ def prove(
 
     retrain = partial(
         retrain_pairs, study.problem, study.recipe, outputs,
-        folder=study.flags.out / "retraining", jobs=study.flags.jobs if world()[1] == 1 else 1,
+        folder=study.flags.out / "retraining", jobs=study.flags.jobs if study.problem.device.type == "cpu" and world()[1] == 1 else 1,
     )  # fmt: skip
     everything = [
         *[pair for w in (decision.weights, *arms.values()) for pair in pairs(w, seeds)],
@@ -85,6 +84,19 @@ def prove(
         datamodel.predict(np.stack(subsets))[:, 0],
         np.array(actual),
     )
+
+
+def _on_the_report(
+    study: Study, proxies: Sequence[Run], datamodel: LinearDatamodel, decision: Decision
+) -> tuple[LinearDatamodel, Decision]:
+    """The same scores on top of the proxies' loss on the report part, which the truth is read on."""
+    outputs = study.outputs("report")
+    base = np.mean([run.outputs(outputs).numpy() * study.bits(outputs) for run in proxies], axis=0)
+    shift = base - datamodel.base
+    moved = replace(
+        decision, predicted=decision.predicted + shift, baseline=decision.baseline + shift
+    )
+    return replace(datamodel, base=base), moved
 
 
 def filter_arms(study: Study, proxies: Sequence[Run]) -> dict[str, NDArray[np.float64]]:
@@ -127,192 +139,3 @@ def _more_subsets(
         rows.append(choose(study, noised).weights)
     kinds = ["random"] * random + ["tilted"] * (count - random)
     return kinds, np.array(rows).reshape(count, len(study.pool))
-
-
-def write_report(
-    study: Study, datamodel: LinearDatamodel, decision: Decision, evidence: Evidence
-) -> None:
-    """metrics.json, and report.html with every picture inside."""
-    if world()[0] != 0:
-        return
-    correlation = pictures.rank_correlation(evidence.predicted, evidence.actual)
-    held = {name: _against(evidence, name) for name in evidence.arms}
-    chosen_ids = "\n".join(map(str, decision.ids))
-    metrics = {
-        "flags": {name: str(value) for name, value in asdict(study.flags).items()},
-        "unit": "bits per byte",
-        "chosen": {
-            "documents": len(decision.ids),
-            "tokens": decision.cost,
-            "sha256": hashlib.sha256(chosen_ids.encode()).hexdigest(),
-        },
-        "predicted": {"chosen": decision.predicted[0], "random": decision.baseline[0]},
-        "arms": held,
-        "rank_correlation": asdict(correlation),
-        "subsets": len(evidence.actual),
-        "seeds": list(evidence.verified.seeds),
-        "datamodel": dict(datamodel.meta),
-        "selection": dict(decision.meta),
-        **study.notes,
-    }
-    report.write_metrics(study.flags.out / "metrics.json", metrics)
-    _page(study, datamodel, decision, evidence, held).save(study.flags.out / "report.html")
-    say(_table(evidence, held))
-    say(
-        f"predicted against actual over {len(evidence.actual)} subsets: rank correlation {correlation}\n"
-        f"report: {study.flags.out / 'report.html'}"
-    )
-
-
-def _against(evidence: Evidence, name: str) -> dict[str, Any]:
-    """Mean loss of an arm on each part, and its difference to random, paired by seed."""
-    found = {}
-    for j, part in enumerate(evidence.parts):
-        arm, random = evidence.arms[name][:, j], evidence.arms["random"][:, j]
-        found[part] = {
-            "loss": asdict(paired_interval(arm)),
-            "minus_random": asdict(paired_interval(arm, random)),
-        }
-    return found
-
-
-def _table(evidence: Evidence, held: dict[str, Any]) -> str:
-    """Every arm, the best first: target loss and its difference to random, with 95 % intervals."""
-    lines = [
-        f"{'held-out bits/byte':22s}"
-        + "".join(f"{part:>10s}{'- random':>26s}" for part in evidence.parts)
-    ]
-    for name in sorted(held, key=lambda arm: held[arm]["report"]["loss"]["mean"]):
-        cells = ""
-        for part in evidence.parts:
-            loss, gap = held[name][part]["loss"], held[name][part]["minus_random"]
-            ends = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
-            cells += f"{loss['mean']:10.3f}{'' if name == 'random' else ends:>26s}"
-        lines.append(f"{name:22s}{cells}")
-    seeds = len(evidence.verified.seeds)
-    return "\n".join([*lines, f"{seeds} trainings an arm, paired by seed, 95 % t intervals"])
-
-
-def _page(
-    study: Study,
-    datamodel: LinearDatamodel,
-    decision: Decision,
-    evidence: Evidence,
-    held: dict[str, Any],
-) -> report.Page:
-    rows = [
-        [
-            name,
-            *[
-                x
-                for part in evidence.parts
-                for x in (
-                    _interval(held[name][part]["loss"]),
-                    _interval(held[name][part]["minus_random"]),
-                )
-            ],
-        ]
-        for name in sorted(held, key=lambda arm: held[arm]["report"]["loss"]["mean"])
-    ]
-    header = [
-        "trained on",
-        *[x for part in evidence.parts for x in (f"{part}, bits/byte", "less random")],
-    ]
-    loss = [held[name]["report"]["loss"] for name in evidence.arms]
-    columns = [[one[k] for one in loss] for k in ("mean", "low", "high")]
-    density = datamodel.scores[:, 0] / study.tokens
-    order = np.argsort(density, kind="stable")
-    gap = evidence.verified.difference("random")
-    subtitle = (
-        f"{len(decision.ids):,} of {len(study.pool):,} documents, {decision.cost:,.0f} tokens. Retrained "
-        f"{len(evidence.verified.seeds)} times, they change held-out target loss by {gap} bits per byte "
-        "against random documents of the same cost (95 % interval, paired by seed)."
-    )
-    names = ["chosen", *["" for _ in evidence.kinds[1:]]]
-    filters_ = [name for name in evidence.weights if name != "chosen"]
-    names[1 : 1 + len(filters_)] = filters_
-    return report.Page(
-        "Which documents to train on",
-        subtitle,
-        {
-            "Proof by retraining": [
-                report.table(rows, header, best={header[1]: "low"}),
-                report.picture(
-                    pictures.arms(
-                        list(evidence.arms),
-                        *columns,
-                        xlabel="held-out target loss after retraining, bits per byte (lower is better)",
-                    )
-                ),
-            ],
-            "Predicted against actual": [
-                report.picture(
-                    pictures.calibration(
-                        evidence.predicted,
-                        evidence.actual,
-                        evidence.kinds,
-                        names,
-                        unit="target loss, bits per byte",
-                    )
-                ),
-                report.paragraph(
-                    "Predicted on the part of the target that was used to score; actual on the part kept "
-                    "for the report. A first-order prediction is least true at an optimum: its order "
-                    "counts for more than its size."
-                ),
-            ],
-            "Composition": [report.picture(pictures.composition(_composition(study, evidence)))],
-            "Scores": [
-                report.picture(
-                    pictures.histogram(density, decision.weights > 0, xlabel="score per token")
-                )
-            ],
-            "Documents predicted to help most": [
-                report.documents(_cards(study, datamodel, order[:8]))
-            ],
-            "Documents predicted to hurt most": [
-                report.documents(_cards(study, datamodel, order[::-1][:8]))
-            ],
-            "How this was made": [report.facts(_facts(study, datamodel))],
-        },
-    )
-
-
-def _interval(values: dict[str, float]) -> Any:
-    return report.Interval(**values)
-
-
-def _composition(study: Study, evidence: Evidence) -> dict[str, dict[str, float]]:
-    """Shares of tokens by domain, of every arm and of the pool."""
-    found = {}
-    for name, weights in {"pool": np.ones(len(study.pool)), **evidence.weights}.items():
-        counts: Counter[str] = Counter()
-        for domain, tokens in zip(study.domains, weights * study.tokens, strict=True):
-            counts[str(domain)] += tokens
-        total = sum(counts.values())
-        found[name] = {domain: count / total for domain, count in counts.items()}
-    return found
-
-
-def _cards(study: Study, datamodel: LinearDatamodel, rows: NDArray[Any]) -> list[report.Document]:
-    return [
-        report.Document(
-            (doc := study.pool[i]).id, doc.source, doc.domain,
-            float(datamodel.scores[i, 0]), int(study.tokens[i]), doc.text,
-        )
-        for i in rows
-    ]  # fmt: skip
-
-
-def _facts(study: Study, datamodel: LinearDatamodel) -> dict[str, Any]:
-    meta, gate = datamodel.meta, study.notes["gate"]
-    return {
-        "model": study.flags.model,
-        "method": f"{meta['method']}, {meta['curvature']}, mean damping {meta['damping']:.2g}",
-        "parameters covered": f"{meta['covered']:.0%}",
-        "anchor": f"exposure {meta['exposure']:.3f}, {study.flags.proxies} proxies",
-        "gate": f"proxy {gate['proxy']:.3f} bits/byte, {gate['order']}-grams {gate['ngram']:.3f}",
-        "budget": f"{study.budget:,.0f} tokens, {study.exposure:.1%} of the pool",
-        "also held-out text": f"{len(study.notes['also_held_out'])} pool documents",
-        "truth": "fresh initial weights and order per seed; documents not chosen are removed",
-    }

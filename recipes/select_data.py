@@ -53,7 +53,7 @@ class Flags:
     """Blocks a step; by default the model's."""
     curvature: Literal["identity", "diagonal", "gauss_newton"] = "gauss_newton"
     """Of the influence function."""
-    curvature_rows: int = 128
+    curvature_rows: int = 64
     """Blocks on which the curvature is estimated."""
     damping: float = 0.01
     """Added to the curvature's eigenvalues: larger is faster and more cautious."""
@@ -72,17 +72,18 @@ class Flags:
     keep_overlap: bool = False
     """Keep pool documents that are also target text; they are reported either way."""
     jobs: int = 2
-    """Trainings side by side, each on one thread."""
-    device: str = "cpu"
-    """Where to score and train, e.g. cuda."""
+    """Trainings side by side on the CPU, each on one thread."""
+    device: str = "auto"
+    """Where to score and train: cpu, cuda, ...; auto is this process's GPU where there is one."""
     out: Path = Path("runs/select_data")
     """Folder for everything that is written."""
 
 
 def main(flags: Flags) -> None:
     """The steps, in order; each reads back what an earlier run has finished."""
-    from recipes.proof import prove, write_report
+    from recipes.proof import prove
     from recipes.selection import choose, gate, score, train_proxies, write_subset
+    from recipes.selection_report import write_report
     from recipes.study import prepare
 
     study: Study = prepare(flags)

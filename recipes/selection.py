@@ -74,7 +74,7 @@ def score(study: Study, proxies: Sequence[Run]) -> LinearDatamodel:
         tolerance=0.05,  # of a solve whose curvature is itself an estimate from a sample
         batch_size=SCORE_BATCH,
         folder=study.flags.out / "scores",
-        progress=bar("scoring"),
+        progress=bar("solving, scoring"),
     )
     bits = per_block.combine(np.diag(study.bits(outputs)), targets=["target"])
     documents = bits.grouped(study.blocks.document)

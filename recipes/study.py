@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -109,7 +110,7 @@ def prepare(flags: Flags) -> Study:
             "numbers up to 1 are shares of the pool"
         )
     problem = Problem(
-        model.make(0).to(flags.device), partial(causal_lm_loss, tokens=preset.length), blocks
+        model.make(0).to(device_of(flags)), partial(causal_lm_loss, tokens=preset.length), blocks
     )
     recipe = Recipe(
         AdamW(flags.lr or preset.lr, betas=(0.9, 0.99)),
@@ -129,6 +130,15 @@ def prepare(flags: Flags) -> Study:
         flags, pool, held_out, labels, model, blocks, held_out_blocks, tokens, budget,
         parse_quotas(flags.quota), problem, recipe, notes,
     )  # fmt: skip
+
+
+def device_of(flags: Flags) -> torch.device:
+    """The device asked for; with auto the launched process's own GPU."""
+    if flags.device != "auto":
+        return torch.device(flags.device)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def _read(flags: Flags) -> tuple[list[Document], list[Document], list[Document]]:

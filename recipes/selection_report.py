@@ -1,0 +1,189 @@
+"""What came out, written down: metrics.json, report.html and a table on the screen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from applied import pictures, report
+from applied.recipe import Decision, Interval, paired_interval
+from attribution_core import LinearDatamodel
+from attribution_core.processes import world
+from recipes.proof import Evidence
+from recipes.study import Study, say
+
+
+def write_report(
+    study: Study, datamodel: LinearDatamodel, decision: Decision, evidence: Evidence
+) -> None:
+    """metrics.json, and report.html with every picture inside."""
+    if world()[0] != 0:
+        return
+    correlation = pictures.rank_correlation(evidence.predicted, evidence.actual)
+    held = {name: _against(evidence, name) for name in evidence.arms}
+    chosen_ids = "\n".join(map(str, decision.ids))
+    metrics = {
+        "flags": {name: str(value) for name, value in asdict(study.flags).items()},
+        "unit": "bits per byte",
+        "chosen": {
+            "documents": len(decision.ids),
+            "tokens": decision.cost,
+            "sha256": hashlib.sha256(chosen_ids.encode()).hexdigest(),
+        },
+        "predicted": {
+            "chosen": evidence.verified.decision.predicted[0],
+            "random": evidence.verified.decision.baseline[0],
+        },
+        "arms": held,
+        "rank_correlation": asdict(correlation),
+        "subsets": len(evidence.actual),
+        "seeds": list(evidence.verified.seeds),
+        "datamodel": dict(datamodel.meta),
+        "selection": dict(decision.meta),
+        **study.notes,
+    }
+    report.write_metrics(study.flags.out / "metrics.json", metrics)
+    _page(study, datamodel, decision, evidence, held).save(study.flags.out / "report.html")
+    say(_table(evidence, held))
+    say(
+        f"predicted against actual over {len(evidence.actual)} subsets: rank correlation {correlation}\n"
+        f"report: {study.flags.out / 'report.html'}"
+    )
+
+
+def _against(evidence: Evidence, name: str) -> dict[str, Any]:
+    """Mean loss of an arm on each part, and its difference to random, paired by seed."""
+    found = {}
+    for j, part in enumerate(evidence.parts):
+        arm, random = evidence.arms[name][:, j], evidence.arms["random"][:, j]
+        found[part] = {
+            "loss": asdict(paired_interval(arm)),
+            "minus_random": asdict(paired_interval(arm, random)),
+        }
+    return found
+
+
+def _table(evidence: Evidence, held: dict[str, Any]) -> str:
+    """Every arm, the best first: target loss and its difference to random, with 95 % intervals."""
+    lines = [
+        f"{'held-out bits/byte':22s}"
+        + "".join(f"{part:>10s}{'- random':>26s}" for part in evidence.parts)
+    ]
+    for name in sorted(held, key=lambda arm: held[arm]["report"]["loss"]["mean"]):
+        cells = ""
+        for part in evidence.parts:
+            loss, gap = held[name][part]["loss"], held[name][part]["minus_random"]
+            ends = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+            cells += f"{loss['mean']:10.3f}{'' if name == 'random' else ends:>26s}"
+        lines.append(f"{name:22s}{cells}")
+    seeds = len(evidence.verified.seeds)
+    return "\n".join([*lines, f"{seeds} trainings an arm, paired by seed, 95 % t intervals"])
+
+
+def _page(
+    study: Study,
+    datamodel: LinearDatamodel,
+    decision: Decision,
+    evidence: Evidence,
+    held: dict[str, Any],
+) -> report.Page:
+    density = datamodel.scores[:, 0] / study.tokens
+    order = np.argsort(density, kind="stable")
+    gap = evidence.verified.difference("random")
+    subtitle = (
+        f"{len(decision.ids):,} of {len(study.pool):,} documents, {decision.cost:,.0f} tokens. Retrained "
+        f"{len(evidence.verified.seeds)} times, they change held-out target loss by {gap} bits per byte "
+        "against random documents of the same cost (95 % interval, paired by seed)."
+    )
+    histogram = pictures.histogram(density, decision.weights > 0, xlabel="score per token")
+    sections = {
+        "Proof by retraining": _arms(evidence, held),
+        "Predicted against actual": _calibration(evidence),
+        "Composition": [report.picture(pictures.composition(_composition(study, evidence)))],
+        "Scores": [report.picture(histogram)],
+        "Predicted to help most": [report.documents(_cards(study, datamodel, order[:8]))],
+        "Predicted to hurt most": [report.documents(_cards(study, datamodel, order[::-1][:8]))],
+        "How this was made": [report.facts(_facts(study, datamodel))],
+    }
+    return report.Page("Which documents to train on", subtitle, sections)
+
+
+def _arms(evidence: Evidence, held: dict[str, Any]) -> list[str]:
+    """Every arm's loss on every part beside its difference to random, as a table and a picture."""
+    header, rows = ["trained on"], []
+    for part in evidence.parts:
+        header += [f"{part}, bits/byte", "less random"]
+    for name in sorted(held, key=lambda arm: held[arm]["report"]["loss"]["mean"]):
+        row: list[Any] = [name]
+        for part in evidence.parts:
+            row += [Interval(**held[name][part][kind]) for kind in ("loss", "minus_random")]
+        rows.append(row)
+    loss = [held[name]["report"]["loss"] for name in evidence.arms]
+    columns = [[one[k] for one in loss] for k in ("mean", "low", "high")]
+    label = "held-out target loss after retraining, bits per byte (lower is better)"
+    return [
+        report.table(rows, header, best={header[1]: "low"}),
+        report.picture(pictures.arms(list(evidence.arms), *columns, xlabel=label)),
+    ]
+
+
+def _calibration(evidence: Evidence) -> list[str]:
+    """The picture of predicted against actual loss, and how to read it."""
+    filters = [name for name in evidence.weights if name != "chosen"]
+    labels = ["chosen", *filters, *[""] * (len(evidence.kinds) - 1 - len(filters))]
+    figure = pictures.calibration(
+        evidence.predicted,
+        evidence.actual,
+        evidence.kinds,
+        labels,
+        unit="target loss, bits per byte",
+    )
+    return [
+        report.picture(figure),
+        report.paragraph(
+            "Predicted: the proxies' loss on the report part, moved by scores that came from another "
+            "part of the target. Actual: retrained models on the report part. A first-order prediction "
+            "is least true at an optimum, so its order counts for more than its size."
+        ),
+    ]
+
+
+def _composition(study: Study, evidence: Evidence) -> dict[str, dict[str, float]]:
+    """Shares of tokens by domain, of every arm and of the pool."""
+    found = {}
+    for name, weights in {"pool": np.ones(len(study.pool)), **evidence.weights}.items():
+        counts: Counter[str] = Counter()
+        for domain, tokens in zip(study.domains, weights * study.tokens, strict=True):
+            counts[str(domain)] += tokens
+        total = sum(counts.values())
+        found[name] = {domain: count / total for domain, count in counts.items()}
+    return found
+
+
+def _cards(study: Study, datamodel: LinearDatamodel, rows: NDArray[Any]) -> list[report.Document]:
+    return [
+        report.Document(
+            (doc := study.pool[i]).id, doc.source, doc.domain,
+            float(datamodel.scores[i, 0]), int(study.tokens[i]), doc.text,
+        )
+        for i in rows
+    ]  # fmt: skip
+
+
+def _facts(study: Study, datamodel: LinearDatamodel) -> dict[str, Any]:
+    meta, gate = datamodel.meta, study.notes["gate"]
+    return {
+        "model": study.flags.model,
+        "method": f"{meta['method']}, {meta['curvature']}, mean damping {meta['damping']:.2g}",
+        "parameters covered": f"{meta['covered']:.0%}",
+        "anchor": f"exposure {meta['exposure']:.3f}, {study.flags.proxies} proxies",
+        "gate": f"proxy {gate['proxy']:.3f} bits/byte, {gate['order']}-grams {gate['ngram']:.3f}",
+        "budget": f"{study.budget:,.0f} tokens, {study.exposure:.1%} of the pool",
+        "also held-out text": f"{len(study.notes['also_held_out'])} pool documents",
+        "truth": "fresh initial weights and order per seed; documents not chosen are removed",
+    }

@@ -11,7 +11,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/ready
-	$(BIN)/python recipes/select_data.py --pool embedded --out runs/demo
+	$(BIN)/python recipes/select_data.py --proxies 1 --out runs/demo
 
 test: .venv/ready
 	$(BIN)/ruff format --check .

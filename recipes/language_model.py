@@ -31,7 +31,7 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(width=64, layers=1, vocabulary=2048, length=64, batch_size=8, lr=7e-3),
+    "tiny": Preset(width=64, layers=1, vocabulary=2048, length=64, batch_size=4, lr=7e-3),
     "small": Preset(width=256, layers=4, vocabulary=8192, length=128, batch_size=16, lr=2e-3),
     "medium": Preset(width=512, layers=8, vocabulary=16384, length=256, batch_size=32, lr=1e-3),
 }
@@ -130,6 +130,7 @@ def llama(preset: Preset, seed: int) -> Any:
         num_attention_heads=max(1, preset.width // 32),
         max_position_embeddings=preset.length + 1,
         tie_word_embeddings=True,
+        initializer_range=0.5 * preset.width**-0.5,  # the usual .02 wastes much of so short a training
         bos_token_id=0,
         eos_token_id=0,
     )

@@ -37,7 +37,7 @@ class Flags:
     """Column that holds a document's domain, for quotas and the report; by default its file."""
     id: str | None = None
     """Column that holds unique ids; by default file and row."""
-    documents: int = 3000
+    documents: int = 2500
     """How many documents the embedded pool has."""
     budget: float = 0.2
     """Tokens to choose; up to 1 it is a share of the pool."""

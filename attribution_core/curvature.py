@@ -127,7 +127,8 @@ def fit_curvature(
         solve = partial(torch.mul, 1.0 / (diagonal + shifts))
     elif form == "dense" or (form == "auto" and p <= DENSE):
         meta["form"] = "dense"
-        matrix = multiply(torch.eye(p, dtype=torch.float64))
+        eye = torch.eye(p, dtype=torch.float64)  # small models: larger batches save passes
+        matrix = products(problem, kind, eye, w, max(batch_size, 512))
         matrix = (matrix + matrix.T) / 2
         shifts = shift(lambda: float(matrix.trace()) / p)
         solve = _cholesky(matrix + shifts.diag())

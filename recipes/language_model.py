@@ -130,7 +130,8 @@ def llama(preset: Preset, seed: int) -> Any:
         num_attention_heads=max(1, preset.width // 32),
         max_position_embeddings=preset.length + 1,
         tie_word_embeddings=True,
-        initializer_range=0.5 * preset.width**-0.5,  # the usual .02 wastes much of so short a training
+        initializer_range=0.5
+        * preset.width**-0.5,  # the usual .02 wastes much of so short a training
         bos_token_id=0,
         eos_token_id=0,
     )

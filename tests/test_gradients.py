@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attribution_core import Outputs, Problem, cross_entropy, margin
+from attribution_core import Outputs, Problem, cross_entropy, ghost, margin
 from attribution_core import gradients as core
 from attribution_core.gradients import (
     directional,
@@ -78,7 +78,7 @@ def test_ghost_products_cut_into_pieces(name, monkeypatch):
     problem = PROBLEMS[name]()
     v = directions(problem, 3)
     whole = directional(problem, v, engine="ghost")
-    monkeypatch.setattr(core, "LAYER_ELEMENTS", 1)
+    monkeypatch.setattr(ghost, "LAYER_ELEMENTS", 1)
     torch.testing.assert_close(directional(problem, v, engine="ghost"), whole, **EXACT)
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,15 @@ def language_model(model: str, pool: Sequence[Document], folder: Path) -> Langua
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         make = partial(pretrained, model)
-        make(0)
+        positions = (
+            getattr(make(0).config, "max_position_embeddings", None) or PRETRAINED.length + 1
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"expected a preset ({', '.join(PRESETS)}) or a transformers model, got {model!r}: {error}"
         ) from None
-    return LanguageModel(tokenizer, make, PRETRAINED, False)
+    length = min(PRETRAINED.length, positions - 1)  # a block has a start token before its own
+    return LanguageModel(tokenizer, make, replace(PRETRAINED, length=length), False)
 
 
 def train_bpe(texts: list[str], vocabulary: int) -> Any:

@@ -94,7 +94,7 @@ def select(
         ValueError: a budget, costs or quotas that cannot be met; says which clash.
         RuntimeError: the solver found no optimum; names its status.
 
-    Sources: DsDm (Engstrom et al. 2024) for the mean; research note A1 for the programs.
+    Source: Engstrom, Feldmann & Mądry 2024 (DsDm) for the mean over targets.
 
     >>> f = LinearDatamodel([[-3.0], [-1.0], [2.0]], base=[9.0], anchor=1.0)
     >>> select(f, budget=2).ids.tolist()

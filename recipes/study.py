@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from applied.selection import relaxed
 from attribution_core import AdamW, Outputs, Problem, Recipe, causal_lm_loss
 from attribution_core.problem import Rows
 from attribution_core.processes import first_goes_first, world
@@ -109,6 +110,10 @@ def prepare(flags: Flags) -> Study:
             f"expected a budget above 0 and up to the pool's {total:,.0f} tokens, got {budget:,.0f}; "
             "numbers up to 1 are shares of the pool"
         )
+    quotas = parse_quotas(flags.quota)
+    domains = [doc.domain for doc in pool]
+    # a budget and quotas that clash say so now, not after hours of scoring
+    relaxed(np.zeros(len(pool)), tokens, budget, domains=domains, quotas=quotas or None)
     problem = Problem(
         model.make(0).to(device_of(flags)), partial(causal_lm_loss, tokens=preset.length), blocks
     )
@@ -128,7 +133,7 @@ def prepare(flags: Flags) -> Study:
     )
     return Study(
         flags, pool, held_out, labels, model, blocks, held_out_blocks, tokens, budget,
-        parse_quotas(flags.quota), problem, recipe, notes,
+        quotas, problem, recipe, notes,
     )  # fmt: skip
 
 

@@ -13,10 +13,10 @@ no result depends on a batch size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from functools import cached_property, partial
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from attribution_core.problem import (
 from attribution_core.processes import my_rows, sum_over_processes
 
 Kind = Literal["identity", "diagonal", "hessian", "gauss_newton"]
+Phi = Callable[[Tensor], Tensor]  # a function of eigenvalues, elementwise
 Form = Literal["auto", "dense", "cg"]
 DENSE = 6000  # parameters up to which H is formed: 288 MB in float64, factored in seconds
 PROBES = 16  # random directions for the mean eigenvalue where H is not formed
@@ -55,6 +56,110 @@ class Curvature:
     solve: Callable[[Tensor], Tensor]
     damping: float  # its mean over parameters
     meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Spectrum(Protocol):
+    """A symmetric H [p, p] with eigenvalues at hand, so that any function φ of it can be applied."""
+
+    @property
+    def trace(self) -> float:
+        """The sum of the eigenvalues."""
+
+    def apply(self, v: Tensor, phi: Phi) -> Tensor:
+        """φ(H) V for every row of v [k, p], float64."""
+
+    def solve(self, v: Tensor, shift: Tensor) -> Tensor:
+        """(H + diag(shift))⁻¹ V for every row of v [k, p] and shift [p], float64."""
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """H = diag(values).
+
+    >>> h = Diagonal(torch.tensor([1.0, 3.0], dtype=torch.float64))
+    >>> h.apply(torch.ones(1, 2).double(), torch.square).tolist()
+    [[1.0, 9.0]]
+    """
+
+    values: Tensor  # [p]
+
+    @property
+    def trace(self) -> float:
+        """The sum of the values."""
+        return float(self.values.sum())
+
+    def apply(self, v: Tensor, phi: Phi) -> Tensor:
+        """φ(values) ⊙ V."""
+        return v * phi(self.values)
+
+    def solve(self, v: Tensor, shift: Tensor) -> Tensor:
+        """V / (values + shift)."""
+        lowest = float((self.values + shift).min())
+        if lowest <= 0:
+            raise _not_definite(lowest)
+        return v / (self.values + shift)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """H as a matrix; eigenvalues are found when a function of them is first asked for.
+
+    >>> h = Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64))   # eigenvalues 1, 3
+    >>> h.apply(torch.eye(2).double(), torch.square).round().tolist()
+    [[5.0, 4.0], [4.0, 5.0]]
+    """
+
+    matrix: Tensor  # [p, p]
+
+    @property
+    def trace(self) -> float:
+        """The sum of the eigenvalues."""
+        return float(self.matrix.trace())
+
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [p] and eigenvectors [p, p], one a column."""
+        return tuple(torch.linalg.eigh(self.matrix))
+
+    def apply(self, v: Tensor, phi: Phi) -> Tensor:
+        """V Q φ(Λ) Qᵀ."""
+        values, vectors = self.eigen
+        return v @ vectors * phi(values) @ vectors.T
+
+    def solve(self, v: Tensor, shift: Tensor) -> Tensor:
+        """By a Cholesky factor."""
+        return self.factored(shift)(v)
+
+    def factored(self, shift: Tensor) -> Callable[[Tensor], Tensor]:
+        """The solve with H + diag(shift), factored once."""
+        return _cholesky(self.matrix + shift.diag())
+
+
+def spectrum(
+    problems: Problem | Sequence[Problem],
+    kind: Kind = "gauss_newton",
+    *,
+    weights: NDArray[np.float64] | None = None,
+    batch_size: int = 256,
+) -> Spectrum:
+    """The curvature of one problem, or the mean over several (checkpoints of one training), as a Spectrum.
+
+    Without weight decay and damping. "identity" is H = 0.
+    """
+    several = [problems] if isinstance(problems, Problem) else list(problems)
+    first = several[0]
+    w = np.ones(first.n) if weights is None else weights
+    p = sum(value.numel() for value in first.params.values())
+    if kind == "identity":
+        return Diagonal(torch.zeros(p, dtype=torch.float64))
+    if kind == "diagonal":
+        parts = [fisher_diagonal(problem, w, batch_size) for problem in several]
+        return Diagonal(torch.stack(parts).mean(0))
+    eye = torch.eye(p, dtype=torch.float64)  # small models: larger batches save passes
+    size = max(batch_size, 512)
+    matrix = sum(products(problem, kind, eye, w, size) for problem in several) / len(several)
+    assert isinstance(matrix, Tensor)
+    return Dense((matrix + matrix.T) / 2)
 
 
 def fit_curvature(
@@ -108,30 +213,26 @@ def fit_curvature(
         if damping is not None:
             added = damping
         elif kind == "identity":
-            added = 0.0 if problem.weight_decay > 0 else 1.0
-        elif kind != "hessian" and problem.weight_decay == 0:
+            added = 0.0 if (problem.decay > 0).all() else 1.0
+        elif kind != "hessian" and (problem.decay == 0).all():
             added = 0.1 * mean()
-        return (problem.weight_decay + torch.as_tensor(added, dtype=torch.float64).cpu()).expand(p)
+        return problem.decay + torch.as_tensor(added, dtype=torch.float64).cpu()
 
     def multiply(v: Tensor) -> Tensor:
         return products(problem, kind, v, w, batch_size)
 
     solve: Callable[[Tensor], Tensor]
     if kind in ("identity", "diagonal"):
-        diagonal = torch.zeros(p, dtype=torch.float64)
-        if kind == "diagonal":
-            diagonal = fisher_diagonal(problem, w, batch_size)
-        shifts = shift(lambda: float(diagonal.mean()))
-        if (diagonal + shifts).min() <= 0:
-            raise _not_definite(float((diagonal + shifts).min()))
-        solve = partial(torch.mul, 1.0 / (diagonal + shifts))
+        h = spectrum(problem, kind, weights=w, batch_size=batch_size)
+        shifts = shift(lambda: h.trace / p)
+        solve = partial(h.solve, shift=shifts)
+        solve(torch.zeros(1, p, dtype=torch.float64))  # refuses what cannot be divided by
     elif form == "dense" or (form == "auto" and p <= DENSE):
         meta["form"] = "dense"
-        eye = torch.eye(p, dtype=torch.float64)  # small models: larger batches save passes
-        matrix = products(problem, kind, eye, w, max(batch_size, 512))
-        matrix = (matrix + matrix.T) / 2
-        shifts = shift(lambda: float(matrix.trace()) / p)
-        solve = _cholesky(matrix + shifts.diag())
+        dense = spectrum(problem, kind, weights=w, batch_size=batch_size)
+        assert isinstance(dense, Dense)
+        shifts = shift(lambda: dense.trace / p)
+        solve = dense.factored(shifts)
     else:
         meta["form"] = "cg"
         shifts = shift(lambda: _mean_eigenvalue(multiply, p))
@@ -145,7 +246,7 @@ def fit_curvature(
         def solve(v: Tensor) -> Tensor:
             return conjugate_gradients(shifted, v, goal, max_iterations, progress)
 
-    return Curvature(solve, float(shifts.mean()) - problem.weight_decay, meta)
+    return Curvature(solve, float((shifts - problem.decay).mean()), meta)
 
 
 def _is_double(problem: Problem) -> bool:

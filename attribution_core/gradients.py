@@ -33,6 +33,7 @@ from attribution_core.problem import (
     Problem,
     batches,
     call,
+    decay_of,
     per_example,
     refuse_random_layers,
     rows_in,
@@ -218,7 +219,7 @@ def mean_gradient(
     """(1/n) Σ w_i ∇ℓ_i(θ) + weight_decay θ: the gradient of the trained objective, dict name -> shape."""
     leaf = {name: value.clone().requires_grad_() for name, value in problem.params.items()}
     w = torch.ones(problem.n) if weights is None else torch.as_tensor(np.asarray(weights))
-    total = {name: problem.weight_decay * value.detach() for name, value in leaf.items()}
+    total = {k: decay_of(problem.weight_decay, k) * value.detach() for k, value in leaf.items()}
     for rows in batches(problem.n, batch_size):
         batch = take(problem.train, rows, problem.device)
         losses = per_example(problem.model, problem.loss, batch, leaf, rows)

@@ -124,7 +124,7 @@ def influence(
     meta = {
         "method": "influence",
         **fitted,
-        "weight_decay": problem.weight_decay,
+        "weight_decay": float(problem.decay.mean()),
         "exposure": exposure,
         "covered": trainable / sum(value.numel() for value in problem.model.parameters()),
     }

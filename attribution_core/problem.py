@@ -133,18 +133,24 @@ class Problem:
     """A model, its loss per example and its training data.
 
     The trained objective is (1/n) Σ w_i ℓ_i(θ) + ½ weight_decay ‖θ‖², n fixed whatever the weights.
+    A weight decay may differ between parameters: ½ Σ_name weight_decay[name] ‖θ_name‖².
 
     Args:
         model: any nn.Module. Trained, for methods that read it; initial, for `train`.
         loss: your own function (model, batch) -> [b], one loss per row of the batch, in nats.
         train: a dict or tuple of tensors, a TensorDataset, a datasets.Dataset, or any `Data`.
-        weight_decay: what torch's optimizers mean by it; the ½ weight_decay ‖θ‖² above.
+        weight_decay: what torch's optimizers mean by it; the ½ weight_decay ‖θ‖² above. One number, or
+            parameter name -> number, 0 for names left out (biases and norms, as is usual).
+
+    Raises:
+        TypeError, ValueError: data that are none (see `as_data`); no trainable parameters; a weight
+            decay that is negative or names a parameter that the model does not train.
     """
 
     model: nn.Module
     loss: PerExample
     train: Any
-    weight_decay: float = 0.0
+    weight_decay: float | Mapping[str, float] = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", as_data(self.train))
@@ -152,6 +158,15 @@ class Problem:
             raise ValueError(
                 "expected a model with trainable parameters, got none with requires_grad"
             )
+        by_name = self.weight_decay if isinstance(self.weight_decay, Mapping) else {}
+        unknown = sorted(set(by_name) - set(self.params))
+        if unknown:
+            raise ValueError(
+                f"expected weight decays of trainable parameters, got {unknown[:5]}; "
+                f"the names are {list(self.params)[:5]} ..."
+            )
+        if (self.decay < 0).any():
+            raise ValueError(f"expected a weight decay of at least 0, got {self.weight_decay}")
 
     @property
     def n(self) -> int:
@@ -164,9 +179,29 @@ class Problem:
         return trainable(self.model)
 
     @property
+    def decay(self) -> Tensor:
+        """The weight decay of each parameter, [p] in the order of `params`, float64 on the CPU."""
+        parts = [
+            torch.full((value.numel(),), decay_of(self.weight_decay, name), dtype=torch.float64)
+            for name, value in self.params.items()
+        ]
+        return torch.cat(parts)
+
+    @property
     def device(self) -> torch.device:
         """Where the model lives; batches are moved there."""
         return next(self.model.parameters()).device
+
+
+def decay_of(weight_decay: float | Mapping[str, float], name: str) -> float:
+    """The weight decay of one parameter.
+
+    >>> decay_of(0.1, "bias"), decay_of({"weight": 0.1}, "bias")
+    (0.1, 0.0)
+    """
+    if isinstance(weight_decay, Mapping):
+        return float(weight_decay.get(name, 0.0))
+    return float(weight_decay)
 
 
 @dataclass(frozen=True, eq=False)

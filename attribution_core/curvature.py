@@ -3,6 +3,7 @@
     H = (1/n) Σ w_i ∇²ℓ_i          "hessian"
     H = (1/n) Σ w_i J_iᵀ D_i J_i   "gauss_newton": J_i the Jacobian of the model's output on example i,
                                    D_i the Hessian of the loss in that output (Schraudolph 2002)
+                                   "ekfac": the same, Kronecker-factored by layers (see `ekfac`)
     H = (1/n) Σ w_i diag(∇ℓ_i²)    "diagonal": of the empirical Fisher
     H = 0                          "identity": none; what is left is the weight decay and the damping
                                    (after a short run the damping is nearly all), or I without both
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,8 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from attribution_core.draws import Losses, open_output
+from attribution_core.ekfac import Labels, fit_ekfac
 from attribution_core.gradients import Progress, flatten, row_gradients, unflatten
 from attribution_core.problem import (
     Batch,
@@ -36,14 +38,13 @@ from attribution_core.problem import (
     batches,
     call,
     per_example,
-    precision_of,
     refuse_random_layers,
     take,
 )
 from attribution_core.processes import my_rows, sum_over_processes
+from attribution_core.spectrum import Dense, Diagonal, Spectrum
 
-Kind = Literal["identity", "diagonal", "hessian", "gauss_newton"]
-Phi = Callable[[Tensor], Tensor]  # a function of eigenvalues, elementwise
+Kind = Literal["identity", "diagonal", "hessian", "gauss_newton", "ekfac"]
 Form = Literal["auto", "dense", "cg"]
 DENSE = 6000  # parameters up to which H is formed: 288 MB in float64, factored in seconds
 PROBES = 16  # random directions for the mean eigenvalue where H is not formed
@@ -58,93 +59,21 @@ class Curvature:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-class Spectrum(Protocol):
-    """A symmetric H [p, p] with eigenvalues at hand, so that any function φ of it can be applied."""
-
-    @property
-    def trace(self) -> float:
-        """The sum of the eigenvalues."""
-
-    def apply(self, v: Tensor, phi: Phi) -> Tensor:
-        """φ(H) V for every row of v [k, p], float64."""
-
-    def solve(self, v: Tensor, shift: Tensor) -> Tensor:
-        """(H + diag(shift))⁻¹ V for every row of v [k, p] and shift [p], float64."""
-
-
-@dataclass(frozen=True, eq=False)
-class Diagonal:
-    """H = diag(values).
-
-    >>> h = Diagonal(torch.tensor([1.0, 3.0], dtype=torch.float64))
-    >>> h.apply(torch.ones(1, 2).double(), torch.square).tolist()
-    [[1.0, 9.0]]
-    """
-
-    values: Tensor  # [p]
-
-    @property
-    def trace(self) -> float:
-        """The sum of the values."""
-        return float(self.values.sum())
-
-    def apply(self, v: Tensor, phi: Phi) -> Tensor:
-        """φ(values) ⊙ V."""
-        return v * phi(self.values)
-
-    def solve(self, v: Tensor, shift: Tensor) -> Tensor:
-        """V / (values + shift)."""
-        lowest = float((self.values + shift).min())
-        if lowest <= 0:
-            raise _not_definite(lowest)
-        return v / (self.values + shift)
-
-
-@dataclass(frozen=True, eq=False)
-class Dense:
-    """H as a matrix; eigenvalues are found when a function of them is first asked for.
-
-    >>> h = Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64))   # eigenvalues 1, 3
-    >>> h.apply(torch.eye(2).double(), torch.square).round().tolist()
-    [[5.0, 4.0], [4.0, 5.0]]
-    """
-
-    matrix: Tensor  # [p, p]
-
-    @property
-    def trace(self) -> float:
-        """The sum of the eigenvalues."""
-        return float(self.matrix.trace())
-
-    @cached_property
-    def eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [p] and eigenvectors [p, p], one a column."""
-        return tuple(torch.linalg.eigh(self.matrix))
-
-    def apply(self, v: Tensor, phi: Phi) -> Tensor:
-        """V Q φ(Λ) Qᵀ."""
-        values, vectors = self.eigen
-        return v @ vectors * phi(values) @ vectors.T
-
-    def solve(self, v: Tensor, shift: Tensor) -> Tensor:
-        """By a Cholesky factor."""
-        return self.factored(shift)(v)
-
-    def factored(self, shift: Tensor) -> Callable[[Tensor], Tensor]:
-        """The solve with H + diag(shift), factored once."""
-        return _cholesky(self.matrix + shift.diag())
-
-
 def spectrum(
     problems: Problem | Sequence[Problem],
     kind: Kind = "gauss_newton",
     *,
     weights: NDArray[np.float64] | None = None,
+    labels: Labels = "model",
+    draws: int | None = None,
+    seed: int = 0,
     batch_size: int = 256,
+    progress: Progress = iter,
 ) -> Spectrum:
     """The curvature of one problem, or the mean over several (checkpoints of one training), as a Spectrum.
 
-    Without weight decay and damping. "identity" is H = 0.
+    Without weight decay and damping. "identity" is H = 0. `labels`, `draws` and `seed` are EK-FAC's, see
+    `fit_ekfac`.
     """
     several = [problems] if isinstance(problems, Problem) else list(problems)
     first = several[0]
@@ -155,6 +84,11 @@ def spectrum(
     if kind == "diagonal":
         parts = [fisher_diagonal(problem, w, batch_size) for problem in several]
         return Diagonal(torch.stack(parts).mean(0))
+    if kind == "ekfac":
+        return fit_ekfac(
+            several, weights=w, labels=labels, draws=draws, seed=seed,
+            batch_size=batch_size, progress=progress,
+        )  # fmt: skip
     eye = torch.eye(p, dtype=torch.float64)  # small models: larger batches save passes
     size = max(batch_size, 512)
     matrix = sum(products(problem, kind, eye, w, size) for problem in several) / len(several)
@@ -164,11 +98,14 @@ def spectrum(
 
 def fit_curvature(
     problem: Problem,
-    kind: Kind = "gauss_newton",
+    kind: Kind | Literal["auto"] = "auto",
     *,
     weights: NDArray[np.float64] | None = None,
     damping: float | Tensor | None = None,
     form: Form = "auto",
+    labels: Labels = "model",
+    draws: int | None = None,
+    seed: int = 0,
     tolerance: float | None = None,
     max_iterations: int = 500,
     batch_size: int = 256,
@@ -177,22 +114,28 @@ def fit_curvature(
     """Fit a curvature to the problem at its present parameters.
 
     Args:
+        kind: see the head of this file; "auto" is "gauss_newton" where H can be formed (up to 6,000
+            parameters), else "ekfac".
         damping: added to the eigenvalues of H beside the problem's weight decay: one number, or [p]
             one per parameter. None: 0 for the exact Hessian and wherever a weight decay is known,
             else 0.1 × the mean eigenvalue of H.
         form: "dense" forms and factors H; "cg" only multiplies with it; "auto" is dense up to
             6,000 parameters.
+        labels, draws, seed: of EK-FAC, see `fit_ekfac`.
         tolerance: of cg, on ‖residual‖ / ‖v‖ of every direction; by default 1e-12 for float64 models
             and 1e-4 for others.
-        progress: wraps the iterations of cg (tqdm); they end when the tolerance is reached.
+        progress: wraps the iterations of cg, which end when the tolerance is reached, or the two
+            passes of EK-FAC (tqdm).
 
     Raises:
         ValueError: an unknown kind; random layers; losses that are not one finite number per row (names
             the rows); H + weight_decay + damping is not positive definite; cg has not
             converged within max_iterations (says how far it came).
     """
-    if kind not in ("identity", "diagonal", "hessian", "gauss_newton"):
-        raise ValueError(f"unknown curvature {kind!r}; identity, diagonal, hessian or gauss_newton")
+    if kind not in ("auto", "identity", "diagonal", "hessian", "gauss_newton", "ekfac"):
+        raise ValueError(
+            f"unknown curvature {kind!r}; auto, identity, diagonal, hessian, gauss_newton or ekfac"
+        )
     if damping is not None and (torch.as_tensor(damping) < 0).any():
         raise ValueError(f"expected damping of at least 0, got {damping}")
     w = np.ones(problem.n) if weights is None else weights
@@ -201,6 +144,8 @@ def fit_curvature(
         raise ValueError(
             f"expected damping as one number or [p={p}], got {tuple(torch.as_tensor(damping).shape)}"
         )
+    if kind == "auto":
+        kind = "gauss_newton" if p <= DENSE else "ekfac"
     refuse_random_layers(problem.model)
     first = np.arange(min(2, problem.n))
     with torch.no_grad():  # one finite number per row?
@@ -222,8 +167,11 @@ def fit_curvature(
         return products(problem, kind, v, w, batch_size)
 
     solve: Callable[[Tensor], Tensor]
-    if kind in ("identity", "diagonal"):
-        h = spectrum(problem, kind, weights=w, batch_size=batch_size)
+    if kind in ("identity", "diagonal", "ekfac"):
+        h = spectrum(
+            problem, kind, weights=w, labels=labels, draws=draws, seed=seed,
+            batch_size=batch_size, progress=progress,
+        )  # fmt: skip
         shifts = shift(lambda: h.trace / p)
         solve = partial(h.solve, shift=shifts)
         solve(torch.zeros(1, p, dtype=torch.float64))  # refuses what cannot be divided by
@@ -258,20 +206,6 @@ def _mean_eigenvalue(multiply: Callable[[Tensor], Tensor], p: int) -> float:
     generator = torch.Generator().manual_seed(0)
     z = torch.randint(0, 2, (PROBES, p), generator=generator).double() * 2 - 1
     return float((z * multiply(z)).sum(1).mean()) / p
-
-
-def _not_definite(lowest: float) -> ValueError:
-    return ValueError(
-        f"expected a positive definite curvature, got a smallest eigenvalue of {lowest:.3g} with weight "
-        "decay and damping; use curvature='gauss_newton', or raise the damping"
-    )
-
-
-def _cholesky(shifted: Tensor) -> Callable[[Tensor], Tensor]:
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    if failed:
-        raise _not_definite(float(torch.linalg.eigvalsh(shifted)[0]))
-    return lambda v: torch.cholesky_solve(v.T, factor).T
 
 
 def conjugate_gradients(
@@ -371,53 +305,19 @@ def gauss_newton_product(
     model: nn.Module, loss: PerExample, params: Params, v: Params, batch: Batch, w: Tensor
 ) -> Params:
     """Σ w_i J_iᵀ D_i J_i v, with the model's own output as the inner function."""
-    shape: list[Any] = []
+    losses: list[Losses] = []
 
     def inner(at: Params) -> list[Tensor]:
-        seen: list[Any] = []
-        handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
-        try:
-            call(model, loss, at, batch)
-        finally:
-            handle.remove()
-        if len(seen) != 1:
-            raise ValueError(
-                f"expected a loss that calls the model once, got {len(seen)} calls; "
-                "use curvature='hessian', 'diagonal' or 'identity'"
-            )
-        leaves, spec = tree_flatten(seen[0])
-        shape[:] = [spec, leaves]
-        return [leaf for leaf in leaves if _is_real(leaf)]
+        output, of_output = open_output(model, loss, at, batch)
+        losses[:] = [of_output]
+        return output
 
     def outer(output: list[Tensor]) -> Tensor:
-        spec, leaves = shape
-        values = iter(output)
-        filled = tree_unflatten([next(values) if _is_real(x) else x for x in leaves], spec)
-        with precision_of(params):
-            return (loss(_Given(model, filled), batch) * w).sum()
+        return (losses[0](output) * w).sum()
 
     output, tangent = jvp(inner, (params,), (v,))  # type: ignore[misc]
     curved = jvp(grad(outer), (output,), (tangent,))[1]
     return vjp(inner, params)[1](curved)[0]
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-class _Given(nn.Module):
-    """Stands in for a model whose output is known."""
-
-    def __init__(self, model: nn.Module, output: Any):
-        super().__init__()
-        self.__dict__["_stands_for"] = model
-        self.__dict__["_output"] = output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_stands_for"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_output"]
 
 
 def fisher_diagonal(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
 
+from attribution_core.layers import NORMS, norm_gradients, watched
 from attribution_core.problem import (
     Batch,
     Params,
@@ -52,60 +53,18 @@ def ghost_shares(
     count = len(next(iter(vectors.values())))
     some = next(iter(params.values()))
     shares = {name: some.new_zeros(b, count) for name in params}
-    leaves: list[Tensor] = []
 
-    def watch(names: dict[str, str]) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"expected a tensor from {type(module).__name__}, got {type(output)}"
-                )
-            source = (args[0] if args else next(iter(kwargs.values()))).detach()
-            if len(output) == 1 < b:  # one row for the whole batch, as position embeddings do
-                output, source = (x.expand(b, *x.shape[1:]) for x in (output, source))
-            if not output.requires_grad:
-                leaves.append(output.detach().requires_grad_())
-                output = leaves[-1]
-            output = output.clone()  # so that an in-place successor leaves the hook alone
-            held = {local: vectors[name] for local, name in names.items()}
+    def arrive(module: nn.Module, names: dict[str, str], source: Tensor, gradient: Tensor) -> None:
+        held = {local: vectors[name] for local, name in names.items()}
+        rule = RULES.get(type(module).__name__, any_layer)
+        for local, share in rule(module, source, gradient, held).items():
+            if len(share) == b:  # else a layer without a batch: `ghost_uncovered` finds it missing
+                shares[names[local]] += share
 
-            def arrive(gradient: Tensor) -> None:
-                rule = RULES.get(type(module).__name__, any_layer)
-                for local, share in rule(module, source, gradient.detach(), held).items():
-                    shares[names[local]] += share
-
-            output.register_hook(arrive)
-            return output
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(watch(names), with_kwargs=True)
-        for module, names in owners(model, set(params)).items()
-    ]
-    try:
-        with torch.enable_grad():
-            total = call(model, loss, params, batch).sum()
-            torch.autograd.grad(total, leaves, allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched(model, set(params), b, arrive) as leaves:
+        total = call(model, loss, params, batch).sum()
+        torch.autograd.grad(total, leaves, allow_unused=True)
     return shares
-
-
-def owners(model: nn.Module, names: set[str]) -> dict[nn.Module, dict[str, str]]:
-    """The modules that hold the named parameters directly: module -> {local name: parameter name}.
-
-    A tied parameter has one name but several holders; it stands under each of them.
-    """
-    name_of = {id(p): name for name, p in model.named_parameters() if name in names}
-    found = {}
-    for module in model.modules():
-        local = module.named_parameters(recurse=False, remove_duplicate=False)
-        own = {name: name_of[id(p)] for name, p in local if id(p) in name_of}
-        if own:
-            found[module] = own
-    return found
 
 
 def outer(left: Tensor, right: Tensor, vectors: Tensor) -> Tensor:
@@ -153,24 +112,8 @@ def embedding(
 
 def norm(module: Any, source: Tensor, gradient: Tensor, held: Params) -> dict[str, Tensor]:
     """LayerNorm, RMSNorm and GroupNorm: output = normalised ⊙ weight + bias."""
-    if isinstance(module, nn.GroupNorm):
-        normal = F.group_norm(source, module.num_groups, eps=module.eps)
-        other = tuple(range(2, source.ndim))
-    else:
-        shape = module.weight.shape
-        other = tuple(range(1, source.ndim - len(shape)))
-        if isinstance(module, nn.LayerNorm):
-            normal = F.layer_norm(source, shape, eps=module.eps)
-        else:
-            eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-            normal = F.rms_norm(
-                source.float() if source.dtype.itemsize < 4 else source, shape, eps=eps
-            )
-    per_row = {"weight": gradient * normal, "bias": gradient}
-    return {
-        local: (per_row[local].sum(other) if other else per_row[local]).flatten(1) @ v.flatten(1).T
-        for local, v in held.items()
-    }
+    rows = norm_gradients(module, source, gradient)
+    return {local: rows[local].flatten(1) @ v.flatten(1).T for local, v in held.items()}
 
 
 def any_layer(
@@ -197,10 +140,7 @@ RULES: dict[str, Rule] = {
     "Linear": linear,
     "Conv1D": linear,
     "Embedding": embedding,
-    "LayerNorm": norm,
-    "GroupNorm": norm,
-    "RMSNorm": norm,
-    "LlamaRMSNorm": norm,
+    **dict.fromkeys(NORMS, norm),
 }
 
 

@@ -1,0 +1,191 @@
+"""Gradients of the output drawn at random, so that their covariance is the loss's curvature there.
+
+For a loss ℓ(z) with Hessian D in the model's output z, vectors d with E[d dᵀ] = D make
+E[(Jᵀd)(Jᵀd)ᵀ] = Jᵀ D J, the Gauss–Newton curvature of the example. Where ℓ is a negative
+log-likelihood they are the gradients for labels sampled from the model (Martens 2020, sec. 9). Drawing
+d directly asks nothing of the user and keeps the units of any loss: a mean over tokens, class weights.
+
+    softmax   D = c (diag p − p pᵀ) at every place, found by trial: d = √c (p − e_y), y drawn from p
+    small     up to 64 outputs a row: d = D^½ ξ, D formed
+    diagonal  D is diagonal (regression): d = D^½ ξ
+
+Each example has a random stream of its own, so no draw depends on batches or processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import grad, jvp
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from attribution_core.problem import Batch, Params, PerExample, call, precision_of
+
+SMALL = 64  # outputs a row up to which D is formed
+GRADIENTS = 4096  # drawn over all examples where the number of draws is left open
+Losses = Callable[[list[Tensor]], Tensor]  # real leaves of the output -> [b]
+
+
+def default_draws(n: int) -> int:
+    """So many draws an example that all examples together have about 4,096."""
+    return max(1, round(GRADIENTS / n))
+
+
+def open_output(
+    model: nn.Module, loss: PerExample, params: Params, batch: Batch
+) -> tuple[list[Tensor], Losses]:
+    """The real tensors of the model's output on a batch, and the losses [b] as a function of them.
+
+    Raises:
+        ValueError: a loss that does not call the model exactly once.
+    """
+    seen: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        call(model, loss, params, batch)
+    finally:
+        handle.remove()
+    if len(seen) != 1:
+        raise ValueError(
+            f"expected a loss that calls the model once, got {len(seen)} calls; "
+            "use curvature='hessian', 'diagonal' or 'identity'"
+        )
+    leaves, spec = tree_flatten(seen[0])
+
+    def losses(output: list[Tensor]) -> Tensor:
+        values = iter(output)
+        filled = tree_unflatten([next(values) if is_real(x) else x for x in leaves], spec)
+        with precision_of(params):
+            return loss(_Given(model, filled), batch)
+
+    return [leaf for leaf in leaves if is_real(leaf)], losses
+
+
+def is_real(value: Any) -> bool:
+    """A tensor of floating-point numbers."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+class _Given(nn.Module):
+    """Stands in for a model whose output is known."""
+
+    def __init__(self, model: nn.Module, output: Any):
+        super().__init__()
+        self.__dict__["_stands_for"] = model
+        self.__dict__["_output"] = output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_stands_for"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_output"]
+
+
+def draw(
+    losses: Losses, output: list[Tensor], rows: NDArray[np.intp], draws: int, seed: int = 0
+) -> list[list[Tensor]]:
+    """Lists d of tensors like the output's whose mean of d dᵀ is, in expectation, D for every row.
+
+    There are `draws` of them; or as many as the output has numbers, if that is no more: then their mean
+    is D exactly.
+
+    Args:
+        losses: the losses [b] as a function of the output (see `open_output`).
+        rows: [b] names of the examples; with the seed they fix the random stream of each.
+
+    Raises:
+        ValueError: D is neither small nor diagonal nor that of a softmax.
+    """
+    at = [z.detach().float() if z.dtype.itemsize < 4 else z.detach() for z in output]
+    streams = [np.random.Generator(np.random.Philox(key=[seed, int(row)])) for row in rows]
+    generator = torch.Generator().manual_seed(0)
+    probes = [torch.randn(z.shape[1:], generator=generator).to(z).expand_as(z) for z in at]
+    curved = _product(losses, at, probes)
+    active = [k for k, c in enumerate(curved) if c.abs().max() > 0]
+    if not active:
+        return [[torch.zeros_like(z) for z in output]]
+    if len(active) > 1:
+        raise ValueError(
+            f"expected a loss of one output tensor, got one of {len(active)}; "
+            "use labels='data' or curvature='hessian'"
+        )
+    k = active[0]
+
+    def along(v: Tensor) -> Tensor:
+        return _product(
+            losses, at, [v if j == k else torch.zeros_like(z) for j, z in enumerate(at)]
+        )[k]
+
+    drawn = _draw_one(along, at[k], probes[k], curved[k], streams, draws)
+    rest = [torch.zeros_like(z) for z in output]
+    return [[*rest[:k], d.to(output[k]), *rest[k + 1 :]] for d in drawn]
+
+
+def _draw_one(
+    along: Callable[[Tensor], Tensor], z: Tensor, probe: Tensor, curved: Tensor,
+    streams: list[np.random.Generator], draws: int,
+) -> list[Tensor]:  # fmt: skip
+    if z[0].numel() <= draws:
+        return _small(along, z, streams, z[0].numel())
+    close = (
+        1e-8 if z.dtype == torch.float64 else 1e-3
+    )  # rounding of the products, far below a misfit
+    for dim in dict.fromkeys((-1, 1)):
+        if z.ndim < 2 or z.shape[dim] < 2:
+            continue
+        p = z.softmax(dim).movedim(dim, -1)
+        v, hv = probe.movedim(dim, -1), curved.movedim(dim, -1)
+        base = p * (v - (p * v).sum(-1, keepdim=True))
+        size = base.square().sum(-1).clamp(min=torch.finfo(z.dtype).tiny)
+        scale = ((hv * base).sum(-1) / size).clamp(min=0)
+        if (hv - scale[..., None] * base).norm() <= close * hv.norm():
+            return [_labels(p, scale, streams).movedim(-1, dim) for _ in range(draws)]
+    if z[0].numel() <= SMALL:
+        return _small(along, z, streams, draws)
+    diagonal = along(torch.ones_like(z))
+    if (curved - diagonal * probe).norm() <= close * curved.norm():
+        root = diagonal.clamp(min=0).sqrt()
+        return [root * torch.from_numpy(_stacked(streams, "normal", z)).to(z) for _ in range(draws)]
+    raise ValueError(
+        f"expected a loss whose Hessian in the output {tuple(z.shape[1:])} is that of a softmax or "
+        f"diagonal, or an output of at most {SMALL} numbers, got another; use labels='data'"
+    )
+
+
+def _labels(p: Tensor, scale: Tensor, streams: list[np.random.Generator]) -> Tensor:
+    """√scale (p − e_y), y drawn from p [b, ..., classes] by each row's own uniform numbers."""
+    uniform = torch.from_numpy(_stacked(streams, "random", p[..., 0])).to(p)
+    cumulative = p.cumsum(-1)
+    y = torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:])
+    d = p.scatter_add(-1, y.clamp(max=p.shape[-1] - 1), torch.full_like(p[..., :1], -1.0))
+    return scale.sqrt()[..., None] * d
+
+
+def _small(
+    along: Callable[[Tensor], Tensor], z: Tensor, streams: list[np.random.Generator], draws: int
+) -> list[Tensor]:
+    """D^½ ξ with D formed; as many draws as outputs are the columns of √q D^½ themselves."""
+    b, q = z.flatten(1).shape
+    eye = torch.eye(q, dtype=z.dtype, device=z.device)
+    columns = [along(e.expand(b, q).reshape(z.shape)).flatten(1) for e in eye]
+    hessian = torch.stack(columns, dim=2)
+    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+    root = vectors * values.clamp(min=0).sqrt()[:, None] @ vectors.mT
+    if draws == q:
+        return [(root[:, :, s] * q**0.5).reshape(z.shape) for s in range(q)]
+    noise = (torch.from_numpy(_stacked(streams, "normal", z)).to(z) for _ in range(draws))
+    return [(root @ xi.reshape(b, q, 1)).reshape(z.shape) for xi in noise]
+
+
+def _stacked(streams: list[np.random.Generator], kind: str, like: Tensor) -> NDArray[np.float64]:
+    return np.stack([getattr(stream, kind)(size=tuple(like.shape[1:])) for stream in streams])
+
+
+def _product(losses: Losses, at: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+    """D v for every row."""
+    return jvp(grad(lambda z: losses(z).sum()), (at,), (v,))[1]

@@ -1,0 +1,287 @@
+"""EK-FAC: the Gauss–Newton curvature, diagonal in a Kronecker-factored eigenbasis of each layer.
+
+For a weight matrix W [r, c] whose example gradients are ∇W_i = Σ_t l_it r_itᵀ (see `layers`):
+
+    L = Σ_i w_i Σ_t l lᵀ = Q_L · Q_Lᵀ,   R = Σ_i w_i Σ_t r rᵀ = Q_R · Q_Rᵀ     (eigenvectors, one a column)
+    Λ = (1/n) Σ_i w_i (Q_Lᵀ ∇W_i Q_R)²                                          [r, c]
+    φ(H) V = Q_L (φ(Λ) ⊙ (Q_Lᵀ V Q_R)) Q_Rᵀ
+
+(George et al. 2018, eq. 9 and alg. 1.) A bias is a further column (the input is lengthened by a one).
+∇W_i is summed over tokens before it is squared. Gradients are those of labels drawn from the model
+(see `draws`), or the data's own. Sides that are one-hot (tokens) or wider than 4,096 keep their own
+coordinates. Norms and whatever else holds parameters are diagonal, so that every parameter is covered.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from attribution_core.draws import default_draws, draw, is_real, open_output
+from attribution_core.ghost import ghost_uncovered
+from attribution_core.gradients import Progress, row_gradients
+from attribution_core.kronecker import EKFAC, Block, Place
+from attribution_core.layers import Arrive, factors, matrix_shape, owners, plain_gradients, watched
+from attribution_core.problem import (
+    Params,
+    PerExample,
+    Problem,
+    Rows,
+    batches,
+    per_example,
+    rows_in,
+    take,
+)
+from attribution_core.processes import from_first, my_rows, sum_over_processes, world
+
+Labels = Literal["model", "data"]
+
+
+def fit_ekfac(
+    problems: Sequence[Problem],
+    *,
+    weights: NDArray[np.float64] | None = None,
+    labels: Labels = "model",
+    draws: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Progress = iter,
+) -> EKFAC:
+    """Fit EK-FAC to a problem, or to the mean over several models of one training set (checkpoints).
+
+    Two passes over the data: covariances pooled over models give one basis, in which the eigenvalues
+    are then pooled (Bae et al. 2024, app. D.2). Sums over rows and processes come before anything else.
+
+    Args:
+        labels: "model" draws them from the model, so that H is the Gauss–Newton curvature (the true
+            Fisher); "data" takes the training labels (the empirical Fisher).
+        draws: how many an example; by default about 4,096 over all examples, at least one. As many as
+            a row has outputs give the expectation itself.
+        progress: wraps the loop over batches, once for each pass and model (tqdm).
+
+    Raises:
+        ValueError: labels of another name; see `draw` for losses that cannot be drawn from.
+    """
+    if labels not in ("model", "data"):
+        raise ValueError(f"unknown labels {labels!r}; 'model' draws them, 'data' takes the data's")
+    first = problems[0]
+    w = np.ones(first.n) if weights is None else weights
+    count = 0 if labels == "data" else draws or default_draws(first.n)
+    places = plan(first)
+
+    def views() -> Iterator[_View]:
+        for problem in problems:
+            rows_of = list(batches(my_rows(np.arange(problem.n)), batch_size))
+            for rows in progress(rows_of):
+                if w[rows].any():
+                    yield _View(problem, places, rows, w, count, seed)
+
+    sums = {place: [_zeros(first, *shape) for shape in place.covariances()] for place in places}
+    for view in views():
+        view.add_covariances(sums)
+    _reduce([total for pair in sums.values() for total in pair])
+    blocks = _in_bases(first, sums)
+    inside = {name for place in places for name in (place.weight, place.bias)}
+    diagonal = {k: _zeros(first, *v.shape) for k, v in first.params.items() if k not in inside}
+    for view in views():
+        view.add_squares(blocks, diagonal)
+    values = [block.values for block in blocks.values()] + list(diagonal.values())
+    _reduce(values)
+    for value in values:
+        value /= first.n * len(problems)
+    return EKFAC(first.params, tuple(blocks.values()), diagonal)
+
+
+def _zeros(problem: Problem, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=problem.device)
+
+
+def _reduce(totals: list[Tensor]) -> None:
+    """Sums over processes, in place: one all-reduce for all of them."""
+    if world()[1] == 1 or not totals:
+        return
+    flat = sum_over_processes(torch.cat([total.flatten() for total in totals]))
+    for total, part in zip(totals, flat.split([x.numel() for x in totals]), strict=True):
+        total.copy_(part.reshape(total.shape))
+
+
+def _in_bases(problem: Problem, sums: dict[Place, list[Tensor]]) -> dict[str, Block]:
+    """Blocks in the eigenvectors of their covariances, with eigenvalues still to be found."""
+    dtype = torch.promote_types(next(iter(problem.params.values())).dtype, torch.float32)
+    bases = [
+        [torch.linalg.eigh(x).eigenvectors.to(dtype) if x.numel() else None for x in pair]
+        for pair in sums.values()
+    ]
+    if world()[1] > 1:  # machines may differ in signs and within equal eigenvalues
+        held = from_first([[None if q is None else q.cpu() for q in pair] for pair in bases])
+        bases = [[None if q is None else q.to(problem.device) for q in pair] for pair in held]
+    return {
+        place.weight: Block(place, left, right, _zeros(problem, *place.shape))
+        for place, (left, right) in zip(sums, bases, strict=True)
+    }
+
+
+def plan(problem: Problem) -> list[Place]:
+    """The weight matrices of a model; left out are parameters that do not act in their own layer."""
+    outside = set(ghost_uncovered(problem, np.arange(problem.n)))
+    held: dict[str, list[tuple[nn.Module, dict[str, str]]]] = {}
+    for module, names in owners(problem.model, set(problem.params)).items():
+        if "weight" in names:
+            held.setdefault(names["weight"], []).append((module, names))
+    places = []
+    for weight, holders in held.items():
+        shapes = [matrix_shape(module) for module, _ in holders]
+        kinds = [type(module).__name__ for module, _ in holders]
+        if weight in outside or None in shapes or ("Conv1D" in kinds and len(kinds) > 1):
+            continue
+        g, r, c = shapes[0]  # type: ignore[misc]
+        bias = holders[0][1].get("bias") if len(holders) == 1 else None
+        bias = None if bias in outside else bias
+        tall = bias is not None and kinds[0] == "Conv1D"
+        shape = (g, r + tall, c + (bias is not None and not tall))
+        places.append(Place(weight, bias, shape, tall, "Embedding" in kinds, len(holders)))
+    return places
+
+
+class _View:
+    """Some rows at one model: what every layer sees, and the gradients that come back for drawn labels."""
+
+    def __init__(
+        self, problem: Problem, places: list[Place], rows: NDArray[np.intp],
+        weights: NDArray[np.float64], draws: int, seed: int,
+    ):  # fmt: skip
+        self.problem, self.draws, self.seed = problem, draws, seed
+        self.places = {place.weight: place for place in places}
+        self.names = problem.train.rows[rows] if isinstance(problem.train, Rows) else rows
+        self.batch = take(problem.train, rows, problem.device)
+        self.weights = torch.from_numpy(weights[rows]).to(problem.device)
+        self.uses: Counter[str] = Counter()
+
+    def backward(self, arrive: Arrive) -> Iterator[list[Tensor] | None]:
+        """Yields after each draw's arrivals: the gradients drawn for the output (None: the data's own)."""
+        model, loss, params = self.problem.model, self.problem.loss, self.problem.params
+
+        def called(module: nn.Module, names: dict[str, str], *_: Tensor) -> None:
+            self.uses.update(names.values())
+
+        self.uses.clear()
+        with watched(model, set(params), rows_in(self.batch), arrive, called) as leaves:
+            if self.draws == 0:
+                value = per_example(model, loss, self.batch, params, self.names)
+            else:
+                output, losses = open_output(model, loss, params, self.batch)
+        if self.draws == 0:
+            _pull([value], leaves, [torch.ones_like(value)])
+            yield None
+            return
+        drawn = draw(losses, output, self.names, self.draws, self.seed)
+        self.weights = self.weights / len(drawn)
+        for d in drawn:
+            _pull(output, leaves, d)
+            yield d
+
+    def sides(
+        self, module: nn.Module, names: dict[str, str], source: Tensor, gradient: Tensor
+    ) -> tuple[Place | None, tuple[Tensor, Tensor]]:
+        """The matrix that a layer's weight belongs to, if any, and its left and right vectors."""
+        place = self.places.get(names.get("weight", ""))
+        if place is None:
+            return None, (source, gradient)
+        left, right = factors(module, source, gradient, place.bias is not None)
+        mask = self.batch.get("attention_mask") if isinstance(self.batch, dict) else None
+        if mask is not None and source.ndim == 3 and source.shape[:2] == mask.shape:
+            seen = mask[None, :, :, None].to(right)  # padding counts in no covariance
+            left, right = (left * seen, right) if place.tall else (left, right * seen)
+        return place, (left, right)
+
+    def add_covariances(self, sums: dict[Place, list[Tensor]]) -> None:
+        """Σ_i w_i Σ_t l lᵀ and Σ_i w_i Σ_t r rᵀ of every matrix, averaged over draws."""
+
+        def arrive(module: nn.Module, names: dict[str, str], source: Tensor, back: Tensor) -> None:
+            place, pair = self.sides(module, names, source, back)
+            if place is None:
+                return
+            for total, side in zip(sums[place], pair, strict=True):
+                if total.numel():
+                    weighted = side * self.weights.to(side)[:, None, None]
+                    total += weighted.flatten(1, 2).mT @ side.flatten(1, 2)
+
+        for _ in self.backward(arrive):
+            pass
+
+    def add_squares(self, blocks: dict[str, Block], diagonal: Params) -> None:
+        """Σ_i w_i (Q_Lᵀ ∇W_i Q_R)² of every matrix and Σ_i w_i ∇θ_i² of the rest, averaged over draws."""
+        pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        rows: Params = {}
+
+        def arrive(module: nn.Module, names: dict[str, str], source: Tensor, back: Tensor) -> None:
+            place, pair = self.sides(module, names, source, back)
+            if place is not None:
+                held = pairs.setdefault(place.weight, [])
+                held.append(blocks[place.weight].sides(*pair))
+                if len(held) == self.uses[place.weight]:  # ∇W_i is whole: all its uses have arrived
+                    blocks[place.weight].add(pairs.pop(place.weight), self.weights)
+            wanted = {local: name for local, name in names.items() if name in diagonal}
+            for local, gradient in plain_gradients(module, source, back, wanted).items():
+                rows[wanted[local]] = rows.get(wanted[local], 0) + gradient
+
+        for drawn in self.backward(arrive):
+            for name in list(pairs):  # a use whose output led nowhere
+                blocks[name].add(pairs.pop(name), self.weights)
+            rest = [name for name in diagonal if name not in rows]
+            for name, gradient in {**rows, **self.row_by_row(rest, drawn)}.items():
+                squares = gradient.double().square()
+                diagonal[name] += torch.einsum("b,b...->...", self.weights, squares)
+            rows.clear()
+
+    def row_by_row(self, names: list[str], drawn: list[Tensor] | None) -> Params:
+        """Per-example gradients [b, *shape] of parameters that no layer's rule covers."""
+        if not names:
+            return {}
+        model, loss, params = self.problem.model, self.problem.loss, self.problem.params
+        some = {name: params[name] for name in names}
+        if drawn is None:
+            return row_gradients(model, loss, some, self.batch)
+        width = len(drawn)
+        if isinstance(self.batch, dict):
+            pulls = {f"drawn {k}": d for k, d in enumerate(drawn)}
+            return row_gradients(model, _pulled(loss, width), some, {**self.batch, **pulls})
+        return row_gradients(model, _pulled(loss, width), some, (*self.batch, *drawn))
+
+
+def _pull(output: list[Tensor], leaves: list[Tensor], pulls: list[Tensor]) -> None:
+    """A backward pass from the outputs to the leaves, where there are any."""
+    if leaves:
+        some = [k for k, z in enumerate(output) if z.requires_grad]
+        heads, back = ([x[k] for k in some] for x in (output, pulls))
+        torch.autograd.grad(heads, leaves, back, retain_graph=True, allow_unused=True)
+
+
+def _pulled(loss: PerExample, width: int) -> PerExample:
+    """⟨output, d⟩ of each row, for batches with the gradients d of the output as further columns."""
+
+    def value(model: nn.Module, batch: Any) -> Tensor:
+        if isinstance(batch, dict):
+            pulls = [batch[f"drawn {k}"] for k in range(width)]
+            batch = {k: v for k, v in batch.items() if not k.startswith("drawn ")}
+        else:
+            batch, pulls = batch[:-width], batch[-width:]
+        seen: list[Any] = []
+        handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            loss(model, batch)
+        finally:
+            handle.remove()
+        output = [z for z in tree_leaves(seen[0]) if is_real(z)]
+        return torch.stack(
+            [(z * d).flatten(1).sum(1) for z, d in zip(output, pulls, strict=True)]
+        ).sum(0)
+
+    return value

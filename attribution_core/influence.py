@@ -6,27 +6,37 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from attribution_core.curvature import Form, Kind, fit_curvature
+from attribution_core.curvature import Curvature, Form, Kind, fit_curvature
+from attribution_core.damping import choose_damping
 from attribution_core.datamodel import LinearDatamodel, average
+from attribution_core.ekfac import Labels
 from attribution_core.gradients import Engine, Progress, directional, flatten, output_gradients
 from attribution_core.problem import Outputs, Problem, Rows
 from attribution_core.processes import collect, my_rows
 from attribution_core.store import Store, fingerprint
+from attribution_core.trained import Trained, several, trained
 from attribution_core.training import Run
+
+QUICK = 2 * 10**9  # rows · parameters · targets up to which EK-FAC is refined in seconds
+WIDE = 2**28  # output gradients, in numbers, up to which float32 models are solved in float64
 
 
 def influence(
     source: Problem | Run | Sequence[Run],
     outputs: Outputs,
     *,
-    curvature: Kind = "gauss_newton",
-    damping: float | Tensor | None = None,
+    curvature: Kind | Literal["auto"] | Curvature = "auto",
+    damping: float | Tensor | Literal["auto"] | None = None,
+    labels: Labels = "model",
+    refine: int | None = None,
+    groups: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     exposure: float = 1.0,
     curvature_rows: int | None = None,
@@ -41,17 +51,25 @@ def influence(
     """Influence-function datamodel: scores = −(1/(α n)) G (H + weight_decay + damping)⁻¹ A.
 
     G [n, p] holds the per-example loss gradients, A [p, t] the output gradients, H is the curvature
-    of the mean loss (see `curvature`). Scores are exact derivatives of refitted models when the
-    problem is strongly convex, the model is at its optimum and `curvature="hessian"`.
+    of the mean loss (see `curvature`). Scores are exact derivatives of refitted models (the
+    infinitesimal jackknife) when the problem is strongly convex, the model is at its optimum and H is
+    exact ("hessian", or "gauss_newton" for linear models).
 
     Args:
         source: a problem whose model is trained; or a `Run`, which brings its anchor along; or
             several runs, whose datamodels are averaged.
-        curvature: "gauss_newton", "hessian" (exact; convex problems), "diagonal", or "identity"
-            (none: gradient products, scaled by decay and damping).
+        curvature: "auto" is "gauss_newton" up to 6,000 parameters and "ekfac" beyond; "hessian" (exact;
+            convex problems), "diagonal", or "identity" (none: gradient products, scaled by decay and
+            damping). Or a curvature fitted before by `fit_curvature`, for further outputs.
         damping: added to the curvature beside the weight decay. None: for a run, what its length
-            amounts to (`Run.damping`; 0 with "hessian"); for a problem, see `fit_curvature`. The
-            mean of what was used stands in `.meta["damping"]`.
+            amounts to (`Run.damping`; 0 with "hessian"); for a problem, see `fit_curvature`. "auto":
+            for a run, the multiple of its own damping with the best LDS on 16 small retrainings (see
+            `choose_damping`). The mean of what was used stands in `.meta["damping"]`.
+        labels: of "ekfac": drawn from the "model", or those of the "data".
+        refine: of "ekfac": steps of conjugate gradients on the exact Gauss–Newton that start from it (see
+            `fit_curvature`). None: 4 for a run where that takes seconds (n · p · t up to 2·10⁹), else 0.
+        groups: [n] labels: one row of scores per group, the sum of its members', at one backward pass
+            a group. The curvature is the examples'.
         weights: [n] the weights at which a problem was trained; 1 if not given. With a run: its own.
         exposure: α, how often a problem's model saw each example, relative to a full run. A model
             trained on batches drawn from a fraction α of the data averages over αn examples, so a unit of
@@ -63,73 +81,116 @@ def influence(
 
     Returns:
         scores [n, t] in output units per unit of weight; base f(anchor) [t]; anchor α · weights.
+        With groups: ids are their names, and a group's anchor is the mean of its members'.
 
     Raises:
-        ValueError: see `fit_curvature` and `directional`; a folder that belongs to another run.
+        ValueError: see `fit_curvature` and `directional`; a folder that belongs to another run;
+            damping="auto" without a run; groups with a folder.
 
     Source: Koh & Liang 2017, eq. 2, with the sign of ∂ output / ∂ weight; anchors as in DESIGN.
     """
-    if not isinstance(source, Problem) and (weights is not None or exposure != 1.0):
-        raise ValueError("a run brings its own weights and exposure; do not give them again")
-    if isinstance(source, Sequence):
+    runs = several(source)
+    if runs is not None:
+        if weights is not None or exposure != 1.0:
+            raise ValueError("a run brings its own weights and exposure; do not give them again")
         one = partial(
-            influence, outputs=outputs, curvature=curvature, damping=damping,
-            curvature_rows=curvature_rows, form=form, engine=engine, tolerance=tolerance,
-            max_iterations=max_iterations, batch_size=batch_size, progress=progress,
+            influence, outputs=outputs, curvature=curvature, damping=damping, labels=labels,
+            refine=refine, groups=groups, curvature_rows=curvature_rows, form=form, engine=engine,
+            tolerance=tolerance, max_iterations=max_iterations, batch_size=batch_size,
+            progress=progress,
         )  # fmt: skip
-        folders = [None if folder is None else Path(folder) / f"run{k}" for k in range(len(source))]
-        return average([one(run, folder=f) for run, f in zip(source, folders, strict=True)])
-    if isinstance(source, Run):
-        problem, w, exposure = source.trained(), source.weights, source.exposure
-        n = source.drawn
-        if damping is None and curvature != "hessian":
-            damping = flatten({k: v[None] for k, v in source.damping.items()})[0].double().cpu()
-    else:
-        problem = source
-        w = np.ones(problem.n) if weights is None else np.asarray(weights, dtype=float)
-        n = problem.n
-    if w.shape != (problem.n,) or not 0 < exposure <= 1:
-        raise ValueError(
-            f"expected weights [n={problem.n}] and an exposure in (0, 1], got {w.shape} and {exposure}"
-        )
-
+        folders = [None if folder is None else Path(folder) / f"run{k}" for k in range(len(runs))]
+        return average([one(run, folder=f) for run, f in zip(runs, folders, strict=True)])
+    assert isinstance(source, (Problem, Run))
+    if groups is not None and folder is not None:
+        raise ValueError("groups cost one backward pass each and keep no folder; leave one out")
+    at = trained(source, weights, exposure)
+    problem = at.problem
     base = outputs.evaluate(problem.model).numpy()  # first, for it names rows of NaN
 
+    some = sample(problem.n, curvature_rows)
+    size = len(some) * sum(value.numel() for value in problem.params.values()) * len(outputs)
+    steps = refine if refine is not None else 4 * (isinstance(source, Run) and size <= QUICK)
+
     def solve() -> tuple[Tensor, dict[str, Any]]:
-        some = sample(problem.n, curvature_rows)
-        fitted = fit_curvature(
-            replace(problem, train=Rows(problem.train, some)), curvature,
-            weights=w[some] * (problem.n / n),
-            damping=damping, form=form, tolerance=tolerance, max_iterations=max_iterations,
-            batch_size=batch_size, progress=progress,
+        fitted = _fitted(
+            source, at, outputs, curvature, damping,
+            rows=some, labels=labels, refine=steps, form=form, tolerance=tolerance,
+            max_iterations=max_iterations, batch_size=batch_size, progress=progress,
         )  # fmt: skip
-        targets = flatten(output_gradients(problem.model, outputs)).double().cpu()
-        solved = fitted.solve(targets) / (-n * exposure)
+        targets = flatten(output_gradients(problem.model, outputs)).cpu()
+        wide = targets.dtype == torch.float32 and targets.numel() > WIDE
+        solved = fitted.solve(targets if wide else targets.double()) * -at.unit
         return solved, {**fitted.meta, "damping": fitted.damping}
 
-    settings = (curvature, damping, form, tolerance, max_iterations, curvature_rows, exposure, n, w)
     along = partial(directional, engine=engine, batch_size=batch_size)
-    if folder is None:
+    names: NDArray[Any] | None = None
+    anchor = at.anchor
+    if groups is not None:
+        from attribution_core.groups import group_directional
+
+        directions, fitted = solve()
+        names, found = group_directional(
+            problem, directions, groups, batch_size=batch_size, progress=progress
+        )
+        scores = found.cpu().numpy()
+        anchor = np.array([anchor[np.asarray(groups) == name].mean() for name in names])
+    elif folder is None:
         directions, fitted = solve()
         mine = my_rows(np.arange(problem.n))
         scores = collect(along(problem, directions, mine, progress=progress).cpu()).numpy()
     else:
+        settings = (curvature, damping, labels, steps, form, tolerance, max_iterations, curvature_rows,
+                    at.exposure, at.drawn, at.weights)  # fmt: skip
         made_of = fingerprint(problem, outputs, settings)
         store = Store.open(folder, (problem.n, len(outputs)), made_of)
         directions, fitted = store.remember("directions", solve)
         for rows in progress(store.missing()):
             store.write(rows, along(problem, directions, rows).cpu().numpy())
         scores = store.read()
-    trainable = sum(value.numel() for value in problem.params.values())
+    covered = sum(value.numel() for value in problem.params.values())
     meta = {
         "method": "influence",
         **fitted,
         "weight_decay": float(problem.decay.mean()),
-        "exposure": exposure,
-        "covered": trainable / sum(value.numel() for value in problem.model.parameters()),
+        "exposure": at.exposure,
+        "covered": covered / sum(value.numel() for value in problem.model.parameters()),
     }
-    names = np.asarray(outputs.names) if outputs.names else None
-    return LinearDatamodel(scores, base, exposure * w, targets=names, meta=meta)
+    targets = np.asarray(outputs.names) if outputs.names else None
+    return LinearDatamodel(scores, base, anchor, ids=names, targets=targets, meta=meta)
+
+
+def _fitted(
+    source: Problem | Run,
+    at: Trained,
+    outputs: Outputs,
+    curvature: Kind | Literal["auto"] | Curvature,
+    damping: float | Tensor | Literal["auto"] | None,
+    *,
+    rows: NDArray[np.intp],
+    progress: Progress,
+    **settings: Any,
+) -> Curvature:
+    """The curvature on some rows, with the damping asked for."""
+    if isinstance(curvature, Curvature):
+        return curvature
+    if isinstance(damping, str):
+        if damping != "auto" or not isinstance(source, Run):
+            raise ValueError(
+                f"expected a number, a tensor [p], or 'auto' with a run, got {damping!r} with a "
+                f"{type(source).__name__}; only a run knows how to retrain"
+            )
+        return choose_damping(source, outputs, curvature, rows=rows, progress=progress, **settings)
+    if damping is None and curvature != "hessian":
+        damping = at.damping
+    return fit_curvature(
+        replace(at.problem, train=Rows(at.problem.train, rows)),
+        curvature,
+        weights=at.weights[rows] * (at.problem.n / at.drawn),
+        damping=damping,
+        progress=progress,
+        **settings,
+    )
 
 
 def sample(n: int, size: int | None, seed: int = 0) -> NDArray[np.intp]:

@@ -1,0 +1,75 @@
+"""Where a trained model stands: the problem at its parameters, and its place in weight space.
+
+A model that saw each of its examples α times as often as a full run does averages over α · drawn
+examples, so a unit of weight counts 1/(α · drawn) there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from attribution_core.gradients import flatten
+from attribution_core.problem import Problem
+from attribution_core.training import Run
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A problem at trained parameters, with the weights and the exposure that led there."""
+
+    problem: Problem
+    weights: NDArray[np.float64]  # [n]
+    exposure: float  # α
+    drawn: int  # how many examples the batches came from
+    damping: Tensor | None = None  # [p], what the length of a run amounts to; None: not a run
+
+    @property
+    def anchor(self) -> NDArray[np.float64]:
+        """The training weights at which derivatives are taken: α · weights, [n]."""
+        return self.exposure * self.weights
+
+    @property
+    def unit(self) -> float:
+        """What a unit of weight counts in the mean training loss: 1 / (α · drawn)."""
+        return 1.0 / (self.exposure * self.drawn)
+
+
+def trained(
+    source: Problem | Run, weights: ArrayLike | None = None, exposure: float = 1.0
+) -> Trained:
+    """Where a run's model stands, or a problem's that was trained at these weights and this exposure.
+
+    Raises:
+        ValueError: weights that are not [n], an exposure outside (0, 1]; either given beside a run.
+    """
+    if isinstance(source, Run):
+        if weights is not None or exposure != 1.0:
+            raise ValueError("a run brings its own weights and exposure; do not give them again")
+        damping = flatten({name: value[None] for name, value in source.damping.items()})[0]
+        return Trained(
+            source.trained(), source.weights, source.exposure, source.drawn, damping.double().cpu()
+        )
+    w = np.ones(source.n) if weights is None else np.asarray(weights, dtype=float)
+    if w.shape != (source.n,) or not 0 < exposure <= 1:
+        raise ValueError(
+            f"expected weights [n={source.n}] and an exposure in (0, 1], got {w.shape} and {exposure}"
+        )
+    return Trained(source, w, exposure, source.n)
+
+
+def several(source: Problem | Run | Sequence[Run]) -> Sequence[Run] | None:
+    """The runs, where several were given; None for one.
+
+    Raises:
+        ValueError: an empty sequence.
+    """
+    if isinstance(source, (Problem, Run)):
+        return None
+    if not source:
+        raise ValueError("expected at least one run, got none")
+    return source

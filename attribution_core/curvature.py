@@ -14,6 +14,7 @@ no result depends on a batch size.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +28,7 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attribution_core.draws import Losses, open_output
-from attribution_core.ekfac import Labels, fit_ekfac
+from attribution_core.ekfac import EKFAC, Labels, fit_ekfac
 from attribution_core.gradients import Progress, flatten, row_gradients, unflatten
 from attribution_core.problem import (
     Batch,
@@ -50,6 +51,7 @@ DENSE = 6000  # parameters up to which H is formed: 288 MB in float64, factored 
 SHARPER = (
     0.25  # of the damping, in EK-FAC as a preconditioner: nearest to the exact solve in energy norm
 )
+MOSTLY = 0.2  # of the parameters in no Kronecker block: worth a warning
 PROBES = 16  # random directions for the mean eigenvalue where H is not formed
 
 
@@ -190,6 +192,8 @@ def fit_curvature(
         shifts = shift(lambda: trace / p)
         solve = partial(h.solve, shift=shifts)
         solve(torch.zeros(1, p, dtype=torch.float64))  # refuses what cannot be divided by
+        if isinstance(h, EKFAC):
+            meta["labels"], meta["diagonal"] = labels, _warned_share(h)
         if kind == "ekfac" and refine:
             meta["refined"] = refine
             guess = partial(h.solve, shift=problem.decay + SHARPER * (shifts - problem.decay))
@@ -217,6 +221,25 @@ def fit_curvature(
         )  # fmt: skip
 
     return Curvature(solve, float((shifts - problem.decay).mean()), meta, h)
+
+
+class DiagonalWarning(UserWarning):
+    """EK-FAC had to treat many parameters as a diagonal."""
+
+
+def _warned_share(h: EKFAC) -> float:
+    """Which share of the parameters EK-FAC treats as a diagonal; a warning where it is large."""
+    share = sum(v.numel() for v in h.diagonal.values()) / sum(v.numel() for v in h.params.values())
+    if share > MOSTLY:
+        names = sorted(h.diagonal, key=lambda name: -h.diagonal[name].numel())
+        warnings.warn(
+            f"EK-FAC treats {share:.0%} of the parameters as a diagonal, first {names[:3]}: they act "
+            "outside nn.Linear, Conv1d, Conv2d, Embedding and Conv1D modules, or without a batch "
+            "dimension (positions: look up pos[None]); refine=4 corrects what that costs",
+            DiagonalWarning,
+            stacklevel=3,
+        )
+    return share
 
 
 def _is_double(problem: Problem) -> bool:

@@ -13,15 +13,29 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from attribution_core.gradients import Progress
+from attribution_core.optimizers import (
+    SGD,
+    Adam,
+    AdamW,
+    Checkpoint,
+    Optimizer,
+    Schedule,
+    State,
+    clipped,
+    load_state,
+    lr_factor,
+    resolved,
+    save_state,
+    stretches,
+)
 from attribution_core.problem import (
     Batch,
     Outputs,
@@ -35,115 +49,9 @@ from attribution_core.problem import (
 from attribution_core.processes import wait, world
 from attribution_core.store import fingerprint, write_text
 
-State = dict[str, Params]
-Schedule = Literal["linear", "cosine"] | Callable[[int], float]
+__all__ = ["SGD", "Adam", "AdamW", "Checkpoint", "Recipe", "Run", "train"]
+
 Drop = Literal["weight", "row"]
-
-
-class Optimizer(Protocol):
-    """Two pure functions: the state to start with, and one update."""
-
-    @property
-    def lr(self) -> float: ...
-
-    @property
-    def weight_decay(self) -> float | None: ...
-
-    def init(self, params: Params) -> State: ...
-
-    def update(
-        self, params: Params, state: State, grads: Params, step: int, lr_factor: float
-    ) -> tuple[Params, State]: ...
-
-    def reach(self, state: State, steps: int) -> Params: ...
-
-
-@dataclass(frozen=True)
-class SGD:
-    """torch.optim.SGD: g ← g + weight_decay θ;  b ← momentum b + g;  θ ← θ − lr b  (or g + momentum b).
-
-    weight_decay None means the problem's.
-    """
-
-    lr: float
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float | None = None
-
-    def init(self, params: Params) -> State:
-        """A momentum buffer of zeros."""
-        return {"momentum": {k: torch.zeros_like(v) for k, v in params.items()}}
-
-    def update(
-        self, params: Params, state: State, grads: Params, step: int, lr_factor: float
-    ) -> tuple[Params, State]:
-        """One step; nothing is changed in place."""
-        new, buffers = {}, {}
-        for name, theta in params.items():
-            g = grads[name] + (self.weight_decay or 0.0) * theta
-            buffers[name] = self.momentum * state["momentum"][name] + g
-            g = g + self.momentum * buffers[name] if self.nesterov else buffers[name]
-            new[name] = theta - self.lr * lr_factor * g
-        return new, {"momentum": buffers}
-
-    def reach(self, state: State, steps: int) -> Params:
-        """How far a constant gradient of 1 moves each parameter per step, in the long run."""
-        rate = self.lr / (1 - self.momentum)
-        return {name: torch.full_like(value, rate) for name, value in state["momentum"].items()}
-
-
-@dataclass(frozen=True)
-class Adam:
-    """torch.optim.Adam: θ ← θ − lr m̂ / (√(v̂ + eps_root) + eps), decay added to the gradient.
-
-    weight_decay None means the problem's. eps_root (0 in torch) keeps the update differentiable
-    where a gradient was exactly 0.
-    """
-
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    eps_root: float = 0.0
-    weight_decay: float | None = None
-    decoupled: ClassVar[bool] = False
-
-    def init(self, params: Params) -> State:
-        """First and second moments of zeros."""
-        return {m: {k: torch.zeros_like(v) for k, v in params.items()} for m in ("first", "second")}
-
-    def update(
-        self, params: Params, state: State, grads: Params, step: int, lr_factor: float
-    ) -> tuple[Params, State]:
-        """One step, counted from 0; nothing is changed in place."""
-        lr, decay = self.lr * lr_factor, self.weight_decay or 0.0
-        one, two = self.betas
-        new: Params = {}
-        first: Params = {}
-        second: Params = {}
-        for name, theta in params.items():
-            g = grads[name] if self.decoupled else grads[name] + decay * theta
-            first[name] = one * state["first"][name] + (1 - one) * g
-            second[name] = two * state["second"][name] + (1 - two) * g * g
-            m = first[name] / (1 - one ** (step + 1))
-            v = second[name] / (1 - two ** (step + 1))
-            shrunk = theta * (1 - lr * decay) if self.decoupled else theta
-            new[name] = shrunk - lr * m / ((v + self.eps_root).sqrt() + self.eps)
-        return new, {"first": first, "second": second}
-
-    def reach(self, state: State, steps: int) -> Params:
-        """How far a small constant gradient of 1 moves each parameter per step: lr / (√v̂ + eps)."""
-        correction = 1 - self.betas[1] ** steps
-        return {
-            name: self.lr / ((v / correction + self.eps_root).sqrt() + self.eps)
-            for name, v in state["second"].items()
-        }
-
-
-@dataclass(frozen=True)
-class AdamW(Adam):
-    """torch.optim.AdamW: as Adam, with the decay decoupled, θ ← (1 − lr weight_decay) θ − ..."""
-
-    decoupled: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,17 +92,7 @@ class Recipe:
 
     def lr_factor(self, step: int, steps: int) -> float:
         """What the schedule multiplies the learning rate with at this step."""
-        if self.schedule is None:
-            return 1.0
-        if callable(self.schedule):
-            return self.schedule(step)
-        if self.schedule == "linear":
-            return 1.0 - step / steps
-        if self.schedule == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * step / steps))
-        raise ValueError(
-            f"unknown schedule {self.schedule!r}; linear, cosine, or a function of the step"
-        )
+        return lr_factor(self.schedule, step, steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +107,7 @@ class Run:
     weights: NDArray[np.float64]
     exposure: float
     losses: NDArray[np.float64]  # the weighted mean loss of each step's batch
+    checkpoints: tuple[Checkpoint, ...] = ()  # in order, of equal stretches of the steps
 
     @property
     def model(self) -> nn.Module:
@@ -250,8 +149,8 @@ class Run:
 
     def trained(self) -> Problem:
         """The problem at the trained parameters, with the weight decay that was in force."""
-        decay = _resolved(self.recipe.optimizer, self.problem).weight_decay or 0.0
-        return replace(self.problem, model=self.model, weight_decay=decay)
+        decay = resolved(self.recipe.optimizer, self.problem).weight_decay
+        return replace(self.problem, model=self.model, weight_decay=decay or 0.0)
 
 
 def train(
@@ -261,6 +160,7 @@ def train(
     exposure: float = 1.0,
     *,
     drop: Drop = "weight",
+    checkpoints: int = 0,
     folder: str | Path | None = None,
     progress: Progress = iter,
 ) -> Run:
@@ -273,13 +173,15 @@ def train(
             then α: the place from which models trained on such a fraction are predicted best.
         drop: what weight 0 means. "weight": the example stays in its batches and counts nothing.
             "row": it is gone; batches are drawn from the other rows, with as many epochs.
+        checkpoints: keep the parameters and the optimizer's state at so many steps, each the middle of
+            an equal stretch of the run; what `tracin` and `source` read.
         folder: keep the run there; the same call reads it back instead of training again. Under
             torchrun the first process trains and the others read.
         progress: wraps the loop over steps (tqdm).
 
     Raises:
         ValueError: weights that are not [n], finite and non-negative; nothing left to train on; an
-            exposure outside (0, 1]; random layers; a loss that is not finite (names step and rows).
+            exposure outside (0, 1]; random layers; more checkpoints than steps; a loss that is not finite (names step and rows).
     """
     w = _checked_weights(weights, problem.n)
     if not 0 < exposure <= 1:
@@ -293,41 +195,59 @@ def train(
     model = problem.model if recipe.init is None else recipe.init(recipe.seed).to(problem.device)
     refuse_random_layers(model)
     started = replace(problem, model=model)
-    if folder is not None:
-        keep = _Folder(Path(folder), fingerprint(started, recipe, w, exposure, drop))
-        if world()[0] == 0 and not keep.exists():
-            keep.write(
-                train(
-                    started, replace(recipe, init=None), w, exposure, drop=drop, progress=progress
-                )
-            )
-        wait()
-        return keep.read(started, recipe, w, exposure)
-    optimizer = _resolved(recipe.optimizer, problem)
-    rows = np.flatnonzero(w > 0) if drop == "row" else np.arange(problem.n)
-    order = recipe.draw(rows, exposure)
-    params, state = started.params, optimizer.init(started.params)
-    losses = np.zeros(len(order))
+    if folder is None:
+        return _descend(started, recipe, w, exposure, drop, checkpoints, progress)
+    kept = [checkpoints] if checkpoints else []
+    keep = _Folder(Path(folder), fingerprint(started, recipe, w, exposure, drop, *kept))
+    if world()[0] == 0 and not keep.exists():
+        keep.write(_descend(started, recipe, w, exposure, drop, checkpoints, progress))
+    wait()
+    return keep.read(started, recipe, w, exposure)
+
+
+def _descend(
+    problem: Problem,
+    recipe: Recipe,
+    w: NDArray[np.float64],
+    exposure: float,
+    drop: Drop,
+    checkpoints: int,
+    progress: Progress,
+) -> Run:
+    """The steps of a run, from the problem's own parameters."""
+    optimizer = resolved(recipe.optimizer, problem)
+    order = recipe.draw(np.flatnonzero(w > 0) if drop == "row" else np.arange(problem.n), exposure)
+    middles = {(a + b) // 2: (a, b) for a, b in stretches(len(order), checkpoints)}
+    params, state = problem.params, optimizer.init(problem.params)
+    losses, kept = np.zeros(len(order)), []
     for step, some in enumerate(progress(order)):
         batch = take(problem.train, some, problem.device)
         factor = recipe.lr_factor(step, len(order))
         try:
-            loss, grads = gradient(started, params, batch, torch.from_numpy(w[some]), some)
+            loss, grads = gradient(problem, params, batch, torch.from_numpy(w[some]), some)
         except ValueError as error:
             raise ValueError(f"training stopped at step {step} of {len(order)}: {error}") from None
         if recipe.clip is not None:
             grads = clipped(grads, recipe.clip)
+        before = params
         params, state = optimizer.update(params, state, grads, step, factor)
         losses[step] = loss
-    return Run(started, recipe, params, state, order, w, exposure, losses)
+        if step in middles:
+            kept.append(Checkpoint(before, state, step, *middles[step]))
+    return Run(problem, recipe, params, state, order, w, exposure, losses, tuple(kept))
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """A run on disk: run.safetensors (parameters, state), run.npz (order, losses), run.json."""
+    """A run on disk: run.safetensors and checkpoint0.safetensors ... (parameters, state), run.npz
+    (order, losses, the checkpoints' steps), run.json."""
 
     path: Path
     fingerprint: str
+
+    def _tensors(self, checkpoint: int | None = None) -> Path:
+        name = "run" if checkpoint is None else f"checkpoint{checkpoint}"
+        return self.path / f"{name}.safetensors"
 
     def exists(self) -> bool:
         head = self.path / "run.json"
@@ -335,39 +255,38 @@ class _Folder:
             return False
         if json.loads(head.read_text(encoding="utf-8")) != {"fingerprint": self.fingerprint}:
             raise ValueError(
-                f"{self.path} holds another training; the model, the data or the recipe has changed: "
-                "choose another folder or delete this one"
+                f"{self.path} holds another training; the model, the data, the recipe or the number of "
+                "checkpoints has changed: choose another folder or delete this one"
             )
         return True
 
     def write(self, run: Run) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        groups = {"params": run.params, **run.state}
-        flat = {
-            f"{group}/{k}": v.contiguous()
-            for group, held in groups.items()
-            for k, v in held.items()
-        }
-        save_file(flat, self.path / "run.safetensors")
-        sizes = [len(batch) for batch in run.order]
+        for k, at in enumerate(run.checkpoints):
+            save_state(self._tensors(k), at.params, at.state)
+        save_state(self._tensors(), run.params, run.state)
         np.savez(
-            self.path / "run.npz", order=np.concatenate(run.order), sizes=sizes, losses=run.losses
+            self.path / "run.npz",
+            order=np.concatenate(run.order),
+            sizes=[len(batch) for batch in run.order],
+            losses=run.losses,
+            checkpoints=np.array([(at.step, at.first, at.last) for at in run.checkpoints], int),
         )
         write_text(self.path / "run.json", json.dumps({"fingerprint": self.fingerprint}))
 
     def read(
         self, problem: Problem, recipe: Recipe, weights: NDArray[np.float64], exposure: float
     ) -> Run:
-        groups: dict[str, Params] = {}
-        for name, value in load_file(self.path / "run.safetensors").items():
-            group, key = name.split("/", 1)
-            groups.setdefault(group, {})[key] = value.to(problem.device)
-        params = {name: groups["params"][name] for name in problem.params}
-        state = {group: held for group, held in groups.items() if group != "params"}
         with np.load(self.path / "run.npz") as held:
             order = np.split(held["order"], np.cumsum(held["sizes"])[:-1])
             losses = held["losses"]
-        return Run(problem, recipe, params, state, order, weights, exposure, losses)
+            steps = held["checkpoints"].tolist() if "checkpoints" in held else []
+        kept = tuple(
+            Checkpoint(*load_state(self._tensors(k), problem.params), *where)
+            for k, where in enumerate(steps)
+        )
+        params, state = load_state(self._tensors(), problem.params)
+        return Run(problem, recipe, params, state, order, weights, exposure, losses, kept)
 
 
 def gradient(
@@ -387,13 +306,6 @@ def detached(params: Params) -> Params:
     return {name: value.detach() for name, value in params.items()}
 
 
-def clipped(grads: Params, limit: float) -> Params:
-    """Gradients scaled so that their joint norm is at most `limit` (torch.nn.utils.clip_grad_norm_)."""
-    norm = torch.stack([g.norm() for g in grads.values()]).norm()
-    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    return {name: g * factor for name, g in grads.items()}
-
-
 def _checked_weights(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:
     w = np.ones(n) if weights is None else np.asarray(weights, dtype=float)
     if w.shape != (n,):
@@ -403,15 +315,3 @@ def _checked_weights(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:
     if not (w > 0).any():
         raise ValueError("expected something to train on, got weight 0 for every example")
     return w
-
-
-def _resolved(optimizer: Optimizer, problem: Problem) -> Optimizer:
-    """The optimizer with the weight decay in force: its own, or the problem's."""
-    if optimizer.weight_decay is None:
-        return replace(optimizer, weight_decay=problem.weight_decay)  # type: ignore[type-var]
-    if problem.weight_decay not in (0.0, optimizer.weight_decay):
-        raise ValueError(
-            f"expected one weight decay, got {problem.weight_decay} in the problem and "
-            f"{optimizer.weight_decay} in the optimizer; state it in one place"
-        )
-    return optimizer

@@ -111,6 +111,37 @@ def test_the_problems_weight_decay_is_the_optimizers():
     assert inside.trained().weight_decay == beside.trained().weight_decay == 0.2
 
 
+BY_NAME = {"0.weight": 0.2, "3.weight": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "settings"),
+    [
+        (SGD(0.05, 0.9), torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+        (Adam(0.01), torch.optim.Adam, {"lr": 0.01}),
+        (AdamW(0.01), torch.optim.AdamW, {"lr": 0.01}),
+    ],
+)
+def test_weight_decay_by_name_equals_torchs_parameter_groups(ours, theirs, settings):
+    """Stated in the problem or in the optimizer; names left out have none."""
+    problem = menagerie.mlp()
+    recipe = Recipe(ours, batch_size=2, epochs=STEPS * 2 / problem.n)
+
+    def grouped(params):  # `by_torch` hands over the parameters of its own copy, in order
+        groups = [
+            {"params": [value], "weight_decay": BY_NAME.get(name, 0.0)}
+            for name, value in zip(problem.params, params, strict=True)
+        ]
+        return theirs(groups, **settings)
+
+    inside = train(replace(problem, weight_decay=BY_NAME), recipe)
+    assert_same(inside, *by_torch(problem, inside.order, grouped, {}))
+    beside = train(problem, replace(recipe, optimizer=replace(ours, weight_decay=BY_NAME)))
+    for name in inside.params:
+        assert torch.equal(inside.params[name], beside.params[name])
+    assert inside.trained().weight_decay == beside.trained().weight_decay == BY_NAME
+
+
 def test_the_gradient_of_a_weighted_batch():
     problem = menagerie.mlp()
     w, rows = torch.tensor([0.5, 0.0, 2.0]), [4, 1, 2]
@@ -261,6 +292,70 @@ def test_a_run_is_kept_in_a_folder(tmp_path):
         assert all(np.array_equal(a, b) for a, b in zip(run.order, plain.order, strict=True))
 
 
+# --- checkpoints -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [SGD(0.1, 0.9), AdamW(0.01)])
+def test_checkpoints_are_the_middles_of_equal_stretches(optimizer):
+    """Parameters before the middle step and the state after it, as shorter runs of the same order end."""
+    problem = menagerie.mlp()
+    run = train(problem, Recipe(optimizer, 2, 5, "linear"), checkpoints=4)
+    assert len(run.order) == 15
+    where = [(at.step, at.first, at.last) for at in run.checkpoints]
+    assert where == [(2, 0, 4), (6, 4, 8), (9, 8, 11), (13, 11, 15)]
+
+    def after(steps):
+        same = replace(
+            run.recipe, order=run.order[:steps], schedule=lambda k: run.recipe.lr_factor(k, 15)
+        )
+        return train(problem, same)
+
+    for at in run.checkpoints:
+        for name, value in after(at.step).params.items():
+            assert torch.equal(at.params[name], value)
+        for group, held in after(at.step + 1).state.items():
+            for name, value in held.items():
+                assert torch.equal(at.state[group][name], value)
+    plain = train(problem, run.recipe)
+    assert plain.checkpoints == ()
+    assert all(torch.equal(plain.params[name], run.params[name]) for name in run.params)
+
+
+def test_a_checkpoint_for_every_step_is_the_whole_way():
+    problem = menagerie.mlp()
+    run = train(problem, Recipe(SGD(0.1), 2, 1), checkpoints=3)
+    assert [(at.step, at.first, at.last) for at in run.checkpoints] == [
+        (0, 0, 1),
+        (1, 1, 2),
+        (2, 2, 3),
+    ]
+    assert all(torch.equal(run.checkpoints[0].params[k], v) for k, v in problem.params.items())
+    with pytest.raises(
+        ValueError, match="expected 0 to 3 checkpoints, one for each step at most, got 4"
+    ):
+        train(problem, run.recipe, checkpoints=4)
+
+
+def test_checkpoints_are_kept_in_the_folder_and_their_number_is_part_of_it(tmp_path):
+    problem, recipe = menagerie.mlp(), Recipe(Adam(0.01), 2, 5)
+    made = train(problem, recipe, checkpoints=3, folder=tmp_path / "three")
+    read = train(problem, recipe, checkpoints=3, folder=tmp_path / "three")
+    plain = train(problem, recipe, checkpoints=3)
+    for other in (made, read):
+        for a, b in zip(plain.checkpoints, other.checkpoints, strict=True):
+            assert (a.step, a.first, a.last) == (b.step, b.first, b.last)
+            assert list(a.params) == list(b.params)
+            for group, held in {"params": a.params, **a.state}.items():
+                found = {"params": b.params, **b.state}[group]
+                assert all(torch.equal(held[name], found[name]) for name in held)
+    for count in (0, 2):
+        with pytest.raises(ValueError, match="the number of checkpoints has changed"):
+            train(problem, recipe, checkpoints=count, folder=tmp_path / "three")
+    train(problem, recipe, folder=tmp_path / "none")
+    with pytest.raises(ValueError, match="the number of checkpoints has changed"):
+        train(problem, recipe, checkpoints=3, folder=tmp_path / "none")
+
+
 # --- refusals --------------------------------------------------------------------------------
 
 
@@ -291,6 +386,25 @@ def test_two_weight_decays():
     problem = replace(menagerie.mlp(), weight_decay=0.1)
     with pytest.raises(ValueError, match=r"got 0.1 in the problem and 0.2 in the optimizer"):
         train(problem, Recipe(SGD(0.1, weight_decay=0.2), 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("decay", "message"),
+    [
+        ({"body": 0.1}, r"weight decays of trainable parameters, got \['body'\]"),
+        ({"0.weight": -0.1}, "expected a weight decay of at least 0"),
+    ],
+)
+def test_a_weight_decay_of_the_optimizer_that_makes_no_sense(decay, message):
+    with pytest.raises(ValueError, match=message):
+        train(menagerie.mlp(), Recipe(SGD(0.1, weight_decay=decay), 2, 1))
+
+
+def test_one_weight_decay_said_twice_is_one():
+    problem = replace(menagerie.mlp(), weight_decay=0.1)
+    by_name = dict.fromkeys(problem.params, 0.1)
+    run = train(problem, Recipe(SGD(0.1, weight_decay=by_name), 2, 1))
+    assert run.trained().weight_decay == by_name
 
 
 def test_unknown_schedule():

@@ -17,6 +17,8 @@ from applied.recipe import Interval
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from attribution_core.comparison import Comparison
+
 # Okabe & Ito's colours, told apart by colour-blind eyes too
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PINK, YELLOW, GREY, INK = "#56B4E9", "#CC79A7", "#F0E442", "#8A8A8A", "#222222"
@@ -285,6 +287,43 @@ def histogram(
         f"Histogram of scores: {mask.sum():,} chosen of {len(values):,}, "
         f"median {np.median(values):.3g}, 99 % between {low:.3g} and {high:.3g}."
     )
+    return figure
+
+
+def lds_against_compute(comparison: Comparison, keep: float | None = None) -> Figure:
+    """What a method's correlation costs: LDS with its interval against seconds, floors hollow.
+
+    Args:
+        keep: which keep fraction; needed where the comparison has several.
+    """
+    if keep is None and len(comparison.keeps) > 1:
+        raise ValueError(f"expected one of the keep fractions {comparison.keeps}, got none")
+    rows = comparison.at(comparison.keeps[0] if keep is None else keep)
+    if not rows:
+        raise ValueError(f"no rows at keep {keep}; the comparison has {comparison.keeps}")
+    first = rows[0]
+    words = f"{first.lds.rows} retrainings on {first.keep:.0%} of the data, {first.lds.seeds} seeds each"
+    figure, ax = _axes(
+        5.0, "seconds, after training", "LDS (rank correlation with retraining)", words
+    )
+    x, y = np.array([row.seconds for row in rows]), np.array([row.lds.mean for row in rows])
+    ax.set_xscale("log")
+    for row in rows:
+        colour, fill = (GREY, "white") if row.floor else (BLUE, BLUE)
+        low, high = row.lds.interval
+        ax.plot([row.seconds] * 2, [low, high], color=colour, lw=1.2, alpha=0.5)
+        ax.plot(row.seconds, row.lds.mean, "o", color=colour, mfc=fill, ms=6, zorder=3)
+    if math.isfinite(first.lds.ceiling):
+        ax.axhline(first.lds.ceiling, color=INK, lw=1, ls=(0, (4, 3)))
+        ax.annotate(
+            f"ceiling {first.lds.ceiling:.2f} (seed noise)", (0.01, first.lds.ceiling), (0, 4),
+            xycoords=("axes fraction", "data"), textcoords="offset points", **WORDS,
+        )  # fmt: skip
+    ax.set_ylim(min(0.0, y.min()), 1.02)
+    ax.set_xlim(x.min() / 4, x.max() * 6)
+    _beside(figure, ax, x, y, [row.method for row in rows])
+    best = f"{first.method} {first.lds.mean:.2f}"
+    figure.set_label(f"LDS against seconds of {len(rows)} methods. {words}. Best: {best}.")
     return figure
 
 

@@ -6,33 +6,54 @@ Every method returns a `LinearDatamodel`; nothing here prints, parses arguments 
 random state.
 """
 
+from attribution_core.comparison import Comparison, compare
+from attribution_core.curvature import fit_curvature
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.evaluation import LDS, lds
+from attribution_core.groups import group_subsets, group_table, kmeans_groups, random_groups
 from attribution_core.influence import influence
+from attribution_core.leave_out import NewtonDatamodel, leave_one_out, newton
+from attribution_core.neighbors import bm25, knn, representation_similarity
 from attribution_core.outputs import causal_lm_loss, cross_entropy, margin, squared_error
 from attribution_core.problem import Outputs, Problem
 from attribution_core.retraining import RetrainingTable, random_subsets, retrain
 from attribution_core.training import SGD, Adam, AdamW, Recipe, Run, train
+from attribution_core.unrolling import source, tracin
 
 __all__ = [
     "LDS",
     "SGD",
     "Adam",
     "AdamW",
+    "Comparison",
     "LinearDatamodel",
+    "NewtonDatamodel",
     "Outputs",
     "Problem",
     "Recipe",
     "RetrainingTable",
     "Run",
     "average",
+    "bm25",
     "causal_lm_loss",
+    "compare",
     "cross_entropy",
+    "fit_curvature",
+    "group_subsets",
+    "group_table",
     "influence",
+    "kmeans_groups",
+    "knn",
     "lds",
+    "leave_one_out",
     "margin",
+    "newton",
+    "random_groups",
     "random_subsets",
+    "representation_similarity",
     "retrain",
+    "source",
     "squared_error",
+    "tracin",
     "train",
 ]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.datamodel import LinearDatamodel
 from attribution_core.retraining import RetrainingTable
 
 MAX_SPLITS = 20  # of the seeds into halves, for the ceiling
@@ -47,7 +46,22 @@ class LDS:
         )
 
 
-def lds(datamodel: LinearDatamodel, table: RetrainingTable) -> LDS:
+class Predictor(Protocol):
+    """What predicts outputs from training weights: a LinearDatamodel, or anything with these three."""
+
+    @property
+    def base(self) -> NDArray[Any]:
+        """[t], the outputs at `anchor`."""
+
+    @property
+    def anchor(self) -> NDArray[Any]:
+        """[n], the weights that predictions start from."""
+
+    def predict(self, weights: ArrayLike) -> NDArray[Any]:
+        """Outputs [t] for weights [n], or [m, t] for weights [m, n]."""
+
+
+def lds(datamodel: Predictor, table: RetrainingTable) -> LDS:
     """Compare a datamodel's predictions with a table of retrained outputs.
 
     Raises:
@@ -56,10 +70,10 @@ def lds(datamodel: LinearDatamodel, table: RetrainingTable) -> LDS:
     """
     m, n = table.weights.shape
     t = table.outputs.shape[1]
-    if (n, t) != datamodel.scores.shape:
+    own = len(datamodel.anchor), len(datamodel.base)
+    if (n, t) != own:
         raise ValueError(
-            f"expected a table of n={datamodel.scores.shape[0]} examples and "
-            f"t={datamodel.scores.shape[1]} targets, got n={n} and t={t}"
+            f"expected a table of n={own[0]} examples and t={own[1]} targets, got n={n} and t={t}"
         )
     if m < 3:
         raise ValueError(f"expected at least 3 retrainings to correlate, got {m}")

@@ -18,6 +18,7 @@ from attribution_core.damping import choose_damping
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.ekfac import Labels
 from attribution_core.gradients import Engine, Progress, directional, flatten, output_gradients
+from attribution_core.groups import group_directional
 from attribution_core.problem import Outputs, Problem, Rows
 from attribution_core.processes import collect, my_rows
 from attribution_core.store import Store, fingerprint
@@ -127,8 +128,6 @@ def influence(
     names: NDArray[Any] | None = None
     anchor = at.anchor
     if groups is not None:
-        from attribution_core.groups import group_directional
-
         directions, fitted = solve()
         names, found = group_directional(
             problem, directions, groups, batch_size=batch_size, progress=progress

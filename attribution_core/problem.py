@@ -168,6 +168,15 @@ class Problem:
         if (self.decay < 0).any():
             raise ValueError(f"expected a weight decay of at least 0, got {self.weight_decay}")
 
+    @classmethod
+    def from_sklearn(
+        cls, fitted: Any, X: Any, y: Any, *, weights: ArrayLike | None = None
+    ) -> Problem:
+        """A fitted scikit-learn linear model and its training data; see `linear_models.from_sklearn`."""
+        from attribution_core.linear_models import from_sklearn
+
+        return from_sklearn(fitted, X, y, weights=weights)
+
     @property
     def n(self) -> int:
         """Number of training examples."""

@@ -27,13 +27,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from attribution_core.problem import Batch, Params, PerExample, call, precision_of
 
 SMALL = 64  # outputs a row up to which D is formed
-GRADIENTS = 4096  # drawn over all examples where the number of draws is left open
+EXACT = 16  # outputs a row up to which all of them are taken instead of draws, by default
+GRADIENTS = 4096  # drawn over all places of all rows where the number of draws is left open
 Losses = Callable[[list[Tensor]], Tensor]  # real leaves of the output -> [b]
 
 
-def default_draws(n: int) -> int:
-    """So many draws an example that all examples together have about 4,096."""
-    return max(1, round(GRADIENTS / n))
+def default_draws(n: int, output: list[Tensor]) -> int:
+    """As many as a row has outputs, up to 16: the expectation. Else about 4,096 over all places of all rows."""
+    z = max(output, key=Tensor.numel)
+    q = z[0].numel()
+    return q if q <= EXACT else max(1, round(GRADIENTS * z.shape[-1] / (n * q)))
 
 
 def open_output(
@@ -188,4 +191,8 @@ def _stacked(streams: list[np.random.Generator], kind: str, like: Tensor) -> NDA
 
 def _product(losses: Losses, at: list[Tensor], v: list[Tensor]) -> list[Tensor]:
     """D v for every row."""
-    return jvp(grad(lambda z: losses(z).sum()), (at,), (v,))[1]
+
+    def total(z: list[Tensor]) -> Tensor:
+        return losses(z).sum()
+
+    return jvp(grad(total), (at,), (v,))[1]

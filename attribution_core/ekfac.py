@@ -62,8 +62,9 @@ def fit_ekfac(
     Args:
         labels: "model" draws them from the model, so that H is the Gauss–Newton curvature (the true
             Fisher); "data" takes the training labels (the empirical Fisher).
-        draws: how many an example; by default about 4,096 over all examples, at least one. As many as
-            a row has outputs give the expectation itself.
+        draws: how many an example; as many as a row has outputs give the expectation itself. By default
+            that up to 16 outputs, else about 4,096 over all rows and tokens, at least one. The two
+            passes draw independently, so that no basis is fitted to the noise in its eigenvalues.
         progress: wraps the loop over batches, once for each pass and model (tqdm).
 
     Raises:
@@ -73,24 +74,25 @@ def fit_ekfac(
         raise ValueError(f"unknown labels {labels!r}; 'model' draws them, 'data' takes the data's")
     first = problems[0]
     w = np.ones(first.n) if weights is None else weights
-    count = 0 if labels == "data" else draws or default_draws(first.n)
+    if draws is not None and draws < 1:
+        raise ValueError(f"expected at least 1 draw, got {draws}; labels='data' draws none")
     places = plan(first)
 
-    def views() -> Iterator[_View]:
+    def views(seed: int) -> Iterator[_View]:
         for problem in problems:
             rows_of = list(batches(my_rows(np.arange(problem.n)), batch_size))
             for rows in progress(rows_of):
                 if w[rows].any():
-                    yield _View(problem, places, rows, w, count, seed)
+                    yield _View(problem, places, rows, w, labels, draws, seed)
 
     sums = {place: [_zeros(first, *shape) for shape in place.covariances()] for place in places}
-    for view in views():
+    for view in views(2 * seed):
         view.add_covariances(sums)
     _reduce([total for pair in sums.values() for total in pair])
     blocks = _in_bases(first, sums)
     inside = {name for place in places for name in (place.weight, place.bias)}
     diagonal = {k: _zeros(first, *v.shape) for k, v in first.params.items() if k not in inside}
-    for view in views():
+    for view in views(2 * seed + 1):
         view.add_squares(blocks, diagonal)
     values = [block.values for block in blocks.values()] + list(diagonal.values())
     _reduce(values)
@@ -155,9 +157,9 @@ class _View:
 
     def __init__(
         self, problem: Problem, places: list[Place], rows: NDArray[np.intp],
-        weights: NDArray[np.float64], draws: int, seed: int,
+        weights: NDArray[np.float64], labels: Labels, draws: int | None, seed: int,
     ):  # fmt: skip
-        self.problem, self.draws, self.seed = problem, draws, seed
+        self.problem, self.labels, self.draws, self.seed = problem, labels, draws, seed
         self.places = {place.weight: place for place in places}
         self.names = problem.train.rows[rows] if isinstance(problem.train, Rows) else rows
         self.batch = take(problem.train, rows, problem.device)
@@ -173,15 +175,16 @@ class _View:
 
         self.uses.clear()
         with watched(model, set(params), rows_in(self.batch), arrive, called) as leaves:
-            if self.draws == 0:
+            if self.labels == "data":
                 value = per_example(model, loss, self.batch, params, self.names)
             else:
                 output, losses = open_output(model, loss, params, self.batch)
-        if self.draws == 0:
+        if self.labels == "data":
             _pull([value], leaves, [torch.ones_like(value)])
             yield None
             return
-        drawn = draw(losses, output, self.names, self.draws, self.seed)
+        count = self.draws or default_draws(self.problem.n, output)
+        drawn = draw(losses, output, self.names, count, self.seed)
         self.weights = self.weights / len(drawn)
         for d in drawn:
             _pull(output, leaves, d)

@@ -19,7 +19,7 @@ from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.ekfac import Labels
 from attribution_core.gradients import Engine, Progress, directional, flatten, output_gradients
 from attribution_core.groups import group_directional
-from attribution_core.problem import Outputs, Problem, Rows
+from attribution_core.problem import Outputs, Problem, Rows, sample
 from attribution_core.processes import collect, my_rows
 from attribution_core.store import Store, fingerprint
 from attribution_core.trained import Trained, several, trained
@@ -36,7 +36,7 @@ def influence(
     curvature: Kind | Literal["auto"] | Curvature = "auto",
     damping: float | Tensor | Literal["auto"] | None = None,
     labels: Labels = "model",
-    refine: int | None = None,
+    refine: int | Literal["size"] | None = None,
     groups: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     exposure: float = 1.0,
@@ -67,8 +67,9 @@ def influence(
             for a run, the multiple of its own damping with the best LDS on 16 small retrainings (see
             `choose_damping`). The mean of what was used stands in `.meta["damping"]`.
         labels: of "ekfac": drawn from the "model", or those of the "data".
-        refine: of "ekfac": steps of conjugate gradients on the exact Gauss–Newton that start from it (see
-            `fit_curvature`). None: 4 for a run where that takes seconds (n · p · t up to 2·10⁹), else 0.
+        refine: of "ekfac": how it is brought nearer to the exact Gauss–Newton, see `fit_curvature`. None:
+            for a problem 0, EK-FAC as it is; for a run 4 steps where that takes seconds (n · p · t up to
+            2·10⁹), else "size". With a damping of your own: 0 for large runs too.
         groups: [n] labels: one row of scores per group, the sum of its members', at one backward pass
             a group. The curvature is the examples'.
         weights: [n] the weights at which a problem was trained; 1 if not given. With a run: its own.
@@ -111,17 +112,20 @@ def influence(
 
     some = sample(problem.n, curvature_rows)
     size = len(some) * sum(value.numel() for value in problem.params.values()) * len(outputs)
-    steps = refine if refine is not None else 4 * (isinstance(source, Run) and size <= QUICK)
+    if refine is None and isinstance(source, Run):
+        refine = 4 if size <= QUICK else "size" if damping is None else 0
 
     def solve() -> tuple[Tensor, dict[str, Any]]:
         fitted = _fitted(
             source, at, outputs, curvature, damping,
-            rows=some, labels=labels, refine=steps, form=form, tolerance=tolerance,
+            rows=some, labels=labels, refine=refine or 0, form=form, tolerance=tolerance,
             max_iterations=max_iterations, batch_size=batch_size, progress=progress,
         )  # fmt: skip
         targets = flatten(output_gradients(problem.model, outputs)).cpu()
-        wide = targets.dtype == torch.float32 and targets.numel() > WIDE
-        solved = fitted.solve(targets if wide else targets.double()) * -at.unit
+        # EK-FAC errs by far more than float32 rounds
+        rough = fitted.meta.get("curvature") == "ekfac" or targets.numel() > WIDE
+        single = rough and targets.dtype == torch.float32
+        solved = fitted.solve(targets if single else targets.double()) * -at.unit
         return solved, {**fitted.meta, "damping": fitted.damping}
 
     along = partial(directional, engine=engine, batch_size=batch_size)
@@ -139,7 +143,7 @@ def influence(
         mine = my_rows(np.arange(problem.n))
         scores = collect(along(problem, directions, mine, progress=progress).cpu()).numpy()
     else:
-        settings = (curvature, damping, labels, steps, form, tolerance, max_iterations, curvature_rows,
+        settings = (curvature, damping, labels, refine, form, tolerance, max_iterations, curvature_rows,
                     at.exposure, at.drawn, at.weights)  # fmt: skip
         made_of = fingerprint(problem, outputs, settings)
         store = Store.open(folder, (problem.n, len(outputs)), made_of)
@@ -190,10 +194,3 @@ def _fitted(
         progress=progress,
         **settings,
     )
-
-
-def sample(n: int, size: int | None, seed: int = 0) -> NDArray[np.intp]:
-    """All n row numbers, or `size` of them drawn without replacement, in order."""
-    if size is None or size >= n:
-        return np.arange(n)
-    return np.sort(np.random.default_rng(seed).choice(n, size, replace=False))

@@ -146,6 +146,18 @@ class EKFAC:
         values = [block.values for block in self.blocks] + list(self.diagonal.values())
         return float(sum(v.double().sum() for v in values))
 
+    @property
+    def means(self) -> Tensor:
+        """The mean eigenvalue of each parameter's own matrix, [p], float64 on the CPU."""
+        mean = {name: float(v.double().mean()) for name, v in self.diagonal.items()}
+        for block in self.blocks:
+            names = (block.place.weight, block.place.bias)
+            mean |= {name: float(block.values.mean()) for name in names if name is not None}
+        parts = [
+            torch.full((v.numel(),), mean[k], dtype=torch.float64) for k, v in self.params.items()
+        ]
+        return torch.cat(parts)
+
     def apply(self, v: Tensor, phi: Phi) -> Tensor:
         """φ(H) V for every row of v [k, p]."""
         zero = torch.zeros(1, self._size)
@@ -173,7 +185,8 @@ class EKFAC:
             for name, values in self.diagonal.items()
         }
         for block in self.blocks:
-            cast = Block(block.place, *(None if x is None else x.to(v) for x in (block.left, block.right)), block.values.to(v))  # fmt: skip
+            left, right = (None if q is None else q.to(v) for q in (block.left, block.right))
+            cast = Block(block.place, left, right, block.values.to(v))
             factor = phi(cast.values, cast.along(block.place.gather(shifts)[0].to(v)))
             found |= block.place.scatter(
                 cast.back(factor * cast.rotated(block.place.gather(held))), held

@@ -128,6 +128,13 @@ def batches(n: int | ArrayLike, size: int) -> Iterator[np.ndarray]:
         yield rows[start : start + size]
 
 
+def sample(n: int, size: int | None, seed: int = 0) -> NDArray[np.intp]:
+    """All n row numbers, or `size` of them drawn without replacement, in order."""
+    if size is None or size >= n:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A model, its loss per example and its training data.

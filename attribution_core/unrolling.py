@@ -20,7 +20,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from attribution_core.curvature import DENSE, Kind, conjugate_gradients, spectrum
+from attribution_core.conjugate import conjugate_gradients
+from attribution_core.curvature import DENSE, Kind, spectrum
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import Engine, Progress, directional, flatten, output_gradients
 from attribution_core.influence import WIDE

@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attribution_core import Problem
 from attribution_core import curvature as core
-from attribution_core.curvature import conjugate_gradients, fisher_diagonal, fit_curvature, products
+from attribution_core.conjugate import conjugate_gradients
+from attribution_core.curvature import fisher_diagonal, fit_curvature, products
 from tests import menagerie
 
 # float64 sums of some hundred terms of size near 1

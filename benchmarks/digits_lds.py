@@ -1,16 +1,18 @@
-"""How well influence functions predict retrained digits MLPs: anchors and damping, side by side.
+"""How well every method predicts retrained digits MLPs: one table, with floors and ceiling.
 
     python benchmarks/digits_lds.py
-    python benchmarks/digits_lds.py --subsets 100 --optimizer adamw
+    python benchmarks/digits_lds.py --keep .25 .5 .9 --optimizer adamw --out runs/digits
 
-Truth: half of the 1,500 examples removed, fresh initial weights and order for every seed. Outputs: the
-margins of 20 held-out images. One model is attributed, with a seed that the truth does not use.
+Truth: a part of the 1,500 examples removed, fresh initial weights and order for every seed. Outputs: the
+margins of 20 held-out images. What is attributed are models trained at the exposure of the kept fraction,
+with seeds that the truth does not use; no setting is tuned.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import tyro
@@ -18,16 +20,24 @@ import tyro
 
 @dataclass(frozen=True)
 class Flags:
-    """LDS of influence functions on a digits MLP of width 64."""
+    """LDS of every method on a digits MLP of width 64."""
 
-    optimizer: Literal["sgd", "momentum", "adamw"] = "momentum"
+    optimizer: Literal["sgd", "momentum", "adamw"] = "sgd"
     """SGD at .1; SGD at .05 with momentum .9; AdamW at .003."""
+    keep: tuple[float, ...] = (0.5,)
+    """Fractions of the data that are kept."""
     subsets: int = 60
-    """Random halves that are retrained."""
+    """Random subsets retrained for each fraction."""
     seeds: int = 5
-    """Trainings of each half."""
+    """Trainings of each subset."""
+    full: bool = False
+    """Attribute full runs instead of runs at the kept fraction's exposure."""
+    first: int = 1000
+    """Seed of the first attributed model."""
     jobs: int = 2
     """Trainings side by side."""
+    out: Path | None = None
+    """Folder for the retrainings (resumed), the table and the picture."""
 
 
 def mlp(seed: int) -> Any:
@@ -40,54 +50,85 @@ def mlp(seed: int) -> Any:
         return nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
 
 
-def main(flags: Flags) -> None:
-    """Train, retrain, and print one line a setting."""
+def setting(optimizer: str) -> tuple[Any, Any, Any]:
+    """The problem, the recipe and the outputs."""
     import torch
 
-    from attribution_core import (
-        SGD,
-        AdamW,
-        Outputs,
-        Problem,
-        Recipe,
-        cross_entropy,
-        influence,
-        lds,
-        margin,
-        random_subsets,
-        retrain,
-        train,
-    )  # fmt: skip
+    from attribution_core import SGD, AdamW, Outputs, Problem, Recipe, cross_entropy, margin
     from recipes.embedded import digits
 
     data = digits(1500, 200)
     x, test_x = (torch.tensor(a, dtype=torch.float32) for a in (data.x, data.test_x))
     problem = Problem(mlp(0), cross_entropy, (x, torch.tensor(data.y)))
     margins = Outputs(margin, (test_x[:20], torch.tensor(data.test_y[:20])))
-    optimizer = {
-        "sgd": SGD(0.1),
-        "momentum": SGD(0.05, momentum=0.9),
-        "adamw": AdamW(0.003),
-    }[flags.optimizer]
-    recipe = Recipe(optimizer, batch_size=50, epochs=15, init=mlp)
-    halves = random_subsets(problem.n, flags.subsets, keep=0.5)
-    truth = retrain(problem, recipe, margins, halves, seeds=flags.seeds, jobs=flags.jobs)
-    print(f"{optimizer}, {flags.subsets} halves x {flags.seeds} fresh seeds")
-    for exposure in (1.0, 0.5):
-        run = train(problem, replace(recipe, seed=1000), exposure=exposure)
-        for name, settings in {
-            "default: the run's own damping": {},
-            "damping .1 x mean eigenvalue": {"damping": None, "problem": run.trained()},
-            "damping .03": {"damping": 0.03},
-            "diagonal": {"curvature": "diagonal"},
-            "identity (grad-dot)": {"curvature": "identity"},
-        }.items():
-            start = time.perf_counter()
-            source = settings.pop("problem", run)
-            more = {"exposure": exposure} if source is not run else {}
-            f = influence(source, margins, **settings, **more)
-            spent = time.perf_counter() - start
-            print(f"exposure {exposure}  {name:32s} {lds(f, truth)}  {spent:.1f} s", flush=True)
+    optimizers = {"sgd": SGD(0.1), "momentum": SGD(0.05, momentum=0.9), "adamw": AdamW(0.003)}
+    return problem, Recipe(optimizers[optimizer], batch_size=50, epochs=15, init=mlp), margins
+
+
+def main(flags: Flags) -> None:
+    """Train, retrain, and print one line a method."""
+    from tqdm import tqdm
+
+    from applied.pictures import lds_against_compute, png
+    from attribution_core import (
+        compare,
+        influence,
+        knn,
+        random_subsets,
+        representation_similarity,
+        retrain,
+        source,
+        tracin,
+        train,
+        trak,
+    )
+
+    problem, recipe, margins = setting(flags.optimizer)
+
+    @cache
+    def run(keep: float, k: int = 0) -> Any:
+        exposure = 1.0 if flags.full else keep
+        how = replace(recipe, seed=flags.first + k)
+        return train(problem, how, exposure=exposure, checkpoints=6)
+
+    def at(keep: float) -> Any:  # for floors: they know no anchor of their own
+        return run(keep).trained()
+
+    methods = {
+        "influence, Gauss-Newton": lambda keep: influence(
+            run(keep), margins, curvature="gauss_newton"
+        ),
+        "influence, EK-FAC": lambda keep: influence(run(keep), margins, curvature="ekfac"),
+        "influence, EK-FAC alone": lambda keep: influence(
+            run(keep), margins, curvature="ekfac", refine=0
+        ),
+        "influence, EK-FAC, 5 models": lambda keep: influence(
+            [run(keep, k) for k in range(5)], margins, curvature="ekfac"
+        ),
+        "SOURCE, 3 segments": lambda keep: source(run(keep), margins),
+        "TRAK": lambda keep: trak(run(keep), margins),
+        "TRAK, 5 models": lambda keep: trak([run(keep, k) for k in range(5)], margins),
+        "TracIn, 6 checkpoints": lambda keep: tracin(run(keep), margins),
+        "grad-dot": lambda keep: influence(run(keep), margins, curvature="identity"),
+        "kNN": lambda keep: knn(at(keep), margins),
+        "representation similarity": lambda keep: representation_similarity(at(keep), margins),
+    }
+    tables = {}
+    for keep in flags.keep:
+        weights = random_subsets(problem.n, flags.subsets, keep=keep)
+        folder = None if flags.out is None else flags.out / "retraining"
+        tables[keep] = retrain(
+            problem, recipe, margins, weights, seeds=flags.seeds, jobs=flags.jobs, folder=folder,
+            progress=lambda items: tqdm(items, desc="retraining", mininterval=5),
+        )  # fmt: skip
+        for k in range(5):
+            run(keep, k)  # training the attributed models is not part of a method's seconds
+    found = compare(methods, tables, floors=("grad-dot", "kNN", "representation similarity"))
+    print(f"{recipe.optimizer}\n{found.table()}")
+    if flags.out is not None:
+        (flags.out / "methods.md").write_text(found.markdown(), encoding="utf-8")
+        for keep in flags.keep:
+            (flags.out / f"methods-{keep:g}.png").write_bytes(png(lds_against_compute(found, keep)))
 
 
 if __name__ == "__main__":

@@ -319,7 +319,9 @@ def lds_against_compute(comparison: Comparison, keep: float | None = None) -> Fi
             f"ceiling {first.lds.ceiling:.2f} (seed noise)", (0.01, first.lds.ceiling), (0, 4),
             xycoords=("axes fraction", "data"), textcoords="offset points", **WORDS,
         )  # fmt: skip
-    ax.set_ylim(min(0.0, y.min()), 1.02)
+    ax.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+    lowest = min(row.lds.interval[0] for row in rows)
+    ax.set_ylim(lowest - 0.08 if math.isfinite(lowest) else y.min() - 0.08, 1.02)
     ax.set_xlim(x.min() / 4, x.max() * 6)
     _beside(figure, ax, x, y, [row.method for row in rows])
     best = f"{first.method} {first.lds.mean:.2f}"

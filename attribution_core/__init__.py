@@ -18,6 +18,7 @@ from attribution_core.outputs import causal_lm_loss, cross_entropy, margin, squa
 from attribution_core.problem import Outputs, Problem
 from attribution_core.retraining import RetrainingTable, random_subsets, retrain
 from attribution_core.training import SGD, Adam, AdamW, Recipe, Run, train
+from attribution_core.trak import trak
 from attribution_core.unrolling import source, tracin
 
 __all__ = [
@@ -56,4 +57,5 @@ __all__ = [
     "squared_error",
     "tracin",
     "train",
+    "trak",
 ]

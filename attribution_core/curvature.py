@@ -164,7 +164,9 @@ def fit_curvature(
     refuse_random_layers(problem.model)
     first = np.arange(min(2, problem.n))
     with torch.no_grad():  # one finite number per row?
-        per_example(problem.model, problem.loss, take(problem.train, first, problem.device))
+        batch = take(problem.train, first, problem.device)
+        names = problem.train.rows[first] if isinstance(problem.train, Rows) else first
+        per_example(problem.model, problem.loss, batch, rows=names)
     meta: dict[str, Any] = {"curvature": kind}
 
     def shift(mean: Callable[[], float | Tensor]) -> Tensor:
@@ -247,7 +249,8 @@ def _refined(
         signs = torch.randint(0, 2, (SIZERS, len(v)), generator=generator).to(v) * 2 - 1
         asked, found = signs @ v, signs @ x
         # the multiple of x nearest the exact solve in energy norm, on average over mixtures of v
-        return x.mul_(float((asked * found).sum() / (found * multiply(found, SIZE_ROWS)).sum()))
+        energy = float((found * multiply(found, SIZE_ROWS)).sum())
+        return x.mul_(float((asked * found).sum()) / energy) if energy > 0 else x
 
     return sized
 

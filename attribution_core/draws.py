@@ -15,6 +15,7 @@ Each example has a random stream of its own, so no draw depends on batches or pr
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ def draw(
     Raises:
         ValueError: D is neither small nor diagonal nor that of a softmax.
     """
-    at = [z.detach().float() if z.dtype.itemsize < 4 else z.detach() for z in output]
+    at = [(z.float() if z.dtype.itemsize < 4 else z).detach().contiguous() for z in output]
     streams = [np.random.Generator(np.random.Philox(key=[seed, int(row)])) for row in rows]
     generator = torch.Generator().manual_seed(0)
     probes = [torch.randn(z.shape[1:], generator=generator).to(z).expand_as(z) for z in at]
@@ -119,20 +120,20 @@ def draw(
         )
     k = active[0]
 
-    def along(v: Tensor) -> Tensor:
-        return _product(
-            losses, at, [v if j == k else torch.zeros_like(z) for j, z in enumerate(at)]
-        )[k]
+    def product(z: Tensor, v: Tensor) -> Tensor:
+        still = [torch.zeros_like(x) for x in at]
+        return _product(losses, [*at[:k], z, *at[k + 1 :]], [*still[:k], v, *still[k + 1 :]])[k]
 
-    drawn = _draw_one(along, at[k], probes[k], curved[k], streams, draws)
+    drawn = _draw_one(product, at[k], probes[k], curved[k], streams, draws)
     rest = [torch.zeros_like(z) for z in output]
     return [[*rest[:k], d.to(output[k]), *rest[k + 1 :]] for d in drawn]
 
 
 def _draw_one(
-    along: Callable[[Tensor], Tensor], z: Tensor, probe: Tensor, curved: Tensor,
+    product: Callable[[Tensor, Tensor], Tensor], z: Tensor, probe: Tensor, curved: Tensor,
     streams: list[np.random.Generator], draws: int,
 ) -> list[Tensor]:  # fmt: skip
+    along = partial(product, z)
     if z[0].numel() <= draws:
         return _small(along, z, streams, z[0].numel())
     close = (
@@ -141,13 +142,14 @@ def _draw_one(
     for dim in dict.fromkeys((-1, 1)):
         if z.ndim < 2 or z.shape[dim] < 2:
             continue
-        p = z.softmax(dim).movedim(dim, -1)
-        v, hv = probe.movedim(dim, -1), curved.movedim(dim, -1)
-        base = p * (v - (p * v).sum(-1, keepdim=True))
-        size = base.square().sum(-1).clamp(min=torch.finfo(z.dtype).tiny)
-        scale = ((hv * base).sum(-1) / size).clamp(min=0)
-        if (hv - scale[..., None] * base).norm() <= close * hv.norm():
-            return [_labels(p, scale, streams).movedim(-1, dim) for _ in range(draws)]
+        p, v, hv = (x.movedim(dim, -1) for x in (z.softmax(dim), probe, curved))
+        # c is measured at z = 0: where the model is sure of itself, D is all rounding
+        flat = product(torch.zeros_like(z), probe).movedim(dim, -1)
+        for scale in (_scale(torch.ones_like(p) / p.shape[-1], v, flat), _scale(p, v, hv)):
+            misfit = (hv - scale[..., None] * _softmax(p, v)).norm()
+            rounding = 8 * torch.finfo(z.dtype).eps * (scale[..., None] * p * v).norm()
+            if misfit <= close * hv.norm() + rounding:
+                return [_labels(p, scale, streams).movedim(-1, dim) for _ in range(draws)]
     if z[0].numel() <= SMALL:
         return _small(along, z, streams, draws)
     diagonal = along(torch.ones_like(z))
@@ -158,6 +160,18 @@ def _draw_one(
         f"expected a loss whose Hessian in the output {tuple(z.shape[1:])} is that of a softmax or "
         f"diagonal, or an output of at most {SMALL} numbers, got another; use labels='data'"
     )
+
+
+def _softmax(p: Tensor, v: Tensor) -> Tensor:
+    """(diag p − p pᵀ) v at every place."""
+    return p * (v - (p * v).sum(-1, keepdim=True))
+
+
+def _scale(p: Tensor, v: Tensor, hv: Tensor) -> Tensor:
+    """c at every place, should hv be c (diag p − p pᵀ) v."""
+    base = _softmax(p, v)
+    size = base.square().sum(-1).clamp(min=torch.finfo(p.dtype).tiny)
+    return ((hv * base).sum(-1) / size).clamp(min=0)
 
 
 def _labels(p: Tensor, scale: Tensor, streams: list[np.random.Generator]) -> Tensor:

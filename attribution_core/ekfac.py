@@ -15,7 +15,7 @@ coordinates. Norms and whatever else holds parameters are diagonal, so that ever
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +36,7 @@ from attribution_core.problem import (
     Rows,
     batches,
     per_example,
+    refuse_random_layers,
     rows_in,
     take,
 )
@@ -68,7 +69,8 @@ def fit_ekfac(
         progress: wraps the loop over batches, once for each pass and model (tqdm).
 
     Raises:
-        ValueError: labels of another name; see `draw` for losses that cannot be drawn from.
+        ValueError: labels of another name; random layers; losses or gradients that are not finite (names
+            the rows); see `draw` for losses that cannot be drawn from.
     """
     if labels not in ("model", "data"):
         raise ValueError(f"unknown labels {labels!r}; 'model' draws them, 'data' takes the data's")
@@ -76,25 +78,32 @@ def fit_ekfac(
     w = np.ones(first.n) if weights is None else weights
     if draws is not None and draws < 1:
         raise ValueError(f"expected at least 1 draw, got {draws}; labels='data' draws none")
-    places = plan(first)
+    for problem in problems:
+        refuse_random_layers(problem.model)
+    outside = set(ghost_uncovered(first, np.arange(first.n)))
+    places = plan(first, outside)
+    watch = set(first.params) - outside
 
     def views(seed: int) -> Iterator[_View]:
         for problem in problems:
             rows_of = list(batches(my_rows(np.arange(problem.n)), batch_size))
             for rows in progress(rows_of):
                 if w[rows].any():
-                    yield _View(problem, places, rows, w, labels, draws, seed)
+                    yield _View(problem, places, watch, rows, w, labels, draws, seed)
 
     sums = {place: [_zeros(first, *shape) for shape in place.covariances()] for place in places}
+    totals = [total for pair in sums.values() for total in pair]
     for view in views(2 * seed):
         view.add_covariances(sums)
-    _reduce([total for pair in sums.values() for total in pair])
+        view.refuse_nan(totals)
+    _reduce(totals)
     blocks = _in_bases(first, sums)
     inside = {name for place in places for name in (place.weight, place.bias)}
     diagonal = {k: _zeros(first, *v.shape) for k, v in first.params.items() if k not in inside}
+    values = [block.values for block in blocks.values()] + list(diagonal.values())
     for view in views(2 * seed + 1):
         view.add_squares(blocks, diagonal)
-    values = [block.values for block in blocks.values()] + list(diagonal.values())
+        view.refuse_nan(values)
     _reduce(values)
     for value in values:
         value /= first.n * len(problems)
@@ -130,22 +139,27 @@ def _in_bases(problem: Problem, sums: dict[Place, list[Tensor]]) -> dict[str, Bl
     }
 
 
-def plan(problem: Problem) -> list[Place]:
+def plan(problem: Problem, outside: Collection[str] | None = None) -> list[Place]:
     """The weight matrices of a model; left out are parameters that do not act in their own layer."""
-    outside = set(ghost_uncovered(problem, np.arange(problem.n)))
+    if outside is None:
+        outside = set(ghost_uncovered(problem, np.arange(problem.n)))
+    biases: Counter[str] = Counter()
     held: dict[str, list[tuple[nn.Module, dict[str, str]]]] = {}
     for module, names in owners(problem.model, set(problem.params)).items():
+        biases.update([names["bias"]] if "bias" in names else [])
         if "weight" in names:
             held.setdefault(names["weight"], []).append((module, names))
     places = []
     for weight, holders in held.items():
         shapes = [matrix_shape(module) for module, _ in holders]
         kinds = [type(module).__name__ for module, _ in holders]
-        if weight in outside or None in shapes or ("Conv1D" in kinds and len(kinds) > 1):
+        if weight in outside or None in shapes or len(set(shapes)) > 1:
+            continue
+        if "Conv1D" in kinds and len(kinds) > 1:
             continue
         g, r, c = shapes[0]  # type: ignore[misc]
         bias = holders[0][1].get("bias") if len(holders) == 1 else None
-        bias = None if bias in outside else bias
+        bias = None if bias in outside or (bias and biases[bias] > 1) else bias
         tall = bias is not None and kinds[0] == "Conv1D"
         shape = (g, r + tall, c + (bias is not None and not tall))
         places.append(Place(weight, bias, shape, tall, "Embedding" in kinds, len(holders)))
@@ -156,9 +170,10 @@ class _View:
     """Some rows at one model: what every layer sees, and the gradients that come back for drawn labels."""
 
     def __init__(
-        self, problem: Problem, places: list[Place], rows: NDArray[np.intp],
+        self, problem: Problem, places: list[Place], watch: set[str], rows: NDArray[np.intp],
         weights: NDArray[np.float64], labels: Labels, draws: int | None, seed: int,
     ):  # fmt: skip
+        self.watch = watch  # parameters whose layers' rules hold
         self.problem, self.labels, self.draws, self.seed = problem, labels, draws, seed
         self.places = {place.weight: place for place in places}
         self.names = problem.train.rows[rows] if isinstance(problem.train, Rows) else rows
@@ -174,7 +189,7 @@ class _View:
             self.uses.update(names.values())
 
         self.uses.clear()
-        with watched(model, set(params), rows_in(self.batch), arrive, called) as leaves:
+        with watched(model, self.watch, rows_in(self.batch), arrive, called) as leaves:
             if self.labels == "data":
                 value = per_example(model, loss, self.batch, params, self.names)
             else:
@@ -183,6 +198,8 @@ class _View:
             _pull([value], leaves, [torch.ones_like(value)])
             yield None
             return
+        with torch.no_grad():  # one finite number per row?
+            per_example(model, lambda *_: losses(output), self.batch, params, self.names)
         count = self.draws or default_draws(self.problem.n, output)
         drawn = draw(losses, output, self.names, count, self.seed)
         self.weights = self.weights / len(drawn)
@@ -197,12 +214,15 @@ class _View:
         place = self.places.get(names.get("weight", ""))
         if place is None:
             return None, (source, gradient)
-        left, right = factors(module, source, gradient, place.bias is not None)
-        mask = self.batch.get("attention_mask") if isinstance(self.batch, dict) else None
-        if mask is not None and source.ndim == 3 and source.shape[:2] == mask.shape:
-            seen = mask[None, :, :, None].to(right)  # padding counts in no covariance
-            left, right = (left * seen, right) if place.tall else (left, right * seen)
-        return place, (left, right)
+        return place, factors(module, source, gradient, place.bias is not None)
+
+    def refuse_nan(self, totals: list[Tensor]) -> None:
+        """Raise where these rows have made a sum NaN or infinite."""
+        if totals and not torch.isfinite(torch.stack([total.sum() for total in totals])).all():
+            raise ValueError(
+                f"expected finite gradients, got NaN or infinity from rows {self.names[:10].tolist()}, "
+                "whose losses are finite; look at functions without a slope there, such as a root of 0"
+            )
 
     def add_covariances(self, sums: dict[Place, list[Tensor]]) -> None:
         """Σ_i w_i Σ_t l lᵀ and Σ_i w_i Σ_t r rᵀ of every matrix, averaged over draws."""
@@ -211,6 +231,10 @@ class _View:
             place, pair = self.sides(module, names, source, back)
             if place is None:
                 return
+            mask = self.batch.get("attention_mask") if isinstance(self.batch, dict) else None
+            if mask is not None and source.ndim == 3 and source.shape[:2] == mask.shape:
+                # padding counts in no covariance (∇W_i is what it is: there it has no gradient)
+                pair = tuple(side * mask[None, :, :, None].to(side) for side in pair)  # type: ignore[assignment]
             for total, side in zip(sums[place], pair, strict=True):
                 if total.numel():
                     weighted = side * self.weights.to(side)[:, None, None]
@@ -252,30 +276,33 @@ class _View:
         some = {name: params[name] for name in names}
         if drawn is None:
             return row_gradients(model, loss, some, self.batch)
-        width = len(drawn)
+        at = [k for k, d in enumerate(drawn) if d.any()]  # the output that the loss looks at
+        if not at:
+            return {k: v.new_zeros(len(self.names), *v.shape) for k, v in some.items()}
         if isinstance(self.batch, dict):
-            pulls = {f"drawn {k}": d for k, d in enumerate(drawn)}
-            return row_gradients(model, _pulled(loss, width), some, {**self.batch, **pulls})
-        return row_gradients(model, _pulled(loss, width), some, (*self.batch, *drawn))
+            pulls = {f"drawn {k}": drawn[k] for k in at}
+            return row_gradients(model, _pulled(loss, at), some, {**self.batch, **pulls})
+        pulled = (*self.batch, *(drawn[k] for k in at))
+        return row_gradients(model, _pulled(loss, at), some, pulled)
 
 
 def _pull(output: list[Tensor], leaves: list[Tensor], pulls: list[Tensor]) -> None:
     """A backward pass from the outputs to the leaves, where there are any."""
-    if leaves:
-        some = [k for k, z in enumerate(output) if z.requires_grad]
+    some = [k for k, z in enumerate(output) if z.requires_grad]
+    if leaves and some:
         heads, back = ([x[k] for k in some] for x in (output, pulls))
         torch.autograd.grad(heads, leaves, back, retain_graph=True, allow_unused=True)
 
 
-def _pulled(loss: PerExample, width: int) -> PerExample:
-    """⟨output, d⟩ of each row, for batches with the gradients d of the output as further columns."""
+def _pulled(loss: PerExample, at: list[int]) -> PerExample:
+    """⟨output, d⟩ of each row, for batches with gradients d of some of the outputs as further columns."""
 
     def value(model: nn.Module, batch: Any) -> Tensor:
         if isinstance(batch, dict):
-            pulls = [batch[f"drawn {k}"] for k in range(width)]
+            pulls = [batch[f"drawn {k}"] for k in at]
             batch = {k: v for k, v in batch.items() if not k.startswith("drawn ")}
         else:
-            batch, pulls = batch[:-width], batch[-width:]
+            batch, pulls = batch[: -len(at)], batch[-len(at) :]
         seen: list[Any] = []
         handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
         try:
@@ -283,8 +310,7 @@ def _pulled(loss: PerExample, width: int) -> PerExample:
         finally:
             handle.remove()
         output = [z for z in tree_leaves(seen[0]) if is_real(z)]
-        return torch.stack(
-            [(z * d).flatten(1).sum(1) for z, d in zip(output, pulls, strict=True)]
-        ).sum(0)
+        products = [(output[k] * d).flatten(1).sum(1) for k, d in zip(at, pulls, strict=True)]
+        return torch.stack(products).sum(0)
 
     return value

@@ -173,8 +173,9 @@ def ghost_uncovered(problem: Problem, rows: np.ndarray) -> list[str]:
                 products = torch.zeros_like(v) if g is None else g * v
                 size = products.norm().item()
                 # rounding of a sum scales with the norm of its terms; 1e-3 of it is far above
-                # float32's and far below any missed term
-                if (shares[name][place, 0] - products.sum()).abs() > max(1e-3 * size, 1e-12):
+                # float32's and far below any missed term (bfloat16, with its 8 bits, needs .06)
+                close = max(1e-3, 8 * torch.finfo(v.dtype).eps) * size
+                if (shares[name][place, 0] - products.sum()).abs() > max(close, 1e-12):
                     wrong.add(name)
                 if size > 0:
                     reached.add(name)

@@ -97,7 +97,7 @@ def directional(
             raise ValueError(
                 f"expected finite gradients, got NaN or infinity in rows {bad[:10].tolist()}"
             )
-        out.append(part)
+        out.append(part.float() if part.dtype.itemsize < 4 else part)
     return torch.cat(out)
 
 
@@ -167,7 +167,8 @@ def row_gradients(model: nn.Module, function: PerExample, params: Params, batch:
     def one(example: Any) -> Params:
         return grad(lambda at: call(model, function, at, _one_row(example))[0])(params)
 
-    with sdpa_kernel(SDPBackend.MATH):
+    # without no_grad, parameters that are not among `params` would drag a graph along
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         try:
             return vmap(one)(batch)
         except RuntimeError as error:

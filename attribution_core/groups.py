@@ -150,8 +150,8 @@ def kmeans_groups(features: ArrayLike | Tensor, groups: int, seed: int = 0) -> N
 def group_subsets(groups: ArrayLike, m: int, keep: float, seed: int = 0) -> NDArray[np.float64]:
     """Weights [m, n] of m random subsets of whole groups, each of round(keep · g) of the g groups.
 
-    >>> group_subsets(["a", "a", "b"], 3, keep=0.5).sum(axis=1).tolist()
-    [1.0, 2.0, 1.0]
+    >>> group_subsets(["a", "b", "a", "b"], 3, keep=0.5).sum(axis=1).tolist()
+    [2.0, 2.0, 2.0]
     """
     labels = np.asarray(groups)
     names, index = named(labels, len(labels))

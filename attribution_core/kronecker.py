@@ -148,13 +148,14 @@ class EKFAC:
 
     @property
     def means(self) -> Tensor:
-        """The mean eigenvalue of each parameter's own matrix, [p], float64 on the CPU."""
+        """The mean eigenvalue of each parameter's own matrix, [p]; of all, where its own is 0."""
         mean = {name: float(v.double().mean()) for name, v in self.diagonal.items()}
         for block in self.blocks:
             names = (block.place.weight, block.place.bias)
             mean |= {name: float(block.values.mean()) for name in names if name is not None}
         parts = [
-            torch.full((v.numel(),), mean[k], dtype=torch.float64) for k, v in self.params.items()
+            torch.full((v.numel(),), mean[k] or self.trace / self._size, dtype=torch.float64)
+            for k, v in self.params.items()
         ]
         return torch.cat(parts)
 

@@ -54,9 +54,10 @@ def watched(
 
     def watch(own: dict[str, str]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            if not isinstance(output, Tensor):
-                return output  # tuples of attention and recurrent layers: not a layer seen from outside
-            source = (args[0] if args else next(iter(kwargs.values()))).detach()
+            source = next(iter((*args, *kwargs.values())), None)
+            if not (isinstance(source, Tensor) and isinstance(output, Tensor) and output.ndim > 0):
+                return output  # tuples of attention layers, scales, ...: not a layer seen from outside
+            source = source.detach()
             if len(output) == 1 < b:  # one row for the whole batch, as position embeddings do
                 output, source = (x.expand(b, *x.shape[1:]) for x in (output, source))
             if not output.requires_grad:
@@ -73,6 +74,7 @@ def watched(
     handles = [
         module.register_forward_hook(watch(own), with_kwargs=True)
         for module, own in owners(model, names).items()
+        if not any(True for _ in module.children())  # a layer, not a model with a weight of its own
     ]
     try:
         with torch.enable_grad():
@@ -88,6 +90,8 @@ def matrix_shape(module: nn.Module) -> tuple[int, int, int] | None:
     weight: Any = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None
+    if kind == "Linear" and not isinstance(module, nn.Linear):
+        return None  # of another library, whose weight may be [in, out]
     if kind in ("Linear", "Conv1D", "Embedding") and weight.ndim == 2:
         return (1, *weight.shape)
     if type(module) in (nn.Conv1d, nn.Conv2d):

@@ -157,6 +157,15 @@ def leave_one_out(
             does not call the model exactly once.
 
     Source: Pregibon 1981; Rad & Maleki 2020; as a datamodel Rubinstein & Hopkins 2025 ("rescaled").
+
+    >>> from attribution_core import squared_error           # a mean: one parameter, always shown a 1
+    >>> model = torch.nn.Linear(1, 1, bias=False).double()
+    >>> _ = torch.nn.init.constant_(model.weight, 3.0)
+    >>> x, y = torch.ones(3, 1).double(), torch.tensor([[0.0], [3.0], [6.0]]).double()
+    >>> mean = Outputs(lambda model, batch: model(batch[0])[:, 0], (x[:1],))
+    >>> f = leave_one_out(Problem(model, squared_error, (x, y)), mean)
+    >>> [round(float(f.without([i])[0]), 6) for i in range(3)]
+    [4.5, 3.0, 1.5]
     """
     runs = several(source)
     if runs is not None:

@@ -124,12 +124,12 @@ def from_sklearn(fitted: Any, X: Any, y: Any, *, weights: ArrayLike | None = Non
             default; influence is exact at the optimum only. The model is left as it is.
     """
     _refuse_others(fitted)
-    x, labels = np.shape(X), np.asarray(y)
+    labels = np.asarray(y)
     w = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=float)
+    if labels.ndim == 0 or len(labels) == 0:
+        raise ValueError(f"expected labels of at least one row, got y of shape {labels.shape}")
     if w.shape != labels.shape[:1]:
         raise ValueError(f"expected weights [n={len(labels)}], got {w.shape}")
-    if len(x) == 0 or x[0] == 0:
-        raise ValueError(f"expected training data with at least one row, got X of shape {x}")
     _refuse_class_weight(fitted, weights)
     convert = {"LogisticRegression": _logistic, "PoissonRegressor": _poisson}
     model, loss, decay = convert.get(type(fitted).__name__, _least_squares)(fitted, w)
@@ -304,8 +304,10 @@ def _warn_unless_stationary(problem: Problem, w: NDArray[np.float64]) -> None:
         z = problem.model(batch[0]).detach().requires_grad_()
         losses = problem.loss(_Constant(z), batch)
         slope = torch.autograd.grad((losses * torch.from_numpy(w[rows])).sum(), z)[0]
-        squares += (slope.square().sum(1) * (batch[0].square().sum(1) + 1)).sum()
-    share = float(left / (squares / problem.n).sqrt().clamp(min=1e-300))
+        # a fit without error has no slope but that of rounding
+        size = slope.square().sum(1) + 1e-20 * (z.detach().square().sum(1) + 1)
+        squares += (size * (batch[0].square().sum(1) + 1)).sum()
+    share = float(left / (squares / problem.n).sqrt())
     if share > STATIONARY:
         warnings.warn(
             f"expected coefficients at the optimum of these data, got a gradient of {share:.1g} of a row's; "

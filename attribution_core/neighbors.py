@@ -11,6 +11,7 @@ if it is a margin. It is read off the model, so that the sign law holds here too
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,27 +19,34 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attribution_core.datamodel import LinearDatamodel
-from attribution_core.gradients import Progress, row_gradients
-from attribution_core.layers import watched
+from attribution_core.datamodel import LinearDatamodel, average
+from attribution_core.gradients import Progress, flatten, row_gradients
+from attribution_core.layers import owners
 from attribution_core.problem import (
     Batch,
     Data,
     Outputs,
     PerExample,
     Problem,
+    as_data,
     batches,
     call,
+    per_example,
+    refuse_random_layers,
     rows_in,
     take,
     trainable,
 )
+from attribution_core.processes import collect, my_rows, world
+from attribution_core.trained import several, trained
+from attribution_core.training import Run
 
-SIGN_ROWS = 8  # targets whose gradients are held at once
+HELD = 2**26  # numbers of per-row gradients held at once where signs are found (256 MiB in float32)
+Source = Problem | Run | Sequence[Run]
 
 
 def representation_similarity(
-    problem: Problem,
+    source: Source,
     outputs: Outputs,
     *,
     layer: str | None = None,
@@ -47,26 +55,35 @@ def representation_similarity(
 ) -> LinearDatamodel:
     """Corroborative: cosine of representations, negated where both have class labels that differ.
 
+        scores[i, j] = s_j y_ij ⟨h_i, h_j⟩ / (‖h_i‖ ‖h_j‖)      y_ij = ±1 for equal and other labels, else 1
+
     Args:
-        layer: the module whose input is the representation; by default the last that holds parameters.
-            Sequences are averaged over the positions that attention_mask counts.
+        source: a problem whose model is trained, a `Run`, or several runs, which are averaged.
+        layer: whose input is the representation, see `representations`.
         progress: wraps the loop over training batches (tqdm).
+
+    Returns:
+        scores [n, t] in [−1, 1], without units (a slope on them says nothing); base f [t].
 
     Raises:
         ValueError: an unknown layer; target rows that the training loss cannot be evaluated on.
 
     Source: Hanawa et al. 2021 (cosine of the last layer's input).
     """
-    train, target = _represented(problem, outputs, layer, batch_size, progress)
-    similarity = _unit(train) @ _unit(target).T
-    own, theirs = _labels(problem.train, batch_size), _labels(outputs.data, batch_size)
-    if own is not None and theirs is not None:
-        similarity = similarity * np.where(own[:, None] == theirs[None], 1.0, -1.0)
-    return _datamodel(problem, outputs, similarity, {"method": "representation_similarity"})
+
+    def similar(problem: Problem) -> NDArray[Any]:
+        train, target = _represented(problem, outputs, layer, batch_size, progress)
+        similarity = _unit(train) @ _unit(target).T
+        own, theirs = class_labels(problem.train), class_labels(outputs.data)
+        if own is None or theirs is None:
+            return similarity
+        return similarity * np.where(own[:, None] == theirs, 1.0, -1.0)
+
+    return _floor(source, outputs, similar, {"method": "representation_similarity"})
 
 
 def knn(
-    problem: Problem,
+    source: Source,
     outputs: Outputs,
     *,
     k: int = 10,
@@ -77,50 +94,57 @@ def knn(
     """Corroborative: Shapley values of a K-nearest-neighbour classifier on representations.
 
     The game is v(S) = (1/K) · (how many of the K nearest in S share the target's label). With examples
-    sorted by distance and m_i = 1 where labels agree (Jia et al. 2019, thm. 1, and for n < K):
-    s_n = m_n min(K, n)/(K n),  s_i = s_{i+1} + (m_i − m_{i+1})/K · min(K, i)/i.
+    sorted by Euclidean distance and m_i = 1 where labels agree (Jia et al. 2019, thm. 1, and for n < K):
+
+        s_n = m_n min(K, n)/(K n),  s_i = s_{i+1} + (m_i − m_{i+1})/K · min(K, i)/i
 
     Args:
-        layer, progress: see `representation_similarity`.
+        source, layer, progress: see `representation_similarity`.
+
+    Returns:
+        scores [n, t], shares of the classifier's vote, not of the output; base f [t].
 
     Raises:
-        ValueError: batches without class labels; k below 1.
+        ValueError: batches without class labels; k below 1; see `representation_similarity`.
     """
     if k < 1:
-        raise ValueError(f"expected k of at least 1, got {k}")
-    own, theirs = _labels(problem.train, batch_size), _labels(outputs.data, batch_size)
-    if own is None or theirs is None:
-        raise ValueError(
-            "expected batches with one integer label a row, (inputs, labels) or a dict with 'labels', "
-            "got others; use representation_similarity or bm25"
-        )
-    train, target = _represented(problem, outputs, layer, batch_size, progress)
-    distance = (
-        np.square(train).sum(1)[:, None] - 2 * train @ target.T
-    )  # less ‖target‖², the same for all
-    values = knn_shapley(distance, own[:, None] == theirs[None], k)
-    return _datamodel(problem, outputs, values, {"method": "knn", "k": k})
+        raise ValueError(f"expected k of at least 1, got {k}; 10 is usual")
+
+    def similar(problem: Problem) -> NDArray[Any]:
+        own, theirs = class_labels(problem.train), class_labels(outputs.data)
+        if own is None or theirs is None:
+            raise ValueError(
+                "expected batches with one integer label a row, (inputs, labels) or a dict with "
+                "'labels', got others; use representation_similarity or bm25"
+            )
+        train, target = _represented(problem, outputs, layer, batch_size, progress)
+        values = np.empty((len(train), len(target)))
+        for j, place in enumerate(target):  # by differences: equal rows stay equally far
+            values[:, j] = np.square(train - place).sum(1)
+        return knn_shapley(values, own[:, None] == theirs, k)
+
+    return _floor(source, outputs, similar, {"method": "knn", "k": k})
 
 
 def knn_shapley(distance: NDArray[Any], match: NDArray[Any], k: int) -> NDArray[np.float64]:
     """Shapley values [n, t] of the K-nearest-neighbour game, from distances and label matches [n, t].
 
+    Of equally distant examples the earlier is taken for the nearer.
+
     >>> knn_shapley(np.array([[0.0], [1.0]]), np.array([[True], [False]]), 1)[:, 0].tolist()
     [1.0, 0.0]
     """
-    n = len(distance)
     order = np.argsort(distance, axis=0, kind="stable")
     m = np.take_along_axis(match, order, axis=0).astype(float)
-    i = np.arange(1, n + 1)[:, None]
-    steps = np.minimum(k, i) / (k * i) * m
-    steps[:-1] -= (np.minimum(k, i) / (k * i))[:-1] * m[1:]
-    values = np.zeros_like(steps)
+    i = np.arange(1, len(m) + 1)[:, None]
+    steps = np.minimum(k, i) / (k * i) * (m - np.concatenate([m[1:], np.zeros_like(m[:1])]))
+    values = np.empty_like(steps)
     np.put_along_axis(values, order, np.cumsum(steps[::-1], axis=0)[::-1], axis=0)
     return values
 
 
 def bm25(
-    problem: Problem,
+    source: Source,
     outputs: Outputs,
     *,
     k1: float = 1.2,
@@ -132,23 +156,28 @@ def bm25(
     idf(q) = log(1 + (n − df + ½) / (df + ½)); q runs over the target's tokens, repeats included. Tokens
     are `input_ids`; those that attention_mask leaves out do not count.
 
-    Raises:
-        ValueError: batches without input_ids.
+    Returns:
+        scores [n, t], without units; base f [t].
 
-    Source: Robertson & Zaragoza 2009, eq. 3.15.
+    Raises:
+        ValueError: batches without input_ids; target rows that the training loss cannot be evaluated on.
+
+    Source: Robertson & Zaragoza 2009, eq. 3.15, with the 1 inside idf, which keeps it from being negative.
     """
-    documents, queries = _tokens(problem.train, batch_size), _tokens(outputs.data, batch_size)
-    width = 1 + max(int(max(t.max(initial=0) for t in side)) for side in (documents, queries))
-    tf, asked = _counts(documents, width), _counts(queries, width)
-    n = len(documents)
-    df = np.asarray((tf > 0).sum(axis=0)).ravel()
-    idf = np.log1p((n - df + 0.5) / (df + 0.5))
-    length = np.asarray(tf.sum(axis=1)).ravel()
-    norm = k1 * (1 - b + b * length / max(length.mean(), 1e-12))
-    weighted = tf.copy()
-    weighted.data = tf.data * (k1 + 1) / (tf.data + np.repeat(norm, np.diff(tf.indptr)))
-    similarity = np.asarray((weighted.multiply(idf[None]) @ asked.T).todense())
-    return _datamodel(problem, outputs, similarity, {"method": "bm25", "k1": k1, "b": b})
+
+    def similar(problem: Problem) -> NDArray[Any]:
+        documents, queries = (_tokens(d, batch_size) for d in (problem.train, outputs.data))
+        width = 1 + max(int(t.max(initial=0)) for t in (*documents, *queries))
+        tf, asked = _counts(documents, width), _counts(queries, width)
+        n = len(documents)
+        df = np.bincount(tf.indices, minlength=width)
+        idf = np.log1p((n - df + 0.5) / (df + 0.5))
+        length = np.asarray(tf.sum(axis=1)).ravel()
+        norm = k1 * (1 - b + b * length / max(length.mean(), 1e-12))
+        tf.data *= (k1 + 1) * idf[tf.indices] / (tf.data + np.repeat(norm, np.diff(tf.indptr)))
+        return (tf @ asked.T).toarray()
+
+    return _floor(source, outputs, similar, {"method": "bm25", "k1": k1, "b": b})
 
 
 # --- representations -----------------------------------------------------------------------------
@@ -157,107 +186,162 @@ def bm25(
 def representations(
     model: nn.Module,
     function: PerExample,
-    data: Data,
+    data: Any,
     *,
     layer: str | None = None,
     batch_size: int = 64,
     progress: Progress = iter,
 ) -> NDArray[np.float64]:
-    """What goes into a layer, [rows, width], when function(model, batch) is called; sequences averaged.
+    """What goes into a layer, [rows, width], when function(model, batch) is called.
+
+    Of sequences [b, T, h] the mean over positions, of those that attention_mask counts where a dict
+    batch has one; images are flattened.
 
     Args:
-        layer: a module's name; by default the last module called that holds parameters.
+        layer: a module's name; by default the last module called that holds parameters. Of one that is
+            called several times the last call counts.
+        progress: wraps the loop over batches (tqdm).
+
+    Raises:
+        ValueError: no such layer, or one whose input is not a row of floats for each row of the batch.
     """
-    device = next(model.parameters()).device
-    module = _layer(model, function, take(data, [0], device), layer)
-    found = []
-    for rows in progress(list(batches(len(data), batch_size))):
-        batch = take(data, rows, device)
+
+    def one(batch: Batch) -> Tensor:
         with torch.no_grad():
-            found.append(_averaged(_input_of(module, model, function, batch), batch).double().cpu())
-    return torch.cat(found).numpy()
+            entered = _entering(model, function, batch, name, lambda value: value)[1]
+        return _pooled(entered, batch)
+
+    refuse_random_layers(model)
+    name = _layer(model, function, data) if layer is None else layer
+    return _by_batch(one, data, next(model.parameters()).device, batch_size, progress)
 
 
 def activation_gradients(
-    problem: Problem, *, layer: str | None = None, batch_size: int = 64, progress: Progress = iter
+    problem: Problem,
+    layer: str | None = None,
+    *,
+    batch_size: int = 64,
+    progress: Progress = iter,
 ) -> NDArray[np.float64]:
     """Gradients of the losses with respect to a layer's input, [n, width], summed over positions.
 
-    The features of Grad-K-Means (Ley et al. 2024, sec. 4).
+    The features of Grad-K-Means (Ley et al. 2024, sec. 4): along a shift that all positions share.
+
+    Args:
+        layer, progress: see `representations`.
     """
-    model, device = problem.model, problem.device
-    module = _layer(model, problem.loss, take(problem.train, [0], device), layer)
-    found = []
-    for rows in progress(list(batches(problem.n, batch_size))):
-        batch = take(problem.train, rows, device)
-        leaves: list[Tensor] = []
+    model = problem.model
 
-        def cut(_: nn.Module, args: Any, leaves: list[Tensor] = leaves) -> Any:
-            leaves.append(args[0].detach().requires_grad_())
-            return (leaves[-1], *args[1:])
+    def one(batch: Batch) -> Tensor:
+        with torch.enable_grad():
+            losses, leaf = _entering(
+                model, problem.loss, batch, name, lambda value: value.detach().requires_grad_()
+            )
+            (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        return _pooled(gradient, batch, total=True)
 
-        handle = module.register_forward_pre_hook(cut)
-        try:
-            losses = call(model, problem.loss, problem.params, batch)
-        finally:
-            handle.remove()
-        (gradient,) = torch.autograd.grad(losses.sum(), leaves[-1:])
-        found.append(_flat_positions(gradient).sum(1).double().cpu())
-    return torch.cat(found).numpy()
+    refuse_random_layers(model)
+    name = _layer(model, problem.loss, problem.train) if layer is None else layer
+    return _by_batch(one, problem.train, problem.device, batch_size, progress)
 
 
-def _layer(model: nn.Module, function: PerExample, batch: Batch, name: str | None) -> nn.Module:
-    if name is not None:
-        modules = dict(model.named_modules())
-        if name not in modules:
-            raise ValueError(f"no layer {name!r} in the model; it has {list(modules)[1:6]} ...")
-        return modules[name]
-    seen: list[nn.Module] = []
-    names = {key for key, _ in model.named_parameters()}
-
-    def note(module: nn.Module, *_: Any) -> None:
-        seen.append(module)
-
-    with watched(model, names, rows_in(batch), lambda *_: None, note):
-        call(model, function, trainable(model), batch)
-    if not seen:
-        raise ValueError("expected a model with layers that hold parameters; name one by layer=")
-    return seen[-1]
+def _by_batch(
+    one: Callable[[Batch], Tensor], data: Any, device: Any, batch_size: int, progress: Progress
+) -> NDArray[np.float64]:
+    """`one` of every batch, concatenated; several processes share the rows."""
+    data = as_data(data)
+    rows = np.arange(len(data))
+    shared = len(rows) >= world()[1]
+    mine = list(batches(my_rows(rows) if shared else rows, batch_size))
+    own = torch.cat([one(take(data, some, device)).double().cpu() for some in progress(mine)])
+    return (collect(own) if shared else own).numpy()
 
 
-def _input_of(module: nn.Module, model: nn.Module, function: PerExample, batch: Batch) -> Tensor:
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+def _layer(model: nn.Module, function: PerExample, data: Any) -> str:
+    """The name of the last module called of those that hold parameters themselves."""
+    holders = owners(model, {name for name, _ in model.named_parameters()})
+    names = {module: name for name, module in model.named_modules() if module in holders}
+    called: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda module, *_: called.append(names[module]))
+        for module in names
+    ]
     try:
-        call(model, function, trainable(model), batch)
+        with torch.no_grad():
+            batch = take(as_data(data), [0], next(model.parameters()).device)
+            call(model, function, trainable(model), batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not called:
+        raise ValueError("expected a model with layers that hold parameters; name one by layer=")
+    return called[-1]
+
+
+def _entering(
+    model: nn.Module,
+    function: PerExample,
+    batch: Batch,
+    layer: str,
+    change: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """function(model, batch) [b], and what went into a layer last: `change` of its own input."""
+    known = dict(model.named_modules())
+    if layer not in known:
+        raise ValueError(f"no layer {layer!r} in the model; it has {list(known)[1:6]} ...")
+    seen: list[Any] = []
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        first = None if args else next(iter(kwargs), None)
+        value = args[0] if args else kwargs.get(first)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = change(value)
+            args, kwargs = (
+                ((value, *args[1:]), kwargs) if args else (args, {**kwargs, first: value})
+            )
+        seen.append(value)
+        return args, kwargs
+
+    handle = known[layer].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        values = per_example(model, function, batch)
     finally:
         handle.remove()
-    return seen[-1]
+    value, b = seen[-1] if seen else None, rows_in(batch)
+    if not isinstance(value, Tensor) or not value.is_floating_point() or len(value) != b:
+        got = (
+            f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value)}"
+        )
+        raise ValueError(
+            f"expected floats for {b} rows going into layer {layer!r}, got {got if seen else 'no call'}; "
+            "name another by layer="
+        )
+    return values, value
 
 
-def _flat_positions(x: Tensor) -> Tensor:
-    """[b, positions, width]."""
-    return x.reshape(len(x), -1, x.shape[-1]) if x.ndim > 2 else x[:, None]
-
-
-def _averaged(x: Tensor, batch: Batch) -> Tensor:
-    """[b, width]: the mean over positions, those that attention_mask counts."""
+def _pooled(x: Tensor, batch: Batch, total: bool = False) -> Tensor:
+    """[b, width]: of [b, T, h] the mean (or sum) over positions, those that attention_mask counts."""
+    if x.ndim != 3:
+        return x.reshape(len(x), -1)
     mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-    x = _flat_positions(x)
     if mask is None or mask.shape != x.shape[:2]:
-        return x.mean(1)
-    return (x * mask[..., None].to(x)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1).to(x)
+        mask = torch.ones(x.shape[:2], device=x.device)
+    mask = mask[..., None].to(x)
+    summed = (x * mask).sum(1)
+    return summed if total else summed / mask.sum(1).clamp(min=1)
 
 
 def _represented(
     problem: Problem, outputs: Outputs, layer: str | None, batch_size: int, progress: Progress
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Training and target rows as the same layer sees them."""
+    model = problem.model
+    name = _layer(model, problem.loss, problem.train) if layer is None else layer
     train = representations(
-        problem.model, problem.loss, problem.train, layer=layer, batch_size=batch_size,
-        progress=progress,
-    )  # fmt: skip
+        model, problem.loss, problem.train, layer=name, batch_size=batch_size, progress=progress
+    )
     return train, representations(
-        problem.model, outputs.function, outputs.data, layer=layer, batch_size=batch_size
+        model, outputs.function, outputs.data, layer=name, batch_size=batch_size
     )
 
 
@@ -268,12 +352,14 @@ def _unit(x: NDArray[np.float64]) -> NDArray[np.float64]:
 # --- labels, tokens, signs -----------------------------------------------------------------------
 
 
-def _labels(data: Data, batch_size: int) -> NDArray[Any] | None:
+def class_labels(data: Any, batch_size: int = 256) -> NDArray[Any] | None:
     """One integer label a row, from (inputs, labels) or a dict's "labels"; None where there are none."""
+    data = as_data(data)
     found = []
     for rows in batches(len(data), batch_size):
         batch = take(data, rows)
-        label = batch.get("labels") if isinstance(batch, dict) else batch[-1]
+        columns = [batch.get("labels")] if isinstance(batch, dict) else [None, *batch[1:]]
+        label = columns[-1]
         if label is None or label.ndim != 1 or label.is_floating_point():
             return None
         found.append(label)
@@ -302,36 +388,43 @@ def _counts(texts: list[NDArray[Any]], width: int) -> Any:
 
 
 def _signs(problem: Problem, outputs: Outputs) -> NDArray[np.float64]:
-    """s_j of every target row, [rows]; gradients with respect to the last layer's parameters."""
-    model, device = problem.model, problem.device
-    last = _layer(model, outputs.function, take(outputs.data, [0], device), None)
-    own = {id(p) for p in last.parameters(recurse=False)}
-    params = {name: p.detach() for name, p in model.named_parameters() if id(p) in own}
+    """s_j of every target row, [rows]: one gradient step on a twin moves its output this way."""
+    model, params = problem.model, problem.params
+    size = max(1, min(64, HELD // sum(value.numel() for value in params.values())))
     found = []
-    for rows in batches(len(outputs.data), SIGN_ROWS):
-        batch = take(outputs.data, rows, device)
+    for rows in batches(len(outputs.data), size):
+        batch = take(outputs.data, rows, problem.device)
         try:
+            per_example(model, problem.loss, batch, params, rows)
             loss = row_gradients(model, problem.loss, params, batch)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"expected targets that the training loss can be evaluated on, got {error}; their sign "
-                "is that of a training twin's effect"
+                "is that of a training twin's effect: give them the columns of the training data"
             ) from error
         output = row_gradients(model, outputs.function, params, batch)
-        products = sum((loss[k] * output[k]).flatten(1).sum(1) for k in params)
-        assert isinstance(products, Tensor)
-        found.append(-products.sign())
-    return torch.cat(found).double().cpu().numpy()
+        products = (flatten(loss).double() * flatten(output).double()).sum(1)  # float32 underflows
+        found.append(0.0 - products.sign().cpu())
+    return torch.cat(found).numpy()
 
 
-def _datamodel(
-    problem: Problem, outputs: Outputs, similarity: NDArray[Any], meta: dict[str, Any]
+def _floor(
+    source: Source,
+    outputs: Outputs,
+    similar: Callable[[Problem], NDArray[Any]],
+    meta: dict[str, Any],
 ) -> LinearDatamodel:
-    scores = similarity * _signs(problem, outputs)
+    """Similarities to all target rows as a datamodel: signed, combined into targets, at the anchor."""
+    runs = several(source)
+    if runs is not None:
+        return average([_floor(run, outputs, similar, meta) for run in runs])
+    assert isinstance(source, (Problem, Run))
+    at = trained(source)
+    refuse_random_layers(at.problem.model)
+    scores = similar(at.problem) * _signs(at.problem, outputs)
     if outputs.matrix is not None:
         scores = scores @ outputs.matrix.numpy()
     names = np.asarray(outputs.names) if outputs.names else None
-    base = outputs.evaluate(problem.model).numpy()
-    return LinearDatamodel(
-        scores, base, np.ones(problem.n), targets=names, meta={**meta, "evidence": "corroborative"}
-    )
+    base = outputs.evaluate(at.problem.model).numpy()
+    meta = {**meta, "evidence": "corroborative"}
+    return LinearDatamodel(scores + 0.0, base, at.anchor, targets=names, meta=meta)  # no −0

@@ -82,7 +82,7 @@ def test_a_failing_method_is_named():
     def fails(keep):
         raise ValueError("no damping")
 
-    with pytest.raises(ValueError, match="'mine' at keep fraction .*: no damping"):
+    with pytest.raises(ValueError, match=r"'mine' at keep fraction .*: no damping"):
         compare({"mine": fails}, TABLES)
 
 

@@ -51,7 +51,7 @@ class Flags:
     """Peak learning rate of AdamW; by default the model's."""
     batch_size: int | None = None
     """Blocks a step; by default the model's."""
-    curvature: Literal["identity", "diagonal", "gauss_newton"] = "gauss_newton"
+    curvature: Literal["identity", "diagonal", "ekfac", "gauss_newton"] = "gauss_newton"
     """Of the influence function."""
     curvature_rows: int = 64
     """Blocks on which the curvature is estimated."""

@@ -12,8 +12,9 @@ from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.evaluation import LDS, lds
 from attribution_core.groups import group_subsets, group_table, kmeans_groups, random_groups
 from attribution_core.influence import influence
-from attribution_core.leave_out import NewtonDatamodel, leave_one_out, newton
+from attribution_core.leave_out import leave_one_out
 from attribution_core.neighbors import bm25, knn, representation_similarity
+from attribution_core.newton import NewtonDatamodel, newton
 from attribution_core.outputs import causal_lm_loss, cross_entropy, margin, squared_error
 from attribution_core.problem import Outputs, Problem
 from attribution_core.retraining import RetrainingTable, random_subsets, retrain

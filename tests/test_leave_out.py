@@ -1,5 +1,6 @@
 """attribution_core.leave_out: leave-one-out and Newton steps against exact refits."""
 
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -22,9 +23,10 @@ from attribution_core import (
     squared_error,
     train,
 )
-from attribution_core import leave_out as core
 from attribution_core.gradients import flatten
-from attribution_core.leave_out import NewtonDatamodel, leave_one_out, newton, second_order
+from attribution_core.leave_out import leave_one_out
+from attribution_core.newton import NewtonDatamodel, newton
+from attribution_core.quadratic import second_order
 from tests import menagerie
 from tests.test_curvature import dense_gauss_newton
 
@@ -381,7 +383,7 @@ def test_what_cannot_be_stepped_on(method, monkeypatch):
     x[7, 1] = float("nan")
     with pytest.raises(ValueError, match=r"NaN or infinity in rows \[7\]"):
         method(replace(problem, train=(x, y)), outputs)
-    monkeypatch.setattr(core, "DENSE", 14)
+    monkeypatch.setattr("attribution_core.quadratic.DENSE", 14)
     with pytest.raises(ValueError, match="at most 14 trainable parameters, got 15"):
         method(problem, outputs)
 
@@ -411,7 +413,7 @@ def test_what_newton_refuses(monkeypatch):
         f.predict(np.full(20, np.nan))
     with pytest.raises(KeyError, match=r"unknown ids \[77\]"):
         f.without([77])
-    monkeypatch.setattr(core, "HELD", 20 * 3 * 15 - 1)
+    monkeypatch.setattr(sys.modules["attribution_core.newton"], "HELD", 20 * 3 * 15 - 1)
     with pytest.raises(ValueError, match=r"n=20 rows × c=3 outputs × p=15 parameters"):
         newton(problem, outputs)
 

@@ -20,8 +20,9 @@ from sklearn.utils.class_weight import compute_sample_weight
 
 from attribution_core import Outputs, Problem, cross_entropy, influence, margin, squared_error
 from attribution_core.gradients import mean_gradient
-from attribution_core.leave_out import leave_one_out, newton
+from attribution_core.leave_out import leave_one_out
 from attribution_core.linear_models import UnconvergedWarning, poisson_loss
+from attribution_core.newton import newton
 
 N, D = 40, 3
 RNG = np.random.default_rng(0)

@@ -320,13 +320,39 @@ def lds_against_compute(comparison: Comparison, keep: float | None = None) -> Fi
             xycoords=("axes fraction", "data"), textcoords="offset points", **WORDS,
         )  # fmt: skip
     ax.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+    ax.xaxis.set_minor_formatter("")
     lowest = min(row.lds.interval[0] for row in rows)
     ax.set_ylim(lowest - 0.08 if math.isfinite(lowest) else y.min() - 0.08, 1.02)
-    ax.set_xlim(x.min() / 4, x.max() * 6)
-    _beside(figure, ax, x, y, [row.method for row in rows])
+    least = math.sqrt(10 * x.min() / x.max())  # a decade at least, so that one tick has a number
+    ax.set_xlim(x.min() / max(2.0, least), x.max() * max(2.0, least))
+    _column(ax, x, y, [row.method for row in rows], [row.floor for row in rows])
     best = f"{first.method} {first.lds.mean:.2f}"
     figure.set_label(f"LDS against seconds of {len(rows)} methods. {words}. Best: {best}.")
     return figure
+
+
+def _column(
+    ax: Any, x: NDArray[Any], y: NDArray[Any], labels: Sequence[str], pale: Sequence[bool]
+) -> None:
+    """Labels in a column right of the axes, in the order of y, each tied to its point by a thin line.
+
+    Moved apart by as little as keeps them legible: least squares under a smallest distance.
+    """
+    from scipy.optimize import isotonic_regression
+
+    low, high = ax.get_ylim()
+    # the axes fill about .8 of the figure's height; a line of letters and its space is 1.45 of their size
+    gap = 1.45 * SMALL / 72 / (0.8 * ax.figure.get_figheight()) * (high - low)
+    order = np.argsort(y, kind="stable")
+    apart = gap * np.arange(len(y))
+    room = max(low, high - apart[-1])  # of the lowest, so that the highest stays inside
+    heights = np.clip(isotonic_regression(y[order] - apart).x, low, room) + apart
+    line = {"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkA": 2, "shrinkB": 4, "zorder": 1}
+    for i, height in zip(order, heights, strict=True):
+        ax.annotate(
+            labels[i], (x[i], y[i]), (1.04, height), textcoords=("axes fraction", "data"), va="center",
+            arrowprops={**line, "relpos": (0, 0.5)}, fontsize=SMALL, color=GREY if pale[i] else INK,
+        )  # fmt: skip
 
 
 def digits(number: float) -> str:

@@ -28,6 +28,8 @@ from attribution_core.problem import (
 from attribution_core.processes import collect, my_rows
 from attribution_core.retraining import RetrainingTable, random_subsets
 
+BLOCK = 2**12  # parameters a product runs over: one long float32 product loses a digit
+
 
 def group_directional(
     problem: Problem,
@@ -72,10 +74,11 @@ def group_directional(
         gradient = summed_gradient(problem, params, rows, w[rows], batch_size)
         if not torch.isfinite(gradient).all():
             raise ValueError(
-                f"expected finite gradients, got NaN or infinity in group {names[g]!r}; `directional` "
+                f"expected finite gradients, got NaN or infinity in group {names[g].item()!r}; `directional` "
                 "names the rows"
             )
-        out[place] = flat @ gradient
+        parts = zip(flat.split(BLOCK, dim=1), gradient.split(BLOCK), strict=True)
+        out[place] = torch.stack([v @ g for v, g in parts]).sum(0, dtype=torch.float64)
     return names, collect(out)
 
 
@@ -174,7 +177,7 @@ def group_table(table: RetrainingTable, groups: ArrayLike) -> RetrainingTable:
         row, i = np.argwhere(differ)[0]
         raise ValueError(
             f"expected one weight for all members of a group, but in row {row} of the table group "
-            f"{names[index[i]]!r} has {table.weights[row, i]:g} and {weights[row, index[i]]:g}; "
+            f"{names[index[i]].item()!r} has {table.weights[row, i]:g} and {weights[row, index[i]]:g}; "
             "retrain on group_subsets(groups, ...)"
         )
     return RetrainingTable(

@@ -56,7 +56,9 @@ def watched(
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             source = next(iter((*args, *kwargs.values())), None)
             if not (isinstance(source, Tensor) and isinstance(output, Tensor) and output.ndim > 0):
-                return output  # tuples of attention layers, scales, ...: not a layer seen from outside
+                return (
+                    output  # tuples of attention layers, scales, ...: not a layer seen from outside
+                )
             source = source.detach()
             if len(output) == 1 < b:  # one row for the whole batch, as position embeddings do
                 output, source = (x.expand(b, *x.shape[1:]) for x in (output, source))

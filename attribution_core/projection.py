@@ -312,16 +312,24 @@ class Projection:
     def _products(self, place: Place, left: Tensor, right: Tensor) -> Tensor:
         """Σ_g Σ_t (uᵀ left_t)(vᵀ right_t) for the `dim` pairs (u, v) of one use of a matrix, [b, dim]."""
         u, v = self._signs(place, right)
-        g, b, length, _ = right.shape
-        right = right.flatten(1, 2)  # one product for all tokens of all rows
+        g, b, length, c = right.shape
+        r = u.shape[1]
+        tokens = not left.is_floating_point()
+        # products a row: of every token's sides, or of the gradient once it is formed
+        whole = not tokens and r * c * (length + self.dim) < length * (r + c) * self.dim
+        if whole:
+            gradient, held = (left.mT @ right).flatten(1, 2), b * r  # [g, b · r, c]
+        else:
+            right, held = right.flatten(1, 2), b * length  # one product for all tokens of all rows
+            left = left.flatten() if tokens else left.flatten(1, 2)
         found = []
-        size = max(1, BLOCK // (b * length))
+        size = max(1, BLOCK // held)
         for a, z in zip(u.split(size, dim=2), v.split(size, dim=2), strict=True):
-            if left.is_floating_point():
-                product = (left.flatten(1, 2) @ a).mul_(right @ z)
+            if whole:
+                product = (gradient @ z).reshape(g, b, r, -1).mul_(a[:, None])
             else:
-                product = a[:, left.flatten()].mul_(right @ z)  # token numbers: rows of u
-            found.append(product.reshape(g, b, length, -1).sum((0, 2)))
+                product = (a[:, left] if tokens else left @ a).mul_(right @ z)
+            found.append(product.reshape(g, b, held // b, -1).sum((0, 2)))
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def _signs(self, place: Place, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,11 @@
 """attribution_core.comparison, and the picture that applied.pictures makes of it."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from applied.pictures import lds_against_compute, png
 from attribution_core import LinearDatamodel, RetrainingTable, compare, lds, random_subsets
@@ -110,3 +112,21 @@ def test_picture_of_no_single_keep_fraction():
         lds_against_compute(found)
     with pytest.raises(ValueError, match="no rows at keep"):
         lds_against_compute(found, 0.9)
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_every_method_is_named_beside_the_picture(count):
+    """However near their points are, no label is left out, covers another or leaves the figure."""
+    found = compare({f"method {k}": METHODS["exact"] for k in range(count)}, {0.5: TABLES[0.5]})
+    figure = lds_against_compute(found)
+    figure.draw_without_rendering()
+    names = [text for text in figure.axes[0].texts if text.get_text().startswith("method")]
+    assert len(names) == count
+    boxes = sorted(map(Text.get_window_extent, names), key=lambda box: box.y0)  # without lines
+    assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(boxes))
+    whole = figure.get_tightbbox()
+    assert min(whole.x0, whole.y0) > -0.02  # inches
+    assert (whole.max < figure.get_size_inches() + 0.02).all()
+    ticks = [tick.get_text() for tick in figure.axes[0].get_xticklabels(which="both")]
+    assert any(ticks)
+    assert not any("$" in tick for tick in ticks)  # a formula would be drawn as it is written

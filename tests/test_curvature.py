@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attribution_core import Problem
 from attribution_core import curvature as core
 from attribution_core.conjugate import conjugate_gradients
-from attribution_core.curvature import fisher_diagonal, fit_curvature, products
+from attribution_core.curvature import fisher_diagonal, fit_curvature, products, spectrum
+from attribution_core.ekfac import fit_ekfac
 from tests import menagerie
 
 # float64 sums of some hundred terms of size near 1
@@ -239,11 +240,17 @@ def test_the_exact_hessian_is_never_damped_by_itself():
     torch.testing.assert_close(solved, expected, **EXACT)
 
 
-def test_auto_is_dense_for_few_parameters_and_cg_for_many(monkeypatch):
+def test_auto_is_dense_for_few_parameters_and_ekfac_for_many(monkeypatch):
+    """A kind that is asked for stays what it is, and is only multiplied with."""
     problem = menagerie.softmax()
-    assert fit_curvature(problem).meta["form"] == "dense"
-    monkeypatch.setattr(core, "DENSE", len(identity(problem)) - 1)
-    assert fit_curvature(problem).meta["form"] == "cg"
+    kinds = ("auto", "gauss_newton", "hessian")
+    for count, auto in ((len(identity(problem)), "gauss_newton"), (14, "ekfac")):
+        monkeypatch.setattr(core, "DENSE", count)
+        form = "dense" if auto == "gauss_newton" else "cg"
+        metas = [fit_curvature(problem, kind).meta for kind in kinds]
+        assert [meta["curvature"] for meta in metas] == [auto, "gauss_newton", "hessian"]
+        assert [meta.get("form") for meta in metas[1:]] == [form, form]
+        assert metas[0].get("form") == (None if auto == "ekfac" else "dense")
 
 
 def test_cg_tolerance_by_default_follows_the_precision():
@@ -266,6 +273,139 @@ def test_conjugate_gradients_with_a_zero_direction_and_uneven_scales():
     v = torch.tensor([[0.0, 0.0, 0.0], [1e-9, 0, 0], [1e9, 1.0, 1e-3]], dtype=torch.float64)
     x = conjugate_gradients(lambda rows: rows @ a, v, 1e-12, 50)
     assert ((x @ a - v).norm(dim=1) <= 1e-11 * v.norm(dim=1)).all()
+
+
+# --- between EK-FAC and the exact solve -------------------------------------------------------
+
+
+def uneven(p, span=4):
+    """Dampings that differ by 10^span between parameters, in no order."""
+    order = torch.randperm(p, generator=torch.Generator().manual_seed(0))
+    return torch.logspace(-span / 2, span / 2, p, dtype=torch.float64)[order]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_cg_measured_in_dampings_that_differ_by_ten_thousand(name):
+    problem = NETS[name]()
+    v = identity(problem)
+    damping = uneven(len(v))
+    shifted = dense_gauss_newton(problem, np.ones(problem.n)) + damping.diag()
+    # a residual of 1e-13 |v| is at most 1e-13 / 1e-2 in the solution, whose entries reach 100
+    solved = fit_curvature(problem, damping=damping, form="cg", tolerance=1e-13).solve(v)
+    torch.testing.assert_close(solved, torch.linalg.inv(shifted), rtol=1e-8, atol=1e-10)
+
+
+def test_cg_needs_fewer_steps_when_measured_in_the_dampings():
+    """H has a rank of 12 here (6 rows, 3 classes), so 13 steps are enough; without, it takes more."""
+    problem = menagerie.mlp()
+    v = identity(problem)[:5]
+    damping = uneven(v.shape[1])
+    steps = []
+
+    def counted(items):
+        for item in items:
+            steps.append(item)
+            yield item
+
+    fit_curvature(problem, damping=damping, form="cg", progress=counted).solve(v)
+    # 12 + 1 in exact arithmetic, a few more by rounding
+    assert len(steps) < 20
+    plain = dense_gauss_newton(problem, np.ones(problem.n)) + damping.diag()
+    with pytest.raises(ValueError, match="did not converge"):
+        conjugate_gradients(lambda rows: rows @ plain, v, 1e-12, 20)
+
+
+def energy_error(x, exact, shifted):
+    """‖x − exact‖ / ‖exact‖ of every row, in the norm of H + damping, which CG makes smaller."""
+    off = x - exact
+    return ((off @ shifted * off).sum(1) / (exact @ shifted * exact).sum(1)).sqrt()
+
+
+@pytest.mark.parametrize("damping", [0.05, "per parameter"])
+@pytest.mark.parametrize("name", NETS)
+def test_refined_ekfac_tends_to_the_exact_solve(name, damping):
+    """Each step of conjugate gradients makes the error in energy norm smaller, down to rounding."""
+    problem = NETS[name]()
+    w, v = some_weights(problem), identity(problem)[::7]
+    damping = uneven(v.shape[1], span=2) if damping == "per parameter" else damping
+    added = torch.as_tensor(damping, dtype=torch.float64).expand(v.shape[1])
+    shifted = dense_gauss_newton(problem, w) + added.diag()
+    exact = v @ torch.linalg.inv(shifted)
+    counts = (1, 4, 12, 120)
+    fits = [fit_curvature(problem, "ekfac", weights=w, damping=damping, refine=k) for k in counts]
+    assert tuple(fit.meta["refined"] for fit in fits) == counts
+    errors = torch.stack([energy_error(fit.solve(v), exact, shifted) for fit in fits])
+    assert (errors[1:] <= errors[:-1] + 1e-12).all()
+    # after 4 steps a fraction of what EK-FAC itself errs by; 120 leave rounding
+    alone = fit_curvature(problem, "ekfac", weights=w, damping=damping)
+    start = energy_error(alone.solve(v), exact, shifted)
+    assert errors[1].mean() < 0.5 * start.mean()
+    assert errors[-1].max() < 1e-10
+
+
+def test_refine_0_is_ekfac_alone():
+    problem = menagerie.mlp()
+    v = identity(problem)
+    plain = fit_curvature(problem, "ekfac", damping=0.1)
+    assert "refined" not in plain.meta
+    h = fit_ekfac([problem], batch_size=256)
+    expected = h.solve(v, torch.full((len(v),), 0.1, dtype=torch.float64))
+    assert torch.equal(fit_curvature(problem, "ekfac", damping=0.1, refine=0).solve(v), expected)
+    assert torch.equal(plain.solve(v), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_refining_for_ever_ends_where_rounding_does(dtype):
+    """More steps than there are directions: neither NaN nor an error, in either precision."""
+    problem = menagerie.softmax()
+    x, y = problem.train.columns
+    narrow = Problem(problem.model.to(dtype), problem.loss, (x.to(dtype), y))
+    v = identity(problem).to(dtype)
+    fit = fit_curvature(narrow, "ekfac", damping=0.1, refine=300)
+    exact = torch.linalg.inv(dense_gauss_newton(menagerie.softmax(), np.ones(20)) + 0.1 * identity(problem))  # fmt: skip
+    # rounding, times the condition number: eigenvalues reach 1 or so, the damping is .1
+    close = {torch.float64: 1e-12, torch.float32: 1e-3}[dtype]
+    assert (fit.solve(v).double() - exact).abs().max() < close * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_refine_size_is_one_multiple_of_ekfac(name):
+    """An eighth of the damping, times the multiple nearest the exact solve in energy norm."""
+    problem = NETS[name]()
+    w, v = some_weights(problem), identity(problem)[::5]
+    shifted = dense_gauss_newton(problem, w) + 0.05 * identity(problem)
+    sized = fit_curvature(problem, "ekfac", weights=w, damping=0.05, refine="size").solve(v)
+    rough = fit_curvature(problem, "ekfac", weights=w, damping=core.ALONE * 0.05).solve(v)
+    multiple = float((sized * rough).sum() / rough.square().sum())
+    torch.testing.assert_close(sized, multiple * rough, **EXACT)
+    # the best multiple for all rows by itself; the one found is that of 8 random mixtures of them
+    best = float((v * rough).sum() / (rough * (rough @ shifted)).sum())
+    assert multiple == pytest.approx(best, rel=0.3)
+    assert abs(multiple - 1) > 0.1
+    exact = v @ torch.linalg.inv(shifted)
+    errors = [energy_error(x, exact, shifted).mean() for x in (sized, rough)]
+    assert errors[0] < errors[1]
+
+
+def test_nothing_to_size():
+    v = torch.zeros(2, len(identity(menagerie.mlp())), dtype=torch.float64)
+    fit = fit_curvature(menagerie.mlp(), "ekfac", damping=0.1, refine="size")
+    assert torch.equal(fit.solve(v), v)
+
+
+@pytest.mark.parametrize("kind", ["gauss_newton", "diagonal", "identity", "ekfac"])
+def test_a_spectrum_is_what_is_solved_with(kind):
+    """Of several problems it is the mean, for EK-FAC but for its basis: the traces'."""
+    problem = scaled(menagerie.mlp(), 0.0)
+    v, w = identity(problem), some_weights(problem)
+    h = spectrum(problem, kind, weights=w)
+    fit = fit_curvature(problem, kind, weights=w, damping=0.2)
+    shift = torch.full((len(v),), 0.2, dtype=torch.float64)
+    torch.testing.assert_close(fit.solve(v), h.solve(v, shift), **EXACT)
+    torch.testing.assert_close(fit.solve(v), h.apply(v, lambda x: 1 / (x + 0.2)), **EXACT)
+    assert fit.spectrum.trace == h.trace == pytest.approx(float(h.apply(v, lambda x: x).trace()), rel=1e-10)  # fmt: skip
+    both = spectrum([problem, problem], kind, weights=w)
+    torch.testing.assert_close(both.apply(v, lambda x: x), h.apply(v, lambda x: x), **EXACT)
 
 
 # --- refusals --------------------------------------------------------------------------------
@@ -317,7 +457,7 @@ def test_a_loss_that_calls_the_model_twice_has_no_gauss_newton():
 
 def test_unknown_curvature_and_negative_damping():
     problem = menagerie.ridge()
-    with pytest.raises(ValueError, match="unknown curvature 'fisher'; identity, diagonal, hessian"):
+    with pytest.raises(ValueError, match="unknown curvature 'fisher'; auto, identity, diagonal"):
         fit_curvature(problem, "fisher")
     with pytest.raises(ValueError, match="expected damping of at least 0, got -1"):
         fit_curvature(problem, damping=-1)

@@ -1,5 +1,6 @@
 """attribution_core.influence: against exact refits, in its invariances, along runs, and on digits."""
 
+import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,8 @@ from attribution_core import (
     squared_error,
     train,
 )
+from attribution_core.curvature import fit_curvature
+from attribution_core.ekfac import fit_ekfac
 from attribution_core.gradients import flatten
 from tests import menagerie
 
@@ -191,7 +194,8 @@ def test_curvature_from_some_rows():
         ({"weights": np.ones(3)}, r"expected weights \[n=6\]"),
         ({"exposure": 0.0}, r"an exposure in \(0, 1\]"),
         ({"exposure": 2.0}, r"an exposure in \(0, 1\]"),
-        ({"curvature": "ekfac"}, "unknown curvature 'ekfac'"),
+        ({"curvature": "kfac"}, "unknown curvature 'kfac'; auto, identity, .* or ekfac"),
+        ({"curvature": "ekfac", "labels": "true"}, "unknown labels 'true'"),
         ({"engine": "fast"}, "unknown engine 'fast'"),
     ],
 )
@@ -200,7 +204,7 @@ def test_settings_that_make_no_sense(settings, message):
         influence(*_mlp(), **settings)
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "diagonal", "identity"])
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "diagonal", "identity", "ekfac"])
 def test_rows_of_nan_loss_are_named(curvature):
     problem, outputs = _mlp()
     x, y = problem.train.columns
@@ -335,6 +339,118 @@ def test_damping_answers_as_an_unfinished_descent_does(momentum):
     assert ratios.min() > 0.98
     assert ratios.max() < 1.31
     assert ratios.max() > 1.1  # the eigenvalues reach into the middle, where the two differ
+
+
+# --- EK-FAC ----------------------------------------------------------------------------------
+
+
+def small_run(**settings):
+    problem = menagerie.softmax()
+    return train(problem, RECIPE, **settings), menagerie.unseen(problem)
+
+
+def test_scores_of_ekfac_are_minus_G_times_its_inverse_times_A():
+    problem = menagerie.mlp()
+    outputs = Outputs(margin, problem.train)
+    g, a = menagerie.row_gradients(problem), menagerie.row_gradients(problem, margin)
+    shift = torch.full((g.shape[1],), 0.1, dtype=torch.float64)
+    for labels in ("model", "data"):
+        h = fit_ekfac([problem], labels=labels)
+        f = influence(problem, outputs, curvature="ekfac", damping=0.1, labels=labels)
+        expected = -g @ h.solve(a, shift).T / problem.n
+        np.testing.assert_allclose(f.scores, expected, rtol=1e-9, atol=1e-12)
+        assert (f.meta["curvature"], f.meta["labels"]) == ("ekfac", labels)
+        assert f.meta["damping"] == pytest.approx(0.1)
+
+
+def test_a_small_run_refines_ekfac_and_a_problem_does_not():
+    run, outputs = small_run()
+    found = influence(run, outputs, curvature="ekfac")
+    assert found.meta["refined"] == 4
+    exact, plain = (
+        influence(run, outputs, curvature=kind, refine=0) for kind in ("gauss_newton", "ekfac")
+    )
+    off = [np.abs(f.scores - exact.scores).max() for f in (found, plain)]
+    assert off[0] < 0.3 * off[1]
+    assert "refined" not in plain.meta
+    bare = influence(run.trained(), outputs, curvature="ekfac")
+    assert "refined" not in bare.meta
+    assert "refined" not in influence(run, outputs).meta  # dense Gauss–Newton
+
+
+def test_a_large_run_is_brought_to_size(monkeypatch):
+    """Not with a damping of one's own, which is then the damping of EK-FAC itself."""
+    monkeypatch.setattr(importlib.import_module("attribution_core.influence"), "QUICK", 0)
+    run, outputs = small_run()
+    assert influence(run, outputs, curvature="ekfac").meta["refined"] == "size"
+    assert "refined" not in influence(run, outputs, curvature="ekfac", damping=0.1).meta
+    assert influence(run, outputs, curvature="ekfac", refine=2).meta["refined"] == 2
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "gauss_newton", "diagonal"])
+def test_a_curvature_fitted_before(kind):
+    """The same scores, for these outputs and for further ones; its own words in the meta."""
+    problem = menagerie.mlp()
+    fit = fit_curvature(problem, kind, damping=0.1)
+    for function in (margin, cross_entropy):
+        outputs = Outputs(function, problem.train)
+        expected = influence(problem, outputs, curvature=kind, damping=0.1)
+        found = influence(problem, outputs, curvature=fit)
+        np.testing.assert_allclose(found.scores, expected.scores, **EXACT)
+        assert found.meta == expected.meta
+
+
+def test_damping_chosen_by_retraining():
+    run, outputs = small_run()
+    f = influence(run, outputs, damping="auto")
+    tried = f.meta["damping_lds"]
+    assert tried[str(f.meta["damping_multiple"])] == max(tried.values())
+    damping = flatten({k: v[None] for k, v in run.damping.items()})[0]
+    assert f.meta["damping"] == pytest.approx(f.meta["damping_multiple"] * float(damping.mean()))
+    same = influence(run, outputs, damping=f.meta["damping_multiple"] * damping)
+    np.testing.assert_allclose(f.scores, same.scores, **EXACT)
+
+
+def test_only_a_run_can_choose_its_damping():
+    problem, outputs = _mlp()
+    with pytest.raises(ValueError, match="'auto' with a run, got 'auto' with a Problem"):
+        influence(problem, outputs, damping="auto")
+    run, outputs = small_run()
+    with pytest.raises(ValueError, match="'auto' with a run, got 'best' with a Run"):
+        influence(run, outputs, damping="best")
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "ekfac"])
+def test_groups_are_the_sums_of_their_members(curvature):
+    run, outputs = small_run(weights=np.linspace(0.5, 1.5, 20), exposure=0.5)
+    labels = np.array(["b", "a", "c"])[np.arange(20) % 3]
+    each = influence(run, outputs, curvature=curvature)
+    found = influence(run, outputs, curvature=curvature, groups=labels)
+    assert found.ids.tolist() == ["a", "b", "c"]
+    for k, name in enumerate("abc"):
+        members = labels == name
+        np.testing.assert_allclose(found.scores[k], each.scores[members].sum(0), **EXACT)
+        assert found.anchor[k] == pytest.approx(each.anchor[members].mean(), rel=1e-12)
+    np.testing.assert_array_equal(found.base, each.base)
+
+
+def test_groups_keep_no_folder(tmp_path):
+    run, outputs = small_run()
+    with pytest.raises(ValueError, match="groups cost one backward pass each and keep no folder"):
+        influence(run, outputs, groups=np.arange(20) % 2, folder=tmp_path)
+
+
+def test_ekfac_in_a_folder(tmp_path):
+    """Resumed with what was kept; another draw, label or refinement is another folder's."""
+    run, outputs = small_run()
+    settings = {"curvature": "ekfac", "folder": tmp_path}
+    first = influence(run, outputs, **settings)
+    again = influence(run, outputs, **settings)
+    np.testing.assert_array_equal(again.scores, first.scores)
+    assert again.meta == first.meta
+    for other in ({"labels": "data"}, {"refine": 0}, {"damping": 0.5}):
+        with pytest.raises(ValueError, match="another"):
+            influence(run, outputs, **settings, **other)
 
 
 # --- digits ----------------------------------------------------------------------------------

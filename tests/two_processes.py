@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from attribution_core import SGD, Outputs, Recipe, influence, margin, random_subsets, retrain
+from attribution_core.ekfac import fit_ekfac
 from attribution_core.processes import collect, from_first, my_rows, sum_over_processes, world
 from tests import menagerie
 
@@ -27,12 +29,30 @@ def everything(folder: Path) -> dict[str, np.ndarray]:
     for curvature in ("hessian", "gauss_newton", "diagonal", "identity"):
         found[curvature] = influence(problem, outputs, curvature=curvature).scores
     found["cg"] = influence(problem, outputs, curvature="hessian", form="cg").scores
+    for labels in ("data", "model"):
+        found[f"ekfac {labels}"] = influence(
+            problem, outputs, curvature="ekfac", labels=labels
+        ).scores
     net = menagerie.mlp(7)
     few = Outputs(margin, net.train)
+    for refine in (0, 3, "size"):
+        found[f"ekfac refine {refine}"] = influence(
+            net, few, curvature="ekfac", damping=0.1, refine=refine
+        ).scores
+    drawn = fit_ekfac([menagerie.mlp(41)], draws=2)  # drawn by each process for its own rows
+    found["ekfac drawn"] = drawn.apply(torch.eye(90).double(), torch.sqrt).numpy()
+    lm = menagerie.gpt2(3)
+    weights = np.array([1.0, 0.0, 2.0])
+    found["ekfac gpt2"] = influence(
+        lm, Outputs(lm.loss, lm.train), curvature="ekfac", damping=0.1, weights=weights
+    ).scores
     found["odd number of rows"] = influence(net, few, damping=0.5).scores
     single = menagerie.mlp(1)
     found["fewer rows than processes"] = influence(
         single, Outputs(margin, single.train), damping=0.5
+    ).scores
+    found["ekfac of fewer rows than processes"] = influence(
+        single, Outputs(margin, single.train), curvature="ekfac", damping=0.5
     ).scores
 
     done: list[int] = []
@@ -70,8 +90,6 @@ def everything(folder: Path) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    import torch
-
     rank, size = world()
     assert size == 2, f"expected 2 processes, got {size}; launch by torchrun"
     assert from_first(rank) == 0

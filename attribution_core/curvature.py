@@ -15,7 +15,7 @@ no result depends on a batch size.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -127,8 +127,8 @@ def fit_curvature(
         kind: see the head of this file; "auto" is "gauss_newton" where H can be formed (up to 6,000
             parameters), else "ekfac".
         damping: added to the eigenvalues of H beside the problem's weight decay: one number, or [p]
-            one per parameter. None: 0 for the exact Hessian and wherever a weight decay is known,
-            else 0.1 × the mean eigenvalue of H (with EK-FAC: of each weight matrix by itself).
+            one per parameter. None: 0 for the exact Hessian and wherever a weight decay is known (above 0,
+            or stated by name, as scikit-learn's models state theirs), else 0.1 × the mean eigenvalue of H (with EK-FAC: of each weight matrix by itself).
         form: "dense" forms and factors H; "cg" only multiplies with it; "auto" is dense up to
             6,000 parameters.
         labels, draws, seed: of EK-FAC, see `fit_ekfac`.
@@ -169,6 +169,9 @@ def fit_curvature(
         per_example(problem.model, problem.loss, batch, rows=names)
     meta: dict[str, Any] = {"curvature": kind}
 
+    # a decay that was stated by name is known, be it 0
+    known = isinstance(problem.weight_decay, Mapping) or bool((problem.decay > 0).any())
+
     def shift(mean: Callable[[], float | Tensor]) -> Tensor:
         """weight_decay + damping, [p]."""
         added: float | Tensor = 0.0
@@ -176,7 +179,7 @@ def fit_curvature(
             added = damping
         elif kind == "identity":
             added = 0.0 if (problem.decay > 0).all() else 1.0
-        elif kind != "hessian" and (problem.decay == 0).all():
+        elif kind != "hessian" and not known:
             added = 0.1 * torch.as_tensor(mean(), dtype=torch.float64)
         return problem.decay + torch.as_tensor(added, dtype=torch.float64).cpu()
 

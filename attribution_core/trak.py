@@ -53,8 +53,8 @@ def trak(
     one random projection for each model c (see `projection`). The loss is −log p, whose gradient is
     −(1 − p) ∇f and whose curvature in the margin is p (1 − p): without the projection this is the
     influence function with that curvature. The paper leaves p (1 − p) out, and λ too; with them scores
-    keep their units and predict better (LDS .81 and a slope of .92, beside .60 and 2.8 without p (1 − p),
-    on digits; a dimension near n does no harm).
+    keep their units, and no dimension is too large. (A digits MLP, five runs, k = n/2: LDS .81 with a slope
+    of .92; without p (1 − p) .66 and 2.7; without both .21.)
 
     Args:
         source: a `Run`, or several (fresh seeds are the ensemble), which bring their anchor along; or a

@@ -102,6 +102,9 @@ def main(flags: Flags) -> None:
         "influence, EK-FAC alone": lambda keep: influence(
             run(keep), margins, curvature="ekfac", refine=0
         ),
+        "influence, EK-FAC, size": lambda keep: influence(
+            run(keep), margins, curvature="ekfac", refine="size"
+        ),
         "influence, EK-FAC, 5 models": lambda keep: influence(
             [run(keep, k) for k in range(5)], margins, curvature="ekfac"
         ),

@@ -624,19 +624,21 @@ def test_rows_of_nan_loss_are_named(labels, size):
         fit_curvature(first, "ekfac", damping=1.0)
 
 
-@pytest.mark.parametrize("model", [nn.Identity, lambda: nn.LayerNorm(3)])
+@pytest.mark.parametrize("trained", ["weight", "bias"])
 @pytest.mark.parametrize("labels", ["data", "model"])
-def test_finite_losses_with_infinite_gradients(labels, model):
-    """√|z| at 0, inside the model."""
+def test_finite_losses_with_infinite_gradients(labels, trained):
+    """√|z| at 0, inside the model; in a Kronecker block, and in the diagonal."""
 
     class Root(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Linear(2, 3, bias=False)
-            self.norm = model()
+            self.layer = nn.Linear(2, 3)
+            nn.init.zeros_(self.layer.bias)
+            for name, value in self.layer.named_parameters():
+                value.requires_grad_(name == trained)
 
         def forward(self, x):
-            return self.norm(self.layer(x).abs().sqrt())
+            return self.layer(x).abs().sqrt()
 
     x = torch.tensor([[1.0, 2.0], [2.0, 1.0], [0.0, 0.0]]).double()
     problem = Problem(Root().double(), cross_entropy, (x, torch.arange(3)))

@@ -33,7 +33,7 @@ with measured() as found:
     else:
         datamodel = trak(
             problem, targets, checkpoints=task.states[: flags.checkpoints],
-            projection_dim=flags.projection_dim, seed=flags.seed,
+            projection_dim=flags.projection_dim, seed=flags.seed, exposure=task.size["exposure"],
         )  # fmt: skip
     scores = datamodel.scores
 print(datamodel.meta)

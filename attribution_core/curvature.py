@@ -127,8 +127,9 @@ def fit_curvature(
         kind: see the head of this file; "auto" is "gauss_newton" where H can be formed (up to 6,000
             parameters), else "ekfac".
         damping: added to the eigenvalues of H beside the problem's weight decay: one number, or [p]
-            one per parameter. None: 0 for the exact Hessian and wherever a weight decay is known (above 0,
-            or stated by name, as scikit-learn's models state theirs), else 0.1 × the mean eigenvalue of H (with EK-FAC: of each weight matrix by itself).
+            one per parameter. None: 0 for the exact Hessian and wherever a weight decay is known (above
+            0, or stated by name, as scikit-learn's models state theirs), else 0.1 × the mean eigenvalue
+            of H (with EK-FAC: of each weight matrix by itself).
         form: "dense" forms and factors H; "cg" only multiplies with it; "auto" is dense up to
             6,000 parameters.
         labels, draws, seed: of EK-FAC, see `fit_ekfac`.
@@ -147,41 +148,13 @@ def fit_curvature(
             the rows); H + weight_decay + damping is not positive definite; cg has not
             converged within max_iterations (says how far it came).
     """
-    if kind not in ("auto", "identity", "diagonal", "hessian", "gauss_newton", "ekfac"):
-        raise ValueError(
-            f"unknown curvature {kind!r}; auto, identity, diagonal, hessian, gauss_newton or ekfac"
-        )
-    if damping is not None and (torch.as_tensor(damping) < 0).any():
-        raise ValueError(f"expected damping of at least 0, got {damping}")
     w = np.ones(problem.n) if weights is None else weights
     p = sum(value.numel() for value in problem.params.values())
-    if damping is not None and torch.as_tensor(damping).shape not in ((), (p,)):
-        raise ValueError(
-            f"expected damping as one number or [p={p}], got {tuple(torch.as_tensor(damping).shape)}"
-        )
+    _refuse(problem, kind, damping, p)
     if kind == "auto":
         kind = "gauss_newton" if p <= DENSE else "ekfac"
-    refuse_random_layers(problem.model)
-    first = np.arange(min(2, problem.n))
-    with torch.no_grad():  # one finite number per row?
-        batch = take(problem.train, first, problem.device)
-        names = problem.train.rows[first] if isinstance(problem.train, Rows) else first
-        per_example(problem.model, problem.loss, batch, rows=names)
     meta: dict[str, Any] = {"curvature": kind}
-
-    # a decay that was stated by name is known, be it 0
-    known = isinstance(problem.weight_decay, Mapping) or bool((problem.decay > 0).any())
-
-    def shift(mean: Callable[[], float | Tensor]) -> Tensor:
-        """weight_decay + damping, [p]."""
-        added: float | Tensor = 0.0
-        if damping is not None:
-            added = damping
-        elif kind == "identity":
-            added = 0.0 if (problem.decay > 0).all() else 1.0
-        elif kind != "hessian" and not known:
-            added = 0.1 * torch.as_tensor(mean(), dtype=torch.float64)
-        return problem.decay + torch.as_tensor(added, dtype=torch.float64).cpu()
+    shift = partial(_shift, problem, kind, damping)
 
     def multiply(v: Tensor) -> Tensor:
         return products(problem, kind, v, w, batch_size)
@@ -199,24 +172,23 @@ def fit_curvature(
             problem, kind, weights=w, labels=labels, draws=draws, seed=seed,
             batch_size=batch_size, progress=progress,
         )  # fmt: skip
-        means: float | Tensor = h.means if isinstance(h, EKFAC) else h.trace / p
-        shifts = shift(lambda: means)
+        shifts = shift(h.means if isinstance(h, EKFAC) else h.trace / p)
         solve = partial(h.solve, shift=shifts)
         solve(torch.zeros(1, p, dtype=torch.float64))  # refuses what cannot be divided by
         if isinstance(h, EKFAC):
             meta["labels"], meta["diagonal"] = labels, _warned_share(h)
-        if kind == "ekfac" and refine:
+        if isinstance(h, EKFAC) and refine:
             meta["refined"] = refine
             solve = _refined(h, problem.decay, shifts, refine, shifted, progress)
     elif form == "dense" or (form == "auto" and p <= DENSE):
         meta["form"] = "dense"
         h = dense = spectrum(problem, kind, weights=w, batch_size=batch_size)
         assert isinstance(dense, Dense)
-        shifts = shift(lambda: dense.trace / p)
+        shifts = shift(dense.trace / p)
         solve = dense.factored(shifts)
     else:
         meta["form"] = "cg"
-        shifts = shift(lambda: _mean_eigenvalue(multiply, p))
+        shifts = shift(partial(_mean_eigenvalue, multiply, p))
         if tolerance is None:
             tolerance = 1e-12 if _is_double(problem) else 1e-4
         meta["tolerance"] = goal = tolerance
@@ -229,6 +201,45 @@ def fit_curvature(
         )  # fmt: skip
 
     return Curvature(solve, float((shifts - problem.decay).mean()), meta, h)
+
+
+def _refuse(problem: Problem, kind: str, damping: float | Tensor | None, p: int) -> None:
+    """Raise for settings and losses that no curvature can be fitted with."""
+    if kind not in ("auto", "identity", "diagonal", "hessian", "gauss_newton", "ekfac"):
+        raise ValueError(
+            f"unknown curvature {kind!r}; auto, identity, diagonal, hessian, gauss_newton or ekfac"
+        )
+    if damping is not None and (torch.as_tensor(damping) < 0).any():
+        raise ValueError(f"expected damping of at least 0, got {damping}")
+    if damping is not None and torch.as_tensor(damping).shape not in ((), (p,)):
+        raise ValueError(
+            f"expected damping as one number or [p={p}], got {tuple(torch.as_tensor(damping).shape)}"
+        )
+    refuse_random_layers(problem.model)
+    first = np.arange(min(2, problem.n))
+    with torch.no_grad():  # one finite number per row?
+        batch = take(problem.train, first, problem.device)
+        names = problem.train.rows[first] if isinstance(problem.train, Rows) else first
+        per_example(problem.model, problem.loss, batch, rows=names)
+
+
+def _shift(
+    problem: Problem,
+    kind: Kind,
+    damping: float | Tensor | None,
+    mean: float | Tensor | Callable[[], float],
+) -> Tensor:
+    """weight_decay + damping, [p]; the damping by the stated rule where none is given."""
+    # a decay that was stated by name is known, be it 0
+    known = isinstance(problem.weight_decay, Mapping) or bool((problem.decay > 0).any())
+    added: float | Tensor = 0.0
+    if damping is not None:
+        added = damping
+    elif kind == "identity":
+        added = 0.0 if (problem.decay > 0).all() else 1.0
+    elif kind != "hessian" and not known:
+        added = 0.1 * torch.as_tensor(mean() if callable(mean) else mean, dtype=torch.float64)
+    return problem.decay + torch.as_tensor(added, dtype=torch.float64).cpu()
 
 
 def _refined(

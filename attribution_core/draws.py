@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import grad, jvp
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attribution_core.problem import Batch, Params, PerExample, call, precision_of
@@ -204,9 +203,15 @@ def _stacked(streams: list[np.random.Generator], kind: str, like: Tensor) -> NDA
 
 
 def _product(losses: Losses, at: list[Tensor], v: list[Tensor]) -> list[Tensor]:
-    """D v for every row."""
-
-    def total(z: list[Tensor]) -> Tensor:
-        return losses(z).sum()
-
-    return jvp(grad(total), (at,), (v,))[1]
+    """D v for every row, by differentiating twice in reverse: torch's forward mode loads for a second."""
+    with torch.enable_grad():
+        leaves = [z.detach().requires_grad_() for z in at]
+        first = torch.autograd.grad(
+            losses(leaves).sum(), leaves, create_graph=True, materialize_grads=True
+        )
+        curved = [(g, x) for g, x in zip(first, v, strict=True) if g.requires_grad]
+        if not curved:  # a loss that is linear in the output
+            return [torch.zeros_like(z) for z in at]
+        heads, pulls = ([pair[i] for pair in curved] for i in (0, 1))
+        second = torch.autograd.grad(heads, leaves, pulls, materialize_grads=True)
+    return [x.detach() for x in second]

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from attribution_core.draws import default_draws, draw, is_real, open_output
 from attribution_core.ghost import ghost_uncovered
 from attribution_core.gradients import Progress, row_gradients
-from attribution_core.kronecker import EKFAC, Block, Place
+from attribution_core.kronecker import EKFAC, Block, Place, weighted_gram
 from attribution_core.layers import Arrive, factors, matrix_shape, owners, plain_gradients, watched
 from attribution_core.problem import (
     Params,
@@ -237,8 +237,7 @@ class _View:
                 pair = tuple(side * mask[None, :, :, None].to(side) for side in pair)  # type: ignore[assignment]
             for total, side in zip(sums[place], pair, strict=True):
                 if total.numel():
-                    weighted = side * self.weights.to(side)[:, None, None]
-                    total += weighted.flatten(1, 2).mT @ side.flatten(1, 2)
+                    total += weighted_gram(side, self.weights)
 
         for _ in self.backward(arrive):
             pass

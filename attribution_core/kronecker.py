@@ -88,8 +88,8 @@ class Block:
 
     def sides(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Left and right vectors [g, b, T, ·] in this basis; token numbers stay what they are."""
-        left = left if self.left is None else left @ self.left[:, None]
-        return left, right if self.right is None else right @ self.right[:, None]
+        left = left if self.left is None else _turned(left, self.left)
+        return left, right if self.right is None else _turned(right, self.right)
 
     def add(self, uses: list[tuple[Tensor, Tensor]], weights: Tensor) -> None:
         """values += Σ_i w_i (Σ_uses Σ_t l rᵀ)², element by element."""
@@ -103,7 +103,8 @@ class Block:
             self._add_tokens(left, right[0], weights)
             return
         size = max(1, LAYER_ELEMENTS // (g * r * c))
-        for some in torch.arange(len(weights), device=weights.device).split(size):
+        for start in range(0, len(weights), size):
+            some = slice(start, start + size)
             whole = sum(
                 _products(pair[0][some], pair[1][:, some], r)
                 if not pair[0].is_floating_point()
@@ -111,7 +112,8 @@ class Block:
                 for pair in uses
             )
             assert isinstance(whole, Tensor)
-            self.values.add_(torch.einsum("b,gbrc->grc", weights[some].to(whole), whole.square()))
+            squares = torch.einsum("b,gbrc->grc", weights[some].to(whole), whole.square_())
+            self.values.add_(squares)
 
     def _add_tokens(self, tokens: Tensor, right: Tensor, weights: Tensor) -> None:
         """The same where l is one-hot: a token's vectors are summed within an example, then squared."""
@@ -122,6 +124,20 @@ class Block:
         whole.index_add_(0, of.flatten(), right.flatten(0, 1))
         squares = (whole.square() * weights.to(whole)[pair // r, None]).to(self.values)
         self.values[0].index_add_(0, pair % r, squares)
+
+
+def weighted_gram(side: Tensor, weights: Tensor) -> Tensor:
+    """Σ_i w_i Σ_t x_it x_itᵀ, [g, width, width], for x [g, b, T, width]."""
+    if (weights == weights[0]).all():
+        flat = side.flatten(1, 2)
+        return flat.mT @ flat * weights[0].to(side)
+    weighted = side * weights.to(side)[:, None, None]
+    return weighted.flatten(1, 2).mT @ side.flatten(1, 2)
+
+
+def _turned(side: Tensor, basis: Tensor) -> Tensor:
+    """Vectors x [g, b, T, width] in a basis [g, width, width]: one product where there is one group."""
+    return side @ basis[0] if len(basis) == 1 else side @ basis[:, None]
 
 
 def _products(tokens: Tensor, right: Tensor, r: int) -> Tensor:

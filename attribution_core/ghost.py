@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
 
-from attribution_core.layers import NORMS, norm_gradients, watched
+from attribution_core.layers import is_norm, norm_gradients, watched
 from attribution_core.problem import (
     Batch,
     Params,
@@ -56,7 +56,7 @@ def ghost_shares(
 
     def arrive(module: nn.Module, names: dict[str, str], source: Tensor, gradient: Tensor) -> None:
         held = {local: vectors[name] for local, name in names.items()}
-        rule = RULES.get(type(module).__name__, any_layer)
+        rule = norm if is_norm(module) else RULES.get(type(module).__name__, any_layer)
         for local, share in rule(module, source, gradient, held).items():
             if len(share) == b:  # else a layer without a batch: `ghost_uncovered` finds it missing
                 shares[names[local]] += share
@@ -140,7 +140,6 @@ RULES: dict[str, Rule] = {
     "Linear": linear,
     "Conv1D": linear,
     "Embedding": embedding,
-    **dict.fromkeys(NORMS, norm),
 }
 
 

@@ -127,7 +127,7 @@ def check_directions(directions: Params | Tensor, params: Params) -> Params:
 
 def flatten(directions: Params) -> Tensor:
     """[k, p] from a dict name -> [k, *shape]."""
-    return torch.cat([value.flatten(1) for value in directions.values()], dim=1)
+    return torch.cat([value.reshape(len(value), -1) for value in directions.values()], dim=1)
 
 
 def unflatten(flat: Tensor, params: Params) -> Params:

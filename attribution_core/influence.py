@@ -112,7 +112,7 @@ def influence(
 
     some = sample(problem.n, curvature_rows)
     size = len(some) * sum(value.numel() for value in problem.params.values()) * len(outputs)
-    if refine is None and isinstance(source, Run):
+    if refine is None and isinstance(source, Run) and not isinstance(curvature, Curvature):
         refine = 4 if size <= QUICK else "size" if damping is None else 0
 
     def solve() -> tuple[Tensor, dict[str, Any]]:
@@ -176,6 +176,10 @@ def _fitted(
 ) -> Curvature:
     """The curvature on some rows, with the damping asked for."""
     if isinstance(curvature, Curvature):
+        if damping is not None or settings["labels"] != "model" or settings["refine"]:
+            raise ValueError(
+                "a fitted curvature brings its damping, labels and refinement; do not give them again"
+            )
         return curvature
     if isinstance(damping, str):
         if damping != "auto" or not isinstance(source, Run):

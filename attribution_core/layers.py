@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Arrive = Callable[[nn.Module, dict[str, str], Tensor, Tensor], None]
-NORMS = ("LayerNorm", "GroupNorm", "RMSNorm", "LlamaRMSNorm")
 
 
 def owners(model: nn.Module, names: set[str]) -> dict[nn.Module, dict[str, str]]:
@@ -146,6 +145,12 @@ def _patches(module: Any, source: Tensor, gradient: Tensor) -> tuple[Tensor, Ten
     return seen, back
 
 
+def is_norm(module: nn.Module) -> bool:
+    """LayerNorm, GroupNorm, or one of the RMSNorms of torch and transformers (by their names)."""
+    kind = type(module).__name__
+    return kind in ("LayerNorm", "GroupNorm") or kind.endswith("RMSNorm")
+
+
 def norm_gradients(module: Any, source: Tensor, gradient: Tensor) -> dict[str, Tensor]:
     """Per-example gradients of LayerNorm, RMSNorm and GroupNorm, [b, *shape] by local name.
 
@@ -172,10 +177,9 @@ def plain_gradients(
     module: Any, source: Tensor, gradient: Tensor, wanted: Collection[str]
 ) -> dict[str, Tensor]:
     """Per-example gradients [b, *shape] of a norm's parameters, or of a bias, by local name."""
-    kind = type(module).__name__
     if not wanted:
         return {}
-    if kind in NORMS:
+    if is_norm(module):
         return {k: g for k, g in norm_gradients(module, source, gradient).items() if k in wanted}
     if set(wanted) == {"bias"} and matrix_shape(module) is not None:
         is_conv = isinstance(module, (nn.Conv1d, nn.Conv2d))

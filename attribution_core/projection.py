@@ -36,8 +36,8 @@ from attribution_core.ghost import ghost_uncovered
 from attribution_core.gradients import Progress, flatten, row_gradients
 from attribution_core.kronecker import Place
 from attribution_core.layers import (
-    NORMS,
     factors,
+    is_norm,
     matrix_shape,
     owners,
     plain_gradients,
@@ -138,8 +138,8 @@ def _by_layer(problem: Problem, names: set[str]) -> set[str]:
     """Those of the named parameters for which every holder has a rule in `plain_gradients`."""
     known = set(names)
     for module, own in owners(problem.model, names).items():
-        is_norm = type(module).__name__ in NORMS
-        if not is_norm and (set(own) != {"bias"} or matrix_shape(module) is None):
+        norm = is_norm(module)
+        if not norm and (set(own) != {"bias"} or matrix_shape(module) is None):
             known -= set(own.values())
     return known - set(ghost_uncovered(problem, np.arange(problem.n))) if known else known
 
@@ -224,7 +224,7 @@ class Projection:
 
     def _dense(self, gradients: Params, way: Literal["exact", "dense"]) -> Tensor:
         """Σ over parameters of their gradients [b, *shape] times their rows of P, [b, dim]."""
-        flat = {name: g.flatten(1) for name, g in self._scaled(gradients).items()}
+        flat = {name: g.reshape(len(g), -1) for name, g in self._scaled(gradients).items()}
         flat = {name: g.float() if g.dtype.itemsize < 4 else g for name, g in flat.items()}
         if way == "exact":
             return torch.cat([flat[name] for name in self.problem.params], dim=1)

@@ -325,3 +325,37 @@ def test_dattri_192_the_same_call_gives_the_same_scores():
         np.testing.assert_array_equal(
             method(run(problem), few(problem)).scores, method(run(problem), few(problem)).scores
         )
+
+
+class Scaled(nn.Module):
+    """Logits times a learned number without dimensions, as in CLIP."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.layer(x) * self.scale
+
+
+@pytest.mark.filterwarnings("ignore::attribution_core.curvature.DiagonalWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_without_dimensions_are_attributed_to(method):
+    problem = Problem(Scaled().double(), cross_entropy, menagerie._vectors(8))
+    f = METHODS[method](run(problem), few(problem))
+    assert f.meta["covered"] == 1.0
+    assert np.isfinite(f.scores).all()
+
+
+def test_a_fitted_curvature_is_not_told_its_damping_again():
+    from attribution_core import fit_curvature
+
+    problem = menagerie.mlp(8)
+    fitted = fit_curvature(problem, "ekfac", damping=0.1)
+    again = influence(problem, few(problem), curvature=fitted).scores
+    np.testing.assert_array_equal(
+        again, influence(problem, few(problem), curvature="ekfac", damping=0.1).scores
+    )
+    with pytest.raises(ValueError, match="do not give them again"):
+        influence(problem, few(problem), curvature=fitted, damping=0.2)

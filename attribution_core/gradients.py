@@ -43,6 +43,7 @@ from attribution_core.problem import (
 
 Engine = Literal["auto", "ghost", "jvp", "rows"]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # tqdm fits
+SINGLY = 32  # outputs up to which each gets a backward pass of its own
 FEW = 24  # up to so many directions forward mode beats per-example rows (they break even near 27)
 
 
@@ -237,13 +238,23 @@ def output_gradients(model: nn.Module, outputs: Outputs, batch_size: int = 64) -
     """Gradients of all t outputs with respect to the parameters, dict name -> [t, *shape]."""
     params = trainable(model)
     device = next(iter(params.values())).device
+    leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
+    if outputs.matrix is None and len(outputs) <= SINGLY:  # torch's vmap takes a second to load
+        found = []
+        for row in range(len(outputs)):
+            batch = take(outputs.data, [row], device)
+            value = per_example(model, outputs.function, batch, leaf, [row], what="output")
+            found.append(torch.autograd.grad(value[0], list(leaf.values()), materialize_grads=True))
+        return {
+            name: torch.stack(column)
+            for name, column in zip(leaf, zip(*found, strict=True), strict=True)
+        }
     if outputs.matrix is None:
         parts = [
             row_gradients(model, outputs.function, params, take(outputs.data, rows, device))
             for rows in batches(len(outputs.data), batch_size)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in params}
-    leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
     total = {name: value.new_zeros((len(outputs), *value.shape)) for name, value in params.items()}
     for rows in batches(len(outputs.data), batch_size):
         batch = take(outputs.data, rows, device)

@@ -13,7 +13,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attribution_core import SGD, Outputs, Recipe, influence, margin, random_subsets, retrain
+from attribution_core import (
+    SGD,
+    Outputs,
+    Recipe,
+    influence,
+    leave_one_out,
+    margin,
+    random_subsets,
+    representation_similarity,
+    retrain,
+    source,
+    tracin,
+    train,
+    trak,
+)
 from attribution_core.ekfac import fit_ekfac
 from attribution_core.processes import collect, from_first, my_rows, sum_over_processes, world
 from tests import menagerie
@@ -73,6 +87,14 @@ def everything(folder: Path) -> dict[str, np.ndarray]:
     small = menagerie.softmax(20)
     recipe = Recipe(SGD(0.1), batch_size=4, epochs=2)
     weights = random_subsets(20, 5, keep=0.5)
+    run = train(small, recipe, checkpoints=2)
+    targets = menagerie.unseen(small)
+    found["tracin"] = tracin(run, targets).scores
+    found["source"] = source(run, targets, segments=2).scores
+    found["trak"] = trak(run, targets, projection_dim=8).scores
+    found["leave one out"] = leave_one_out(run, targets).scores
+    found["groups"] = influence(run, targets, groups=np.arange(20) % 3).scores
+    found["neighbours"] = representation_similarity(small, targets).scores
     for name, where in (("table", None), ("table in a folder", folder / "table")):
         done.clear()
         table = retrain(

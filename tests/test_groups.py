@@ -25,7 +25,7 @@ from attribution_core import (
 )
 from attribution_core.gradients import directional, unflatten
 from attribution_core.groups import group_directional
-from attribution_core.neighbors import activation_gradients, representations
+from attribution_core.representations import activation_gradients, representations
 from tests import menagerie
 
 LABELS = np.array(["b", "a", "b", "c", "a", "b"])  # six rows, as the menagerie's networks have

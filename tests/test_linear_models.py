@@ -259,7 +259,10 @@ def test_other_data_and_other_weights_are_told():
 def test_a_fit_without_error_is_no_early_stop():
     """Residuals of rounding only: nothing to be compared with."""
     y = X @ [1.0, 2.0, 3.0]
-    Problem.from_sklearn(LinearRegression().fit(X, y), X, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        problem = Problem.from_sklearn(LinearRegression().fit(X, y), X, y)
+    assert problem.model(problem.train[[0]][0]).item() == pytest.approx(y[0])
 
 
 # --- refusals --------------------------------------------------------------------------------

@@ -21,15 +21,14 @@ from attribution_core import (
     train,
 )
 from attribution_core.neighbors import (
-    activation_gradients,
     bm25,
     class_labels,
     knn,
     knn_shapley,
     representation_similarity,
-    representations,
 )
 from attribution_core.problem import Rows
+from attribution_core.representations import activation_gradients, representations
 from tests import menagerie
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # float64, sums of a few terms of size 1

@@ -1,11 +1,7 @@
 """attribution_core.trak: against influence functions and dense formulas, its invariances, folders, digits."""
 
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -520,48 +516,6 @@ def test_further_outputs_cost_little(tmp_path):
     assert spent[1] < 0.2 * spent[0]
 
 
-# --- several processes -------------------------------------------------------------------------
-
-
-def everything(folder):
-    """Scores by name, the same on every process, and what this one did."""
-    problem, settings = _stored(519)
-    outputs = menagerie.unseen(problem)
-    done = Counted()
-    found = {"plain": trak(problem, outputs, **settings).scores}
-    found["folder"] = trak(
-        problem, outputs, **settings, folder=folder / "trak", progress=done
-    ).scores
-    found["fewer rows than processes"] = trak(*_mlp(1), ridge=1.0).scores
-    return found, done.seen
-
-
-def test_two_processes_are_one(tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    launched = subprocess.run(
-        [*launch, __file__, str(tmp_path)],
-        cwd=menagerie.ROOT,
-        env={**os.environ, "PYTHONPATH": str(menagerie.ROOT), "ACCELERATE_USE_CPU": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    one, blocks = everything(tmp_path / "one")
-    ranks = [dict(np.load(tmp_path / f"{rank}.npz")) for rank in (0, 1)]
-    assert sum(int(rank.pop("blocks")) for rank in ranks) == blocks
-    for rank in ranks:
-        for name, expected in one.items():
-            np.testing.assert_allclose(rank[name], expected, **EXACT, err_msg=name)
-
-
 # --- digits ------------------------------------------------------------------------------------
 
 ROWS, TARGETS = 400, 20
@@ -591,14 +545,3 @@ def test_digits_halves_are_predicted_at_any_dimension(capsys):
     assert min(score.mean for k, score in dims.items() if k >= 100) > best.mean - 0.05
     assert dims[50].mean > best.mean - 0.1
     assert alone.mean > best.mean - 0.05
-
-
-if __name__ == "__main__":
-    from attribution_core.processes import world
-
-    rank, size = world()
-    assert size == 2, f"expected 2 processes, got {size}; launch by torchrun"
-    out = Path(sys.argv[1])
-    found, blocks = everything(out)
-    np.savez(out / f"{rank}.npz", blocks=blocks, **found)
-    torch.distributed.destroy_process_group()

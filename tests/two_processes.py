@@ -7,6 +7,7 @@ Every process writes FOLDER/<rank>.npz and the blocks or trainings that it did i
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -92,6 +93,12 @@ def everything(folder: Path) -> dict[str, np.ndarray]:
     found["tracin"] = tracin(run, targets).scores
     found["source"] = source(run, targets, segments=2).scores
     found["trak"] = trak(run, targets, projection_dim=8).scores
+    found["trak of fewer rows than processes"] = trak(
+        single, Outputs(margin, single.train), ridge=1.0
+    ).scores
+    many = menagerie.softmax(519)
+    kept = trak(many, menagerie.unseen(many), projection_dim=8, folder=folder / "trak")
+    found["store trak"] = kept.scores
     found["leave one out"] = leave_one_out(run, targets).scores
     found["groups"] = influence(run, targets, groups=np.arange(20) % 3).scores
     found["neighbours"] = representation_similarity(small, targets).scores
@@ -121,4 +128,6 @@ if __name__ == "__main__":
     assert collect(torch.from_numpy(my_rows(rows))[:, None])[:, 0].tolist() == rows.tolist()
     out = Path(sys.argv[1])
     np.savez(out / f"{rank}.npz", **everything(out))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads at times abort an interpreter that takes its leave at leisure

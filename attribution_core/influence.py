@@ -25,7 +25,7 @@ from attribution_core.store import Store, fingerprint
 from attribution_core.trained import Trained, several, trained
 from attribution_core.training import Run
 
-QUICK = 2 * 10**9  # rows · parameters · targets up to which EK-FAC is refined in seconds
+QUICK = 5 * 10**9  # rows · parameters · targets up to which EK-FAC is refined in seconds
 WIDE = 2**28  # output gradients, in numbers, up to which float32 models are solved in float64
 
 
@@ -69,7 +69,7 @@ def influence(
         labels: of "ekfac": drawn from the "model", or those of the "data".
         refine: of "ekfac": how it is brought nearer to the exact Gauss–Newton, see `fit_curvature`. None:
             for a problem 0, EK-FAC as it is; for a run 4 steps where that takes seconds (n · p · t up to
-            2·10⁹), else "size". With a damping of your own: 0 for large runs too.
+            5·10⁹), else "size". With a damping of your own: 0 for large runs too.
         groups: [n] labels: one row of scores per group, the sum of its members', at one backward pass
             a group. The curvature is the examples'.
         weights: [n] the weights at which a problem was trained; 1 if not given. With a run: its own.

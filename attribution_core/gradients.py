@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from attribution_core.ghost import ghost, ghost_uncovered
 from attribution_core.problem import (
@@ -166,10 +167,16 @@ def row_gradients(model: nn.Module, function: PerExample, params: Params, batch:
     """Gradients of function(model, batch) [b] for every row by itself: dict name -> [b, *shape]."""
 
     def one(example: Any) -> Params:
-        return grad(lambda at: call(model, function, at, _one_row(example))[0])(params)
+        return grad(lambda at: call(model, function, at, as_batch(example))[0])(params)
 
     # without no_grad, parameters that are not among `params` would drag a graph along
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with torch.no_grad():
+        return row_by_row(one, batch)
+
+
+def row_by_row(one: Callable[[Any], Any], batch: Batch) -> Any:
+    """one(example) for every row of a batch, stacked; `as_batch` makes an example a batch of one again."""
+    with sdpa_kernel(SDPBackend.MATH):
         try:
             return vmap(one)(batch)
         except RuntimeError as error:
@@ -177,7 +184,7 @@ def row_gradients(model: nn.Module, function: PerExample, params: Params, batch:
                 raise
         # control flow that depends on values (padding masks in transformers): row by row instead
         singles = [one(_row(batch, i)) for i in range(rows_in(batch))]
-    return {name: torch.stack([single[name] for single in singles]) for name in params}
+    return tree_map(lambda *parts: torch.stack(parts), *singles)
 
 
 def _row(batch: Batch, i: int) -> Any:
@@ -186,7 +193,8 @@ def _row(batch: Batch, i: int) -> Any:
     return tuple(value[i] for value in batch)
 
 
-def _one_row(example: Any) -> Batch:
+def as_batch(example: Any) -> Batch:
+    """A row as a batch of one."""
     if isinstance(example, dict):
         return {name: value[None] for name, value in example.items()}
     return tuple(value[None] for value in example)

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from attribution_core.curvature import Curvature, Form, Kind, fit_curvature
 from attribution_core.damping import choose_damping
-from attribution_core.datamodel import LinearDatamodel, average
+from attribution_core.datamodel import LinearDatamodel
 from attribution_core.ekfac import Labels
 from attribution_core.gradients import Engine, Progress, directional, flatten, output_gradients
 from attribution_core.groups import group_directional
 from attribution_core.problem import Outputs, Problem, Rows, sample
 from attribution_core.processes import collect, my_rows
 from attribution_core.store import Store, fingerprint
-from attribution_core.trained import Trained, several, trained
+from attribution_core.trained import Trained, over_runs, several, trained
 from attribution_core.training import Run
 
 QUICK = 5 * 10**9  # rows · parameters · targets up to which EK-FAC is refined in seconds
@@ -91,18 +91,15 @@ def influence(
 
     Source: Koh & Liang 2017, eq. 2, with the sign of ∂ output / ∂ weight; anchors as in DESIGN.
     """
-    runs = several(source)
+    runs = several(source, weights, exposure)
     if runs is not None:
-        if weights is not None or exposure != 1.0:
-            raise ValueError("a run brings its own weights and exposure; do not give them again")
         one = partial(
             influence, outputs=outputs, curvature=curvature, damping=damping, labels=labels,
             refine=refine, groups=groups, curvature_rows=curvature_rows, form=form, engine=engine,
             tolerance=tolerance, max_iterations=max_iterations, batch_size=batch_size,
             progress=progress,
         )  # fmt: skip
-        folders = [None if folder is None else Path(folder) / f"run{k}" for k in range(len(runs))]
-        return average([one(run, folder=f) for run, f in zip(runs, folders, strict=True)])
+        return over_runs(one, runs, folder)
     assert isinstance(source, (Problem, Run))
     if groups is not None and folder is not None:
         raise ValueError("groups cost one backward pass each and keep no folder; leave one out")
@@ -151,13 +148,12 @@ def influence(
         for rows in progress(store.missing()):
             store.write(rows, along(problem, directions, rows).cpu().numpy())
         scores = store.read()
-    covered = sum(value.numel() for value in problem.params.values())
     meta = {
         "method": "influence",
         **fitted,
         "weight_decay": float(problem.decay.mean()),
         "exposure": at.exposure,
-        "covered": covered / sum(value.numel() for value in problem.model.parameters()),
+        "covered": problem.covered,
     }
     targets = np.asarray(outputs.names) if outputs.names else None
     return LinearDatamodel(scores, base, anchor, ids=names, targets=targets, meta=meta)

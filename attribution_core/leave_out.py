@@ -78,10 +78,8 @@ def leave_one_out(
     >>> [round(float(f.without([i])[0]), 6) for i in range(3)]
     [4.5, 3.0, 1.5]
     """
-    runs = several(source)
+    runs = several(source, weights, exposure)
     if runs is not None:
-        if weights is not None or exposure != 1.0:
-            raise ValueError("a run brings its own weights and exposure; do not give them again")
         each = [leave_one_out(run, outputs, damping=damping, progress=progress) for run in runs]
         return average(each)
     assert isinstance(source, (Problem, Run))

@@ -204,6 +204,12 @@ class Problem:
         return torch.cat(parts)
 
     @property
+    def covered(self) -> float:
+        """Which share of the model's parameters is trained, and so attributed to."""
+        trained = sum(value.numel() for value in self.params.values())
+        return trained / sum(value.numel() for value in self.model.parameters())
+
+    @property
     def device(self) -> torch.device:
         """Where the model lives; batches are moved there."""
         return next(self.model.parameters()).device

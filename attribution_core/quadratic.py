@@ -17,22 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.func import grad, hessian, jacrev, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.func import grad, hessian, jacrev
 
 from attribution_core.curvature import DENSE
 from attribution_core.draws import open_output
-from attribution_core.gradients import (
-    _one_row,
-    _row,
-    flatten,
-)
+from attribution_core.gradients import as_batch, flatten, row_by_row
 from attribution_core.problem import (
     Params,
     Problem,
     per_example,
     refuse_random_layers,
-    rows_in,
     take,
 )
 from attribution_core.trained import Trained, trained
@@ -75,7 +69,7 @@ def second_order(problem: Problem, params: Params, rows: NDArray[np.intp]) -> Qu
     per_example(problem.model, problem.loss, batch, params, rows)  # one finite number per row?
 
     def one(example: Any) -> tuple[Tensor, Tensor, Tensor]:
-        row = _one_row(example)
+        row = as_batch(example)
         opened = partial(open_output, problem.model, problem.loss, batch=row)
         output, losses = opened(params=params)
         sizes = [value.numel() for value in output]
@@ -90,15 +84,7 @@ def second_order(problem: Problem, params: Params, rows: NDArray[np.intp]) -> Qu
         z = torch.cat([value.flatten() for value in output])
         return flatten(jacrev(flat)(params)), grad(loss)(z), hessian(loss)(z)
 
-    with sdpa_kernel(SDPBackend.MATH):
-        try:
-            j, r, d = vmap(one)(batch)
-        except RuntimeError as error:
-            if "vmap" not in str(error):
-                raise
-            # control flow that depends on values (padding masks in transformers): row by row instead
-            singles = [one(_row(batch, i)) for i in range(rows_in(batch))]
-            j, r, d = (torch.stack(parts) for parts in zip(*singles, strict=True))
+    j, r, d = row_by_row(one, batch)
     j, r, d = (part.detach().double().cpu() for part in (j, r, d))
     finite = torch.stack([part.flatten(1).isfinite().all(1) for part in (j, r, d)]).all(0)
     if not finite.all():

@@ -6,16 +6,20 @@ examples, so a unit of weight counts 1/(α · drawn) there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import flatten
 from attribution_core.problem import Problem
 from attribution_core.training import Run
+
+OWN = "a run brings its own weights and exposure; do not give them again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +53,7 @@ def trained(
     """
     if isinstance(source, Run):
         if weights is not None or exposure != 1.0:
-            raise ValueError("a run brings its own weights and exposure; do not give them again")
+            raise ValueError(OWN)
         damping = flatten({name: value[None] for name, value in source.damping.items()})[0]
         return Trained(
             source.trained(), source.weights, source.exposure, source.drawn, damping.double().cpu()
@@ -62,14 +66,26 @@ def trained(
     return Trained(source, w, exposure, source.n)
 
 
-def several(source: Problem | Run | Sequence[Run]) -> Sequence[Run] | None:
+def several(
+    source: Problem | Run | Sequence[Run], weights: ArrayLike | None = None, exposure: float = 1.0
+) -> Sequence[Run] | None:
     """The runs, where several were given; None for one.
 
     Raises:
-        ValueError: an empty sequence.
+        ValueError: an empty sequence; weights or an exposure beside runs.
     """
     if isinstance(source, (Problem, Run)):
         return None
     if not source:
         raise ValueError("expected at least one run, got none")
+    if weights is not None or exposure != 1.0:
+        raise ValueError(OWN)
     return source
+
+
+def over_runs(
+    one: Callable[..., LinearDatamodel], runs: Sequence[Run], folder: str | Path | None
+) -> LinearDatamodel:
+    """The mean of one(run, folder=...) over runs, each with a folder of its own."""
+    folders = [None if folder is None else Path(folder) / f"run{k}" for k in range(len(runs))]
+    return average([one(run, folder=f) for run, f in zip(runs, folders, strict=True)])

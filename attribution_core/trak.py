@@ -116,14 +116,13 @@ def trak(
         kernel, missed = kernel + found / len(models), missed + (1 - p_of) / len(models)
         shifts.append(used)
     scores = collect(kernel * missed[:, None]).numpy() * first.unit
-    covered = sum(value.numel() for value in first.problem.model.parameters())
     meta = {
         "method": "trak",
         "dimension": plan.dim,
         "ridge": float(np.mean(shifts)),
         "kind": plan.kind,
         "checkpoints": len(models),
-        "covered": p / covered,
+        "covered": first.problem.covered,
         "exposure": first.exposure,
         "seed": seed,
     }

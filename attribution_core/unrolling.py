@@ -22,14 +22,14 @@ from torch import Tensor
 
 from attribution_core.conjugate import conjugate_gradients
 from attribution_core.curvature import DENSE, Kind, spectrum
-from attribution_core.datamodel import LinearDatamodel, average
+from attribution_core.datamodel import LinearDatamodel
 from attribution_core.gradients import Engine, Progress, directional, flatten, output_gradients
 from attribution_core.influence import WIDE
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import collect, my_rows
 from attribution_core.spectrum import Dense, Diagonal, Spectrum
 from attribution_core.store import Store, fingerprint
-from attribution_core.trained import several
+from attribution_core.trained import over_runs, several
 from attribution_core.training import Run
 from attribution_core.trajectory import Checkpoints, Rates, Stretch, Way, way_of
 
@@ -85,13 +85,13 @@ def tracin(
     Source: Pruthi et al. 2020, eq. of TracInCP (sec. 3.3), with the sign of ∂ output / ∂ weight. Clipping
     and weight decay are not seen.
     """
-    runs = several(trained)
+    runs = several(trained, weights, exposure)
     if runs is not None:
         one = partial(
             tracin, outputs=outputs, checkpoints=checkpoints, lr=lr, steps=steps, momentum=momentum,
-            weights=weights, exposure=exposure, engine=engine, batch_size=batch_size, progress=progress,
+            engine=engine, batch_size=batch_size, progress=progress,
         )  # fmt: skip
-        return _averaged(one, runs, folder)
+        return over_runs(one, runs, folder)
     assert isinstance(trained, (Problem, Run))
     way = way_of(trained, checkpoints, lr, steps, momentum, weights, exposure)
 
@@ -154,14 +154,14 @@ def source(
     """
     if curvature not in KINDS:
         raise ValueError(f"unknown curvature {curvature!r}; one of {', '.join(KINDS)}")
-    runs = several(trained)
+    runs = several(trained, weights, exposure)
     if runs is not None:
         one = partial(
             source, outputs=outputs, checkpoints=checkpoints, segments=segments, curvature=curvature,
-            lr=lr, steps=steps, momentum=momentum, weights=weights, exposure=exposure, engine=engine,
+            lr=lr, steps=steps, momentum=momentum, engine=engine,
             batch_size=batch_size, progress=progress,
         )  # fmt: skip
-        return _averaged(one, runs, folder)
+        return over_runs(one, runs, folder)
     assert isinstance(trained, (Problem, Run))
     way = way_of(
         trained, checkpoints, lr, steps, momentum, weights, exposure, final_alone=segments == 1
@@ -300,19 +300,11 @@ def _datamodel(
         for rows in progress(store.missing()):
             store.write(rows, rows_of(found, rows, iter).numpy())
         scores = store.read()
-    trainable = sum(value.numel() for value in problem.params.values())
     meta = {
         **meta,
         "weight_decay": float(problem.decay.mean()),
         "exposure": final.exposure,
-        "covered": trainable / sum(value.numel() for value in problem.model.parameters()),
+        "covered": problem.covered,
     }
     names = np.asarray(outputs.names) if outputs.names else None
     return LinearDatamodel(scores, base, final.anchor, targets=names, meta=meta)
-
-
-def _averaged(
-    one: Callable[..., LinearDatamodel], runs: Sequence[Run], folder: str | Path | None
-) -> LinearDatamodel:
-    folders = [None if folder is None else Path(folder) / f"run{k}" for k in range(len(runs))]
-    return average([one(run, folder=f) for run, f in zip(runs, folders, strict=True)])

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from attribution_core.problem import Params, Problem, decay_of
 
@@ -23,7 +24,11 @@ Decay = float | Mapping[str, float]  # of all parameters, or by name (0 for name
 
 
 class Optimizer(Protocol):
-    """Two pure functions: the state to start with, and one update."""
+    """Two pure functions, the state to start with and one update, differentiable in all tensors.
+
+    An optimizer that works on each number by itself may say so, `elementwise = True`: it then sees all
+    parameters of one dtype as one vector. Others see them by name, in their shapes.
+    """
 
     @property
     def lr(self) -> float: ...
@@ -52,6 +57,7 @@ class SGD:
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: Decay | None = None
+    elementwise: ClassVar[bool] = True
 
     def init(self, params: Params) -> State:
         """A momentum buffer of zeros."""
@@ -63,7 +69,7 @@ class SGD:
         """One step; nothing is changed in place."""
         new, buffers = {}, {}
         for name, theta in params.items():
-            g = grads[name] + decay_of(self.weight_decay or 0.0, name) * theta
+            g = grads[name] + decay_of(self.weight_decay, name) * theta
             buffers[name] = self.momentum * state["momentum"][name] + g
             g = g + self.momentum * buffers[name] if self.nesterov else buffers[name]
             new[name] = theta - self.lr * lr_factor * g
@@ -88,6 +94,7 @@ class Adam:
     eps: float = 1e-8
     eps_root: float = 0.0
     weight_decay: Decay | None = None
+    elementwise: ClassVar[bool] = True
     decoupled: ClassVar[bool] = False
 
     def init(self, params: Params) -> State:
@@ -104,14 +111,14 @@ class Adam:
         first: Params = {}
         second: Params = {}
         for name, theta in params.items():
-            decay = decay_of(self.weight_decay or 0.0, name)
+            decay = decay_of(self.weight_decay, name)
             g = grads[name] if self.decoupled else grads[name] + decay * theta
             first[name] = one * state["first"][name] + (1 - one) * g
             second[name] = two * state["second"][name] + (1 - two) * g * g
             m = first[name] / (1 - one ** (step + 1))
             v = second[name] / (1 - two ** (step + 1))
             shrunk = theta * (1 - lr * decay) if self.decoupled else theta
-            new[name] = shrunk - lr * m / ((v + self.eps_root).sqrt() + self.eps)
+            new[name] = shrunk - lr * m / (root(v + self.eps_root) + self.eps)
         return new, {"first": first, "second": second}
 
     def reach(self, state: State, steps: int) -> Params:
@@ -128,6 +135,18 @@ class AdamW(Adam):
     """torch.optim.AdamW: as Adam, with the decay decoupled, θ ← (1 − lr weight_decay) θ − ..."""
 
     decoupled: ClassVar[bool] = True
+
+
+def root(v: Tensor) -> Tensor:
+    """√v, whose derivative is taken as 0 where v = 0.
+
+    There every gradient so far was exactly 0, and so is Adam's first moment, which the derivative of 1/√v
+    is multiplied with: the product is 0, where autograd finds 0 · ∞.
+    """
+    if not torch.is_grad_enabled():
+        return v.sqrt()
+    moved = v != 0
+    return torch.where(moved, torch.where(moved, v, 1.0).sqrt(), 0.0)
 
 
 def resolved(optimizer: Optimizer, problem: Problem) -> Optimizer:

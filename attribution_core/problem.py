@@ -215,15 +215,14 @@ class Problem:
         return next(self.model.parameters()).device
 
 
-def decay_of(weight_decay: float | Mapping[str, float], name: str) -> float:
-    """The weight decay of one parameter.
+def decay_of(weight_decay: Any, name: str) -> Any:
+    """The weight decay of one parameter, from one number (or tensor), a mapping by name, or None.
 
     >>> decay_of(0.1, "bias"), decay_of({"weight": 0.1}, "bias")
     (0.1, 0.0)
     """
-    if isinstance(weight_decay, Mapping):
-        return float(weight_decay.get(name, 0.0))
-    return float(weight_decay)
+    found = weight_decay.get(name, 0.0) if isinstance(weight_decay, Mapping) else weight_decay
+    return found if isinstance(found, Tensor) else float(found or 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,8 +364,14 @@ def per_example(
     Raises:
         ValueError: a scalar or any other shape than [b]; NaN or infinite values (names the rows).
     """
-    b = rows_in(batch)
     values = call(model, function, trainable(model) if params is None else params, batch)
+    return check_rows(values, rows_in(batch), rows, what)
+
+
+def check_rows(
+    values: Tensor, b: int, rows: ArrayLike | None = None, what: str = "loss"
+) -> Tensor:
+    """The values, if they are one finite number for each of b rows; see `per_example`."""
     if not isinstance(values, Tensor) or values.shape != (b,):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values)
         raise ValueError(
@@ -386,6 +391,16 @@ def per_example(
 
 def refuse_random_layers(model: nn.Module) -> None:
     """Raise where a forward pass is random or mixes examples: dropout or batch norm in training mode."""
+    refuse_dropout(model, "call model.eval() or set p=0")
+    for name, _ in batch_norms(model):
+        raise ValueError(
+            f"expected a loss per example, got batch norm in training mode in {name!r}, which mixes "
+            "the rows of a batch; call model.eval() or use GroupNorm"
+        )
+
+
+def refuse_dropout(model: nn.Module, cure: str) -> None:
+    """Raise where dropout is active in a module, by its layers or by a rate that it keeps."""
     for name, module in model.named_modules():
         if not module.training:
             continue
@@ -396,11 +411,12 @@ def refuse_random_layers(model: nn.Module) -> None:
         active = [rate for rate in rates if isinstance(rate, (int, float)) and rate > 0]
         if active:
             raise ValueError(
-                f"expected a deterministic model, got active dropout in {name!r} (p={active[0]}); "
-                "call model.eval() or set p=0"
+                f"expected a deterministic model, got active dropout in {name!r} (p={active[0]}); {cure}"
             )
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
-                f"expected a loss per example, got batch norm in training mode in {name!r}, which mixes "
-                "the rows of a batch; call model.eval() or use GroupNorm"
-            )
+
+
+def batch_norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The batch norms in training mode: they mix the rows of a batch and keep running statistics."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            yield name, module

@@ -8,12 +8,11 @@ same order, same steps".
 from __future__ import annotations
 
 import copy
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,25 +28,16 @@ from attribution_core.optimizers import (
     Optimizer,
     Schedule,
     State,
-    clipped,
-    load_state,
     lr_factor,
     resolved,
-    save_state,
     stretches,
 )
-from attribution_core.problem import (
-    Batch,
-    Outputs,
-    Params,
-    Problem,
-    per_example,
-    refuse_random_layers,
-    rows_in,
-    take,
-)
-from attribution_core.processes import wait, world
-from attribution_core.store import fingerprint, write_text
+from attribution_core.problem import Outputs, Params, Problem, batch_norms, refuse_dropout
+from attribution_core.processes import from_first, wait, world
+from attribution_core.replay import MEMORY, States, first_pass, states_held
+from attribution_core.run_folder import RunFolder
+from attribution_core.steps import Augment, Steps, TrainingState
+from attribution_core.store import fingerprint
 
 __all__ = ["SGD", "Adam", "AdamW", "Checkpoint", "Recipe", "Run", "train"]
 
@@ -67,6 +57,10 @@ class Recipe:
         clip: largest norm of the whole gradient.
         order: explicit index lists, one a step, to replay a run made elsewhere.
         init: seed -> model, the initial model; without it every run starts from `problem.model`.
+        accumulate: pass a batch through the model in so many parts; the same gradient, less memory.
+        masks: seed of the dropout masks, which are then a function of it and of the step. Without it
+            active dropout is refused: nothing would say which masks a run had.
+        augment: (batch, its rows, step) -> batch, a pure function: the same for the same row and step.
     """
 
     optimizer: Optimizer
@@ -77,6 +71,9 @@ class Recipe:
     clip: float | None = None
     order: Sequence[Sequence[int]] | None = None
     init: Callable[[int], nn.Module] | None = None
+    accumulate: int = 1
+    masks: int | None = None
+    augment: Augment | None = None
 
     def draw(self, rows: NDArray[np.intp], exposure: float = 1.0) -> list[NDArray[np.intp]]:
         """The batches of a run: one permutation of the rows after another, cut into equal batches."""
@@ -99,7 +96,7 @@ class Recipe:
 class Run:
     """A finished training: the model, and where in weight space it stands (its anchor)."""
 
-    problem: Problem
+    problem: Problem  # its model is the initial one
     recipe: Recipe
     params: Params
     state: State  # of the optimizer, at the end
@@ -108,16 +105,18 @@ class Run:
     exposure: float
     losses: NDArray[np.float64]  # the weighted mean loss of each step's batch
     checkpoints: tuple[Checkpoint, ...] = ()  # in order, of equal stretches of the steps
+    buffers: Params = field(default_factory=dict)  # running statistics of norm layers, at the end
+    states: Mapping[int, TrainingState] = field(default_factory=dict)  # kept on the way, by step
+    digests: NDArray[np.int64] | None = None  # [steps + 1], of the states; None where none were kept
+    since: int = 0  # the step from which the weights acted
+    shards: int = 1  # processes that shared the rows of each batch
 
     @property
     def model(self) -> nn.Module:
-        """A copy of the problem's model with the trained parameters."""
+        """A copy of the problem's model with the trained parameters, in eval mode."""
         model = copy.deepcopy(self.problem.model)
-        with torch.no_grad():
-            for name, value in model.named_parameters():
-                if name in self.params:
-                    value.copy_(self.params[name])
-        return model
+        model.load_state_dict({**model.state_dict(), **self.params, **self.buffers})
+        return model.eval()
 
     @property
     def anchor(self) -> NDArray[np.float64]:
@@ -132,8 +131,8 @@ class Run:
         return int((self.weights > 0).sum()) if removed else len(self.weights)
 
     def outputs(self, outputs: Outputs) -> Tensor:
-        """The trained model's outputs [t]."""
-        return outputs.evaluate(self.problem.model, self.params)
+        """The trained model's outputs [t], in eval mode."""
+        return outputs.evaluate(self.model)
 
     @property
     def damping(self) -> Params:
@@ -152,6 +151,20 @@ class Run:
         decay = resolved(self.recipe.optimizer, self.problem).weight_decay
         return replace(self.problem, model=self.model, weight_decay=decay or 0.0)
 
+    @property
+    def steps(self) -> Steps:
+        """The run as pure functions of its step numbers."""
+        return steps_of(
+            self.problem, self.recipe, self.order, self.weights, self.since, self.shards
+        )
+
+    @property
+    def last(self) -> TrainingState:
+        """The state after the last step."""
+        pack = self.steps.packing.pack
+        moments = {name: pack(held) for name, held in self.state.items()}
+        return TrainingState(pack(self.params), moments, self.buffers)
+
 
 def train(
     problem: Problem,
@@ -160,7 +173,11 @@ def train(
     exposure: float = 1.0,
     *,
     drop: Drop = "weight",
+    since: int = 0,
+    states: States = "auto",
+    memory: int = MEMORY,
     checkpoints: int = 0,
+    shard: bool = False,
     folder: str | Path | None = None,
     progress: Progress = iter,
 ) -> Run:
@@ -173,15 +190,23 @@ def train(
             then α: the place from which models trained on such a fraction are predicted best.
         drop: what weight 0 means. "weight": the example stays in its batches and counts nothing.
             "row": it is gone; batches are drawn from the other rows, with as many epochs.
+        since: the weights act from this step on; before it every example counts once.
+        states: which states along the way are kept for `magic`, which computes the others again: "all",
+            "sqrt" (2⌈√T⌉ of T), a number, 0 for none; "auto": what fits into `memory` bytes, but none
+            with a folder. With a folder they are kept there, otherwise in memory.
         checkpoints: keep the parameters and the optimizer's state at so many steps, each the middle of
             an equal stretch of the run; what `tracin` and `source` read.
-        folder: keep the run there; the same call reads it back instead of training again. Under
-            torchrun the first process trains and the others read.
+        shard: under torchrun, share the rows of each batch between the processes, with one all-reduce a
+            step; without it every process trains the whole model by itself.
+        folder: keep the run there; the same call reads it back instead of training again, and goes on
+            where a killed one stopped. Under torchrun the first process writes and the others read.
         progress: wraps the loop over steps (tqdm).
 
     Raises:
         ValueError: weights that are not [n], finite and non-negative; nothing left to train on; an
-            exposure outside (0, 1]; random layers; more checkpoints than steps; a loss that is not finite (names step and rows).
+            exposure outside (0, 1]; dropout without `masks`, or a forward pass that draws random numbers
+            or changes buffers in another way than batch norm; batch norm or dropout where a batch is
+            cut into parts; more checkpoints than steps; a loss that is not finite (names step and rows).
     """
     w = _checked_weights(weights, problem.n)
     if not 0 < exposure <= 1:
@@ -192,113 +217,149 @@ def train(
         raise ValueError(
             "a recipe with an explicit order cannot be redrawn without rows; use drop='weight'"
         )
+    if drop == "row" and since > 0 and (w == 0).any():
+        raise ValueError("rows that are gone are gone from the start; since needs drop='weight'")
     model = problem.model if recipe.init is None else recipe.init(recipe.seed).to(problem.device)
-    refuse_random_layers(model)
     started = replace(problem, model=model)
+    order = recipe.draw(np.flatnonzero(w > 0) if drop == "row" else np.arange(problem.n), exposure)
+    shards = world()[1] if shard else 1
+    steps = steps_of(started, recipe, order, w, since, shards)
+    _check_layers(steps)
+    start = steps.start()
+    held = states_held(states, len(steps), start.bytes, memory)
+    run = Run(started, recipe, {}, {}, order, w, exposure, np.zeros(0), since=since, shards=shards)
     if folder is None:
-        return _descend(started, recipe, w, exposure, drop, checkpoints, progress)
-    kept = [checkpoints] if checkpoints else []
-    keep = _Folder(Path(folder), fingerprint(started, recipe, w, exposure, drop, *kept))
-    if world()[0] == 0 and not keep.exists():
-        keep.write(_descend(started, recipe, w, exposure, drop, checkpoints, progress))
-    wait()
-    return keep.read(started, recipe, w, exposure)
+        return _descend(run, steps, held, checkpoints, progress)
+    held = 0 if states == "auto" else held
+    kept = [x for x in (checkpoints, f"{held} states" * (held > 0), since) if x]
+    made_of = fingerprint(started, recipe, w, exposure, drop, *kept)
+    where = RunFolder(Path(folder), made_of, start)
+    if not from_first(where.finished()):
+        if shards > 1 or world()[0] == 0:
+            found = _descend(run, steps, held, checkpoints, progress, where)
+            if world()[0] == 0:
+                where.write(found)
+        wait()
+    return replace(run, **where.read(steps))
+
+
+def steps_of(
+    problem: Problem,
+    recipe: Recipe,
+    order: list[NDArray[np.intp]],
+    weights: NDArray[np.float64],
+    since: int = 0,
+    shards: int = 1,
+) -> Steps:
+    """A training's steps: a problem and a recipe, with everything drawn that is to be drawn."""
+    if recipe.accumulate < 1:
+        raise ValueError(f"expected a batch in at least 1 part, got {recipe.accumulate}")
+    factors = np.array([recipe.lr_factor(k, len(order)) for k in range(len(order))])
+    return Steps(
+        problem, resolved(recipe.optimizer, problem), order, weights, factors, recipe.clip,
+        recipe.accumulate, recipe.masks, recipe.augment, shards, since,
+    )  # fmt: skip
+
+
+def _check_layers(steps: Steps) -> None:
+    """Raise where a step would not be a function of its state and number alone."""
+    model = steps.problem.model
+    if steps.masks is None:
+        refuse_dropout(
+            model, "say which masks by Recipe(masks=seed), or call model.eval() or set p=0"
+        )
+    mixed = [name for name, _ in batch_norms(model)]
+    if (mixed or steps.masks is not None) and (steps.accumulate > 1 or steps.shards > 1):
+        what = f"batch norm in training mode ({mixed[0]!r})" if mixed else "dropout masks"
+        raise ValueError(
+            f"expected a batch that can be cut into parts, got {what}, which sees the whole; use "
+            "accumulate=1 and shard=False, or GroupNorm and no dropout"
+        )
 
 
 def _descend(
-    problem: Problem,
-    recipe: Recipe,
-    w: NDArray[np.float64],
-    exposure: float,
-    drop: Drop,
+    run: Run,
+    steps: Steps,
+    held: int,
     checkpoints: int,
     progress: Progress,
+    folder: RunFolder | None = None,
 ) -> Run:
-    """The steps of a run, from the problem's own parameters."""
-    optimizer = resolved(recipe.optimizer, problem)
-    order = recipe.draw(np.flatnonzero(w > 0) if drop == "row" else np.arange(problem.n), exposure)
-    middles = {(a + b) // 2: (a, b) for a, b in stretches(len(order), checkpoints)}
-    params, state = problem.params, optimizer.init(problem.params)
-    losses, kept = np.zeros(len(order)), []
-    for step, some in enumerate(progress(order)):
-        batch = take(problem.train, some, problem.device)
-        factor = recipe.lr_factor(step, len(order))
+    """The steps of a run, from its start or from where a killed one stopped."""
+    middles = {(a + b) // 2: (a, b) for a, b in stretches(len(steps), checkpoints)}
+    keep = set(first_pass(len(steps), held))
+    state, first = steps.start(), 0
+    losses, digests = np.zeros(len(steps)), np.zeros(len(steps) + 1, np.int64)
+    states: dict[int, TrainingState] = {}
+    marks: list[Checkpoint] = []
+    if folder is not None and checkpoints == 0 and steps.shards == 1:
+        state, first, losses, digests = folder.resume(state, losses, digests)
+    by_name = steps.packing.unpack
+    if held:
+        digests[first] = state.digest()
+    for step in progress(range(first, len(steps))):
+        if step in keep:
+            if folder is None:
+                states[step] = state
+            elif world()[0] == 0:
+                folder.keep(step, state)
         try:
-            loss, grads = gradient(problem, params, batch, torch.from_numpy(w[some]), some)
+            new, losses[step] = (_watched if step == first else Steps.step)(steps, state, step)
         except ValueError as error:
-            raise ValueError(f"training stopped at step {step} of {len(order)}: {error}") from None
-        if recipe.clip is not None:
-            grads = clipped(grads, recipe.clip)
-        before = params
-        params, state = optimizer.update(params, state, grads, step, factor)
-        losses[step] = loss
+            raise ValueError(f"training stopped at step {step} of {len(steps)}: {error}") from None
         if step in middles:
-            kept.append(Checkpoint(before, state, step, *middles[step]))
-    return Run(problem, recipe, params, state, order, w, exposure, losses, tuple(kept))
+            moments = {name: by_name(held_) for name, held_ in new.moments.items()}
+            marks.append(Checkpoint(by_name(state.params), moments, step, *middles[step]))
+        state = new
+        if held:
+            digests[step + 1] = state.digest()
+        if folder is not None and checkpoints == 0 and steps.shards == 1:
+            folder.snapshot(step + 1, state, losses, digests)
+    return replace(
+        run,
+        params=by_name(state.params),
+        state={name: by_name(of) for name, of in state.moments.items()},
+        losses=losses,
+        checkpoints=tuple(marks),
+        buffers=state.buffers,
+        states=states,
+        digests=digests if held else None,
+    )
 
 
-@dataclass(frozen=True)
-class _Folder:
-    """A run on disk: run.safetensors and checkpoint0.safetensors ... (parameters, state), run.npz
-    (order, losses, the checkpoints' steps), run.json."""
-
-    path: Path
-    fingerprint: str
-
-    def _tensors(self, checkpoint: int | None = None) -> Path:
-        name = "run" if checkpoint is None else f"checkpoint{checkpoint}"
-        return self.path / f"{name}.safetensors"
-
-    def exists(self) -> bool:
-        head = self.path / "run.json"
-        if not head.exists():
-            return False
-        if json.loads(head.read_text(encoding="utf-8")) != {"fingerprint": self.fingerprint}:
+def _watched(steps: Steps, state: TrainingState, step: int) -> tuple[TrainingState, float]:
+    """A step during which nothing but its result may change: no random draws, no buffers."""
+    model, device = steps.problem.model, steps.problem.device
+    cuda = device.type == "cuda"
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
+    done = steps.step(state, step)
+    drew = not torch.equal(cpu, torch.get_rng_state())
+    drew |= cuda and not torch.equal(gpu, torch.cuda.get_rng_state(device))
+    if drew:
+        raise ValueError(
+            "expected a forward pass without random numbers, got one that draws them (functional "
+            "dropout, drop path, noise); say which by Recipe(masks=seed), or call model.eval()"
+        )
+    changed = [k for k, v in model.named_buffers() if not torch.equal(v, buffers[k])]
+    if changed:
+        raise ValueError(
+            f"expected a forward pass that leaves buffers alone (batch norm's apart), got changed "
+            f"{changed[:5]}; put the layer into eval mode"
+        )
+    if steps.augment is not None:
+        rows = steps.order[step]
+        once, twice = (_values(steps.batch(step, rows)) for _ in range(2))
+        if not all(torch.equal(a, b) for a, b in zip(once, twice, strict=True)):
             raise ValueError(
-                f"{self.path} holds another training; the model, the data, the recipe or the number of "
-                "checkpoints has changed: choose another folder or delete this one"
+                f"expected augment(batch, rows, step) to be a function of its arguments alone, got two "
+                f"results for step {step}; seed it by row and step"
             )
-        return True
-
-    def write(self, run: Run) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        for k, at in enumerate(run.checkpoints):
-            save_state(self._tensors(k), at.params, at.state)
-        save_state(self._tensors(), run.params, run.state)
-        np.savez(
-            self.path / "run.npz",
-            order=np.concatenate(run.order),
-            sizes=[len(batch) for batch in run.order],
-            losses=run.losses,
-            checkpoints=np.array([(at.step, at.first, at.last) for at in run.checkpoints], int),
-        )
-        write_text(self.path / "run.json", json.dumps({"fingerprint": self.fingerprint}))
-
-    def read(
-        self, problem: Problem, recipe: Recipe, weights: NDArray[np.float64], exposure: float
-    ) -> Run:
-        with np.load(self.path / "run.npz") as held:
-            order = np.split(held["order"], np.cumsum(held["sizes"])[:-1])
-            losses = held["losses"]
-            steps = held["checkpoints"].tolist() if "checkpoints" in held else []
-        kept = tuple(
-            Checkpoint(*load_state(self._tensors(k), problem.params), *where)
-            for k, where in enumerate(steps)
-        )
-        params, state = load_state(self._tensors(), problem.params)
-        return Run(problem, recipe, params, state, order, weights, exposure, losses, kept)
+    return done
 
 
-def gradient(
-    problem: Problem, params: Params, batch: Batch, weights: Tensor, rows: ArrayLike | None = None
-) -> tuple[float, Params]:
-    """(1/B) Σ w_i ℓ_i and its gradient; B is the number of rows in the batch."""
-    leaf = {name: value.requires_grad_() for name, value in detached(params).items()}
-    losses = per_example(problem.model, problem.loss, batch, leaf, rows)
-    loss = (losses * weights.to(losses)).sum() / rows_in(batch)
-    grads = torch.autograd.grad(loss, list(leaf.values()), allow_unused=True)
-    named = zip(leaf.items(), grads, strict=True)
-    return loss.item(), {k: torch.zeros_like(v) if g is None else g for (k, v), g in named}
+def _values(batch: Any) -> list[Tensor]:
+    return list(batch.values() if isinstance(batch, dict) else batch)
 
 
 def detached(params: Params) -> Params:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from attribution_core import SGD, Adam, AdamW, Outputs, Problem, Recipe, margin, train
-from attribution_core.training import clipped, gradient
+from attribution_core.optimizers import clipped
 from tests import menagerie
 
 STEPS = 100
@@ -145,8 +145,11 @@ def test_weight_decay_by_name_equals_torchs_parameter_groups(ours, theirs, setti
 def test_the_gradient_of_a_weighted_batch():
     problem = menagerie.mlp()
     w, rows = torch.tensor([0.5, 0.0, 2.0]), [4, 1, 2]
-    loss, grads = gradient(problem, problem.params, problem.train[rows], w)
-    flat = torch.cat([g.flatten() for g in grads.values()])
+    weights = np.ones(6)
+    weights[rows] = w
+    steps = train(problem, Recipe(SGD(0.1), 3, 1, order=[rows]), weights).steps
+    loss, packed, _ = steps.gradient(steps.start(), 0)
+    flat = torch.cat([g.flatten() for g in steps.packing.unpack(packed).values()])
     torch.testing.assert_close(flat, w.double() @ menagerie.row_gradients(problem)[rows] / 3)
     expected = w.double() @ menagerie.losses_at(problem, menagerie.flat_params(problem))[rows] / 3
     assert loss == pytest.approx(expected.item(), rel=1e-12)
@@ -412,15 +415,15 @@ def test_unknown_schedule():
         train(menagerie.mlp(), Recipe(SGD(0.1), 2, 1, schedule="step"))
 
 
-@pytest.mark.parametrize(
-    ("layer", "message"),
-    [(nn.Dropout(0.5), "active dropout"), (nn.BatchNorm1d(3), "batch norm in training mode")],
-)
-def test_random_layers(layer, message):
+def with_layer(layer):
     problem = menagerie.mlp()
     model = nn.Sequential(problem.model, layer).double()
-    with pytest.raises(ValueError, match=message):
-        train(Problem(model, problem.loss, problem.train), Recipe(SGD(0.1), 2, 1))
+    return Problem(model, problem.loss, problem.train)
+
+
+def test_dropout_must_say_which_masks():
+    with pytest.raises(ValueError, match=r"active dropout in '1' \(p=0.5\); say which masks"):
+        train(with_layer(nn.Dropout(0.5)), Recipe(SGD(0.1), 2, 1))
 
 
 def test_a_loss_of_nan_names_the_step_and_the_rows():

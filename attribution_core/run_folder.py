@@ -1,0 +1,144 @@
+"""A run on disk, finished or under way.
+
+    run.safetensors, checkpoint0.safetensors ...   parameters and the optimizer's state
+    run.npz                                        order, losses, digests, the checkpoints' steps
+    states/00000012.safetensors ...                states kept for attribution
+    resume.safetensors, resume.npz                 the last snapshot of a training under way
+    run.json                                       the fingerprint of what the run was made of
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attribution_core.optimizers import Checkpoint, load_state, save_state
+from attribution_core.replay import StatesOnDisk, load_training_state, save_training_state
+from attribution_core.steps import Steps, TrainingState
+from attribution_core.store import write_text
+
+if TYPE_CHECKING:
+    from attribution_core.training import Run
+
+EVERY = 30.0  # seconds between snapshots
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run; `like` has the shapes of its states."""
+
+    path: Path
+    fingerprint: str
+    like: TrainingState
+    clock: dict[str, float] = field(default_factory=lambda: {"last": time.monotonic()})
+
+    def finished(self) -> bool:
+        """Whether the run stands here already.
+
+        Raises:
+            ValueError: another run stands here.
+        """
+        return self._is_ours(self.path / "run.json")
+
+    def _is_ours(self, head: Path) -> bool:
+        if not head.exists():
+            return False
+        if json.loads(head.read_text(encoding="utf-8")) != {"fingerprint": self.fingerprint}:
+            raise ValueError(
+                f"{self.path} holds another training; the model, the data, the recipe or the number of "
+                "checkpoints has changed: choose another folder or delete this one"
+            )
+        return True
+
+    # --- under way
+
+    def keep(self, step: int, state: TrainingState) -> None:
+        """Keep a state for attribution."""
+        save_training_state(StatesOnDisk(self.path / "states", self.like).path(step), state)
+
+    def snapshot(
+        self, step: int, state: TrainingState, losses: NDArray[Any], digests: NDArray[Any]
+    ) -> None:
+        """Every half minute: where the training stands, to go on from after a kill."""
+        if time.monotonic() - self.clock["last"] < EVERY:
+            return
+        save_training_state(self.path / f"resume{step}.safetensors", state)
+        part = self.path / "resume.part.npz"
+        np.savez(part, step=step, losses=losses, digests=digests, fingerprint=self.fingerprint)
+        part.replace(self.path / "resume.npz")  # names the state to read
+        for old in self.path.glob("resume*.safetensors"):
+            if old.name != f"resume{step}.safetensors":
+                old.unlink()
+        self.clock["last"] = time.monotonic()
+
+    def resume(
+        self, start: TrainingState, losses: NDArray[Any], digests: NDArray[Any]
+    ) -> tuple[TrainingState, int, NDArray[Any], NDArray[Any]]:
+        """(state, step to go on with, losses and digests so far): the last snapshot, or the start.
+
+        Raises:
+            ValueError: a snapshot of another training.
+        """
+        path = self.path / "resume.npz"
+        if not path.exists():
+            return start, 0, losses, digests
+        with np.load(path) as held:
+            if str(held["fingerprint"]) != self.fingerprint:
+                raise ValueError(
+                    f"{self.path} holds another training under way; the model, the data or the recipe "
+                    "has changed: choose another folder or delete this one"
+                )
+            step = int(held["step"])
+            losses, digests = held["losses"], held["digests"]
+        state = load_training_state(self.path / f"resume{step}.safetensors", self.like)
+        return state, step, losses, digests
+
+    # --- finished
+
+    def _tensors(self, checkpoint: int | None = None) -> Path:
+        name = "run" if checkpoint is None else f"checkpoint{checkpoint}"
+        return self.path / f"{name}.safetensors"
+
+    def write(self, run: Run) -> None:
+        """The finished run; run.json last, so that it vouches for the others."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for k, at in enumerate(run.checkpoints):
+            save_state(self._tensors(k), at.params, at.state)
+        save_state(self._tensors(), run.params, {**run.state, "buffers": run.buffers})
+        np.savez(
+            self.path / "run.npz",
+            order=np.concatenate(run.order),
+            sizes=[len(batch) for batch in run.order],
+            losses=run.losses,
+            digests=np.zeros(0, np.int64) if run.digests is None else run.digests,
+            checkpoints=np.array([(at.step, at.first, at.last) for at in run.checkpoints], int),
+        )
+        write_text(self.path / "run.json", json.dumps({"fingerprint": self.fingerprint}))
+        for old in self.path.glob("resume*"):
+            old.unlink()
+
+    def read(self, steps: Steps) -> dict[str, Any]:
+        """What the finished run adds to its problem, recipe and weights."""
+        with np.load(self.path / "run.npz") as held:
+            order = np.split(held["order"], np.cumsum(held["sizes"])[:-1])
+            losses = held["losses"]
+            digests = held["digests"] if "digests" in held else np.zeros(0)
+            where = held["checkpoints"].tolist() if "checkpoints" in held else []
+        like = steps.problem.params
+        marks = tuple(
+            Checkpoint(*load_state(self._tensors(k), like), *at) for k, at in enumerate(where)
+        )
+        params, state = load_state(self._tensors(), like)
+        buffers = state.pop("buffers", {})
+        return {
+            "params": params, "state": state, "order": order, "losses": losses, "checkpoints": marks,
+            "buffers": buffers, "states": StatesOnDisk(self.path / "states", self.like),
+            "digests": digests if len(digests) else None,
+        }  # fmt: skip
+

@@ -32,6 +32,8 @@ class LinearDatamodel:
         ids: [n] names of the examples, unique; the row numbers if not given.
         targets: [t] names of the outputs; the column numbers if not given.
         meta: how it was made: method, damping, seeds ... (anything that json can hold).
+        parts: [k, n, t] what the scores are the sum of, e.g. one part a segment of training; see `part`.
+        spread: [n, t] standard deviation of the scores over the runs that they are the mean of.
 
     Raises:
         ValueError: shapes that do not fit, numbers that are not finite, ids that repeat.
@@ -49,6 +51,8 @@ class LinearDatamodel:
     ids: NDArray[Any] | None = None
     targets: NDArray[Any] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    parts: NDArray[Any] | None = None
+    spread: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
         scores = np.asanyarray(self.scores)
@@ -71,6 +75,15 @@ class LinearDatamodel:
             if array.shape != (want,):
                 raise ValueError(
                     f"expected {name} of shape ({want},) beside scores [n={n}, t={t}], got {array.shape}"
+                )
+        for name, array, shape in (
+            ("parts", self.parts, (None, n, t)),
+            ("spread", self.spread, (n, t)),
+        ):
+            if array is not None and np.shape(array)[-2:] + (np.ndim(array),) != (n, t, len(shape)):
+                raise ValueError(
+                    f"expected {name} {'[k, n, t]' if len(shape) == 3 else '[n, t]'} beside scores "
+                    f"[n={n}, t={t}], got {np.shape(array)}"
                 )
         for name, array in (("base", base), ("anchor", anchor)):
             if not np.isfinite(array).all():
@@ -142,17 +155,22 @@ class LinearDatamodel:
                 f"expected one group label per example, [n={len(self.scores)}], got {groups.shape}"
             )
         names, index = np.unique(groups, return_inverse=True)
-        scores = np.zeros(
-            (len(names), self.scores.shape[1]), dtype=np.result_type(self.scores.dtype, float)
-        )
-        np.add.at(scores, index, self.scores)
+
+        def folded(rows: NDArray[Any]) -> NDArray[Any]:
+            total = np.zeros((len(names), rows.shape[1]), dtype=np.result_type(rows.dtype, float))
+            np.add.at(total, index, rows)
+            return total
+
         anchor = np.zeros(len(names))
         anchor[index] = self.anchor
         if not np.allclose(anchor[index], self.anchor, rtol=1e-12, atol=0):
             raise ValueError(
                 "members of one group have different anchors; group examples of one anchor, or re-anchor"
             )
-        return replace(self, scores=scores, anchor=anchor, ids=names)
+        parts = None if self.parts is None else np.stack([folded(part) for part in self.parts])
+        return replace(
+            self, scores=folded(self.scores), anchor=anchor, ids=names, parts=parts, spread=None
+        )
 
     def combine(self, matrix: ArrayLike, targets: Sequence[Any] | None = None) -> LinearDatamodel:
         """The datamodel of linear combinations of outputs: columns of `matrix` [t, k].
@@ -166,18 +184,47 @@ class LinearDatamodel:
         if matrix.ndim != 2 or matrix.shape[0] != t:
             raise ValueError(f"expected a matrix [t={t}, k], got {matrix.shape}")
         names = None if targets is None else np.asarray(targets)
-        return replace(self, scores=self.scores @ matrix, base=self.base @ matrix, targets=names)
+        parts = None if self.parts is None else self.parts @ matrix
+        return replace(
+            self, scores=self.scores @ matrix, base=self.base @ matrix, targets=names, parts=parts,
+            spread=None,
+        )  # fmt: skip
 
     def mean(self) -> LinearDatamodel:
         """The datamodel of the average output, one column."""
         t = self.scores.shape[1]
         return self.combine(np.full((t, 1), 1.0 / t), targets=["mean"])
 
+    def at(self, anchor: ArrayLike) -> LinearDatamodel:
+        """The same affine function, written around another anchor.
+
+        >>> f = LinearDatamodel([[-1.0], [2.0]], base=[5.0], anchor=1.0).at(0.0)
+        >>> f.base.tolist(), f.predict([1, 1]).tolist()
+        ([4.0], [5.0])
+        """
+        point = np.broadcast_to(np.asarray(anchor, dtype=float), self.anchor.shape)
+        return replace(self, base=self.predict(point), anchor=point.copy())
+
+    def part(self, *which: int) -> LinearDatamodel:
+        """The datamodel of some of its parts: segments of training that reproduce, say.
+
+        Raises:
+            ValueError: it has no parts.
+        """
+        if self.parts is None:
+            raise ValueError("expected a datamodel with parts, got one without; magic(segments=4) keeps some")
+        scores = self.parts[list(which)].sum(axis=0)
+        return replace(self, scores=scores, parts=None, spread=None)
+
     def save(self, folder: str | Path) -> None:
-        """Write scores.npy, base.npy, anchor.npy, ids.npy, targets.npy and datamodel.json."""
+        """Write scores.npy, base.npy, anchor.npy, ids.npy, targets.npy (parts.npy, spread.npy) and
+        datamodel.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("scores", "base", "anchor", "ids", "targets"):
+        for name in ("scores", "base", "anchor", "ids", "targets", "parts", "spread"):
+            if getattr(self, name) is None:
+                (folder / f"{name}.npy").unlink(missing_ok=True)
+                continue
             array = np.asarray(getattr(self, name))
             part = (
                 folder / f"{name}.part.npy"
@@ -210,14 +257,18 @@ class LinearDatamodel:
                 name: np.load(folder / f"{name}.npy")
                 for name in ("base", "anchor", "ids", "targets")
             }
-            scores = np.load(folder / "scores.npy", mmap_mode="r" if mmap else None)
+            mode: Any = "r" if mmap else None
+            scores = np.load(folder / "scores.npy", mmap_mode=mode)
+            for name in ("parts", "spread"):
+                if (folder / f"{name}.npy").exists():
+                    arrays[name] = np.load(folder / f"{name}.npy", mmap_mode=mode)
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise ValueError(f"cannot read {folder} ({error}); save the datamodel again") from None
         return cls(scores=scores, meta=head["meta"], **arrays)
 
 
 def average(datamodels: Sequence[LinearDatamodel]) -> LinearDatamodel:
-    """The mean of datamodels of the same examples and targets, e.g. over training seeds.
+    """The mean of datamodels of the same examples and targets, e.g. over training seeds, with its spread.
 
     Raises:
         ValueError: none given, or they differ in examples, targets or anchor.
@@ -233,6 +284,14 @@ def average(datamodels: Sequence[LinearDatamodel]) -> LinearDatamodel:
                 )
     scores = np.mean([f.scores for f in datamodels], axis=0)
     base = np.mean([f.base for f in datamodels], axis=0)
+    split = [f.parts for f in datamodels if f.parts is not None]
     return replace(
-        first, scores=scores, base=base, meta={**first.meta, "averaged": len(datamodels)}
+        first,
+        scores=scores,
+        base=base,
+        meta={**first.meta, "averaged": len(datamodels)},
+        parts=np.mean(split, axis=0) if len(split) == len(datamodels) else None,
+        spread=np.std([f.scores for f in datamodels], axis=0, ddof=1)
+        if len(datamodels) > 1
+        else None,
     )

@@ -242,9 +242,12 @@ def mean_gradient(
     return total
 
 
-def output_gradients(model: nn.Module, outputs: Outputs, batch_size: int = 64) -> Params:
-    """Gradients of all t outputs with respect to the parameters, dict name -> [t, *shape]."""
-    params = trainable(model)
+def output_gradients(
+    model: nn.Module, outputs: Outputs, batch_size: int = 64, params: Params | None = None
+) -> Params:
+    """Gradients of all t outputs with respect to the parameters (or the tensors given, buffers of the
+    model among them), dict name -> [t, *shape]."""
+    params = trainable(model) if params is None else params
     device = next(iter(params.values())).device
     leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
     if outputs.matrix is None and len(outputs) <= SINGLY:  # torch's vmap takes a second to load

@@ -194,8 +194,11 @@ class Steps:
 
     def batch(self, step: int, rows: NDArray[np.intp]) -> Batch:
         """The rows as the model sees them at this step."""
-        found = take(self.problem.train, rows, self.problem.device)
-        return found if self.augment is None else self.augment(found, rows, step)
+        return self.seen(take(self.problem.train, rows, self.problem.device), step, rows)
+
+    def seen(self, batch: Batch, step: int, rows: NDArray[np.intp]) -> Batch:
+        """A batch after the augmentation of this step."""
+        return batch if self.augment is None else self.augment(batch, rows, step)
 
     def losses(
         self, params: Params, buffers: Params, batch: Batch, step: int, part: int = 0

@@ -158,6 +158,20 @@ class Run:
             self.problem, self.recipe, self.order, self.weights, self.since, self.shards
         )
 
+    def again(
+        self, weights: ArrayLike, *, since: int | None = None, progress: Progress = iter
+    ) -> Run:
+        """The same training at other weights: same start, same order, same steps; no states are kept.
+
+        Args:
+            weights: [n].
+            since: the step from which they act; by default this run's.
+        """
+        w = _checked_weights(weights, self.problem.n)
+        start = self.since if since is None else since
+        steps = steps_of(self.problem, self.recipe, self.order, w, start, self.shards)
+        return _descend(replace(self, weights=w, since=start), steps, 0, 0, progress)
+
     @property
     def last(self) -> TrainingState:
         """The state after the last step."""

@@ -1,0 +1,596 @@
+"""Exact metagradients: how a trained model's outputs move with anything that its training was made of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from attribution_core.adjoint import Adjoint, Column, Form, Owed, Wanted, pull
+from attribution_core.datamodel import LinearDatamodel, average
+from attribution_core.gradients import Progress, output_gradients
+from attribution_core.groups import named
+from attribution_core.optimizers import stretches
+from attribution_core.problem import Outputs, Rows, take
+from attribution_core.processes import from_first, sum_over_processes, wait, world
+from attribution_core.replay import States, backwards, check, states_held
+from attribution_core.smoothness import MetagradientWarning, finite_difference, look, refuse_low_precision
+from attribution_core.steps import Steps, TrainingState
+from attribution_core.store import fingerprint
+from attribution_core.tangent import Tangents, output_tangents, push
+from attribution_core.training import Run
+
+Wrt = Literal["weights", "domains", "inputs", "lr", "weight_decay"]
+CHUNK = 32  # targets that share a walk back, unless their adjoints take more than WIDE numbers
+WIDE = 2**27
+VMAP = 16  # targets from which vmap is quicker, in models of up to ...
+TINY = 2**16  # ... so many parameters; beyond, one backward pass a target (benchmarks/magic.py)
+GROWN = 5.0  # adjoint growth beyond which first order was worthless in every run that was looked at
+KINKED = 0.01  # share of activations with a kink from which the user is told
+
+
+def magic(
+    source: Run | Sequence[Run],
+    outputs: Outputs,
+    *,
+    wrt: Wrt = "weights",
+    groups: ArrayLike | None = None,
+    rows: ArrayLike | None = None,
+    column: Column | None = None,
+    since: int | None = None,
+    segments: int = 1,
+    mode: Literal["auto", "reverse", "forward"] = "auto",
+    form: Form = "auto",
+    batch_targets: int | None = None,
+    states: States = "auto",
+    memory: int = 2**30,
+    check: bool | Literal["auto"] = "auto",
+    folder: str | Path | None = None,
+    progress: Progress = iter,
+) -> LinearDatamodel:
+    """The datamodel of exact derivatives through training: scores[i, j] = ∂ output_j(θ_T(w)) / ∂ weight_i.
+
+    The run's steps are differentiated one after the other, last to first, all outputs together:
+
+        scores_i = (1/α) Σ_{steps k with i in batch} ⟨∇ℓ_i(θ_k), ḡ_k⟩ / B,     ḡ_k = ∂ output / ∂ g_k
+
+    with every term of the optimizer, the clipping, the schedule and batch norm's running statistics. So the
+    prediction is exact to first order for the same initial weights and the same order of the data; for
+    fresh seeds, train at the exposure that will be judged (`train(..., exposure=keep)`) and pass several
+    runs. Rows that a run was trained without (`drop="row"`) ride along at weight 0 ("shadows") in random
+    batches, as often as the others were drawn, and get scores too.
+
+    Args:
+        source: a run of `train`; or several, whose datamodels are averaged (around their mean anchor),
+            with the standard deviation over runs in `.spread`.
+        outputs: what to differentiate; taken in eval mode.
+        wrt: by what.
+            "weights": [n, t], per unit of training weight, anchor α · weights.
+            "domains": [g, t], per unit of a weight that all rows of a domain share; needs `groups`.
+            "inputs": [rows · numbers, t], by every number in a float column of chosen rows: pixels; a
+                column of zeros that the loss adds to embeddings ("embedding_shift" of `causal_lm_loss`); the
+                weight of every token ("token_weights"). Anchor: the values; ids: row · numbers + place.
+            "lr", "weight_decay": [1, t] (one row for each name of a decay by name).
+        groups: [n] labels of domains; with "weights" it means "domains".
+        rows: of "inputs": which training rows.
+        column: of "inputs": the data's column, by default its first floating one.
+        since: differentiate by what acts from this step on; by default the step from which the run's
+            weights acted. A window is the cure for long trainings from scratch.
+        segments: keep the contributions of so many equal segments of the training in `.parts`.
+        mode: "reverse" walks back once for all outputs; "forward" pushes one tangent for each domain or
+            hyperparameter, and costs the same for any number of outputs; "auto" takes the fewer.
+        form: of the second-order pass in reverse: "double", one backward pass per output through one
+            trace; "vmap", forward derivatives of the gradient along all outputs at once; "auto" by
+            their number and the layers. They agree to rounding.
+        batch_targets: outputs that share a walk back; 32, fewer for large models.
+        states: how many states of the training are held at a time, see `train`; those that the run
+            kept are used, the others computed again and compared bit by bit with the run's own.
+        memory: bytes for them with states="auto".
+        check: one more training, at weights moved by .1 in a random direction, beside its prediction;
+            "auto": where something looks amiss (growth, kinks, Adam without eps_root).
+        folder: keep finished chunks of outputs there; the same call resumes.
+        progress: wraps the loops over steps (tqdm).
+
+    Returns:
+        A datamodel with `.meta`: growth of the adjoint (‖∂ output/∂θ_first‖ / ‖∂ output/∂θ_last‖, the
+        largest over outputs), the share of activations with kinks, states held, and what the check found.
+        `smoothness.describe(datamodel)` says it in a paragraph.
+
+    Raises:
+        ValueError: a model in half precision or under autocast; a run that cannot be repeated bit by bit;
+            arguments that do not fit each other.
+
+    Warns:
+        MetagradientWarning: kinked activations; an adjoint that grew; a check that failed.
+
+    Source: Ilyas & Engstrom 2025 (MAGIC, arXiv 2504.16430); Engstrom et al. 2025 (arXiv 2503.13751); the
+    exposure anchor and shadow rows are this project's, measured in benchmarks/RESULTS.md.
+    """
+    settings: dict[str, Any] = {
+        "wrt": wrt, "groups": groups, "rows": rows, "column": column, "since": since,
+        "segments": segments, "mode": mode, "form": form, "batch_targets": batch_targets,
+        "states": states, "memory": memory, "check": check, "progress": progress,
+    }  # fmt: skip
+    if not isinstance(source, Run):
+        return _mean(source, partial(magic, outputs=outputs, **settings), folder)
+    asked = _asked(source, outputs, wrt, groups, rows, column, since, segments, mode)
+    refuse_low_precision(source.problem)
+    seen = look(source.steps)
+    seen.refuse()
+    if source.shards not in (1, world()[1]):
+        raise ValueError(
+            f"expected {source.shards} processes, as the run was trained with, got {world()[1]}; its sums "
+            "round otherwise in another number"
+        )
+    if asked.forward:
+        scores, meta = _forward(source, outputs, asked, progress)
+    else:
+        held = states_held(states, len(source.order), source.last.bytes, memory)
+        held = max(held, len(source.states))
+        how = _How(form, batch_targets, held, folder, progress)
+        scores, meta = _reverse(source, outputs, asked, how)
+    found = _datamodel(source, outputs, asked, scores, {**meta, **asdict(seen)})
+    return _judged(found, source, outputs, asked, check)
+
+
+# --- what is asked for -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What the outputs are differentiated by, checked."""
+
+    wrt: Wrt
+    labels: NDArray[Any] | None  # of domains
+    rows: NDArray[np.intp] | None
+    column: Column | None
+    hyper: dict[str, float]
+    since: int
+    segments: int
+    forward: bool
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(
+            self.wrt in ("weights", "domains"), self.column, self.rows, self.hyper or None
+        )
+
+
+def _asked(
+    run: Run,
+    outputs: Outputs,
+    wrt: Wrt,
+    groups: ArrayLike | None,
+    rows: ArrayLike | None,
+    column: Column | None,
+    since: int | None,
+    segments: int,
+    mode: str,
+) -> _Asked:
+    """The arguments, or an error that says which do not fit."""
+    if wrt not in ("weights", "domains", "inputs", "lr", "weight_decay"):
+        raise ValueError(
+            f"unknown wrt {wrt!r}; one of weights, domains, inputs, lr, weight_decay"
+        )
+    wrt = "domains" if groups is not None and wrt == "weights" else wrt
+    if (groups is not None) != (wrt == "domains"):
+        raise ValueError(f"groups=labels belong to wrt='domains', got wrt={wrt!r} {'with' if groups is not None else 'without'} groups")
+    if (rows is not None) != (wrt == "inputs") or (column is not None and wrt != "inputs"):
+        raise ValueError(
+            f"rows (and a column) belong to wrt='inputs', which needs them; got wrt={wrt!r} and rows={rows}"
+        )
+    start = run.since if since is None else since
+    total = len(run.order)
+    if not 0 <= start < total:
+        raise ValueError(f"expected a step of 0 to {total - 1} to start from, got since={since}")
+    if not 1 <= segments <= total - start:
+        raise ValueError(f"expected 1 to {total - start} segments, got {segments}")
+    labels = None if groups is None else np.asarray(groups)
+    if labels is not None:
+        named(labels, run.problem.n)
+    chosen = None
+    if rows is not None:
+        chosen = np.atleast_1d(np.asarray(rows, dtype=int))
+        column = _float_column(run, column)
+        if len(np.unique(chosen)) != len(chosen) or not ((chosen >= 0) & (chosen < run.problem.n)).all():
+            raise ValueError(f"expected different rows of 0 to {run.problem.n - 1}, got {rows}")
+    hyper = _hyper(run, wrt)
+    if mode not in ("auto", "reverse", "forward"):
+        raise ValueError(f"unknown mode {mode!r}; auto, reverse or forward")
+    can = wrt in ("domains", "lr", "weight_decay")
+    if mode == "forward" and not can:
+        raise ValueError(f"forward mode takes few directions: domains, lr, weight_decay, not {wrt}")
+    count = len(np.unique(labels)) if labels is not None else len(hyper)
+    forward = can and (mode == "forward" or (mode == "auto" and count <= len(outputs)))
+    return _Asked(wrt, labels, chosen, column, hyper, start, segments, forward)
+
+
+def _float_column(run: Run, column: Column | None) -> Column:
+    """The column of the data that is differentiated by."""
+    batch: Any = take(run.problem.train, [0])
+    columns = dict(batch) if isinstance(batch, dict) else dict(enumerate(batch))
+    floating = [name for name, value in columns.items() if value.is_floating_point()]
+    if column is None and floating:
+        return floating[0]
+    if column not in floating:
+        raise ValueError(
+            f"expected a column of floating numbers to differentiate by, one of {floating}, got {column!r}; "
+            "token ids have no derivative: add a column of zeros that the loss adds to the embeddings "
+            "(causal_lm_loss reads 'embedding_shift')"
+        )
+    return column
+
+
+def _hyper(run: Run, wrt: Wrt) -> dict[str, float]:
+    """The hyperparameters asked for, with their values."""
+    optimizer = run.steps.optimizer
+    if wrt == "lr":
+        return {"lr": float(optimizer.lr)}
+    if wrt == "weight_decay":
+        decay = optimizer.weight_decay or 0.0
+        if isinstance(decay, Mapping):
+            return {f"weight_decay of {name}": float(value) for name, value in decay.items()}
+        return {"weight_decay": float(decay)}
+    return {}
+
+
+# --- reverse -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _How:
+    form: Form
+    batch_targets: int | None
+    held: int
+    folder: str | Path | None
+    progress: Progress
+
+
+def _reverse(
+    run: Run, outputs: Outputs, asked: _Asked, how: _How
+) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """(scores [segments, rows, t], meta): walks back, a chunk of outputs at a time."""
+    steps = run.steps
+    p = sum(value.numel() for value in run.params.values())
+    size = how.batch_targets or max(1, min(CHUNK, WIDE // max(1, p)))
+    if size < 1:
+        raise ValueError(f"expected at least one target a chunk, got {size}")
+    chunks = [np.arange(k, min(k + size, len(outputs))) for k in range(0, len(outputs), size)]
+    made_of = fingerprint(run.problem, run.recipe, run.anchor, run.digests, outputs, asked, how.form)
+    found, growth, most = [], [], 0
+    for number, chunk in enumerate(chunks):
+        kept = None if how.folder is None else Path(how.folder) / f"chunk{number:05d}.npz"
+        part = None if kept is None else _read_chunk(kept, made_of, chunk)
+        if part is None:
+            part = _walk(run, steps, _columns(outputs, chunk), asked, how)
+            if kept is not None and world()[0] == 0:
+                _write_chunk(kept, made_of, chunk, part)
+            wait()
+        found.append(part[0])
+        growth.append(part[1])
+        most = max(most, part[2])
+    grown = np.concatenate(growth)
+    meta = {"mode": "reverse", "growth": float(grown.max()), "states_held": most}
+    return np.concatenate(found, axis=2), meta
+
+
+Chunk = tuple[NDArray[np.float64], NDArray[np.float64], int]  # scores, growth, states held
+
+
+def _walk(run: Run, steps: Steps, outputs: Outputs, asked: _Asked, how: _How) -> Chunk:
+    """One walk from the last step to the first, for all of these outputs."""
+    count = len(outputs)
+    at = _last_adjoint(run, steps, outputs)
+    last = at.norms
+    shared = _sharing(steps)
+    form = _form(how.form, count, steps)
+    shadows = _shadows(run)
+    total = _Total.of(run, asked, count)
+    held = [max(1, len(run.states))]
+    walk = backwards(
+        steps, how.held, run.states, run.digests, asked.since, noted=lambda k: held.append(k)
+    )
+    for k, state in how.progress(_Counted(walk, len(steps) - asked.since)):
+        at, owed = pull(shared, state, k, at, asked.wanted, form, None if shadows is None else shadows[k])
+        total.add(k, owed)
+        if not torch.isfinite(at.norms).all():
+            raise ValueError(
+                f"expected finite derivatives, got NaN or infinity at step {k} of {len(steps)}: the training is "
+                "not differentiable there, or too unstable; lower the learning rate, or give Adam an "
+                "eps_root (1e-8)"
+            )
+    growth = (at.norms / last.clamp(min=torch.finfo(torch.float64).tiny)).numpy()
+    return total.scores(shared.shards > 1), growth, max(held)
+
+
+def _last_adjoint(run: Run, steps: Steps, outputs: Outputs) -> Adjoint:
+    """∂ outputs / ∂ (parameters, moments, running statistics) after the last step."""
+    floating = {k: v for k, v in run.buffers.items() if v.is_floating_point()}
+    found = output_gradients(run.model, outputs, params={**run.params, **floating})
+    found = {name: value.detach() for name, value in found.items()}
+    params = steps.packing.pack({name: found[name] for name in run.params})
+    moments = {
+        name: {k: torch.zeros_like(params[k]) for k in of} for name, of in run.last.moments.items()
+    }
+    return Adjoint(params, moments, {name: found[name] for name in floating})
+
+
+def _sharing(steps: Steps) -> Steps:
+    """The steps with the rows of a batch shared by all processes, where they can be."""
+    mixed = steps.tracking or steps.masks is not None
+    return steps if mixed else replace(steps, shards=world()[1])
+
+
+def _form(form: Form, count: int, steps: Steps) -> Form:
+    """The form of the second-order pass, by what was measured (benchmarks/magic.py)."""
+    if form not in ("auto", "double", "vmap"):
+        raise ValueError(f"unknown form {form!r}; auto, double or vmap")
+    fixed = steps.tracking or steps.masks is not None  # batch norm and masks have no vmapped form
+    if form == "vmap" and fixed:
+        raise ValueError("batch norm in training mode and dropout masks need form='double'")
+    convolves = any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in steps.problem.model.modules())
+    if form == "auto":
+        tiny = sum(value.numel() for value in steps.problem.params.values()) <= TINY
+        return "vmap" if tiny and count >= VMAP and not (fixed or convolves) else "double"
+    return form
+
+
+def _shadows(run: Run) -> list[NDArray[np.intp]] | None:
+    """For each step the rows that ride along at weight 0: those that no batch of the run holds."""
+    absent = np.flatnonzero(np.bincount(np.concatenate(run.order), minlength=run.problem.n) == 0)
+    if not len(absent) or not (run.weights[absent] == 0).all():
+        return None
+    if run.steps.tracking:
+        raise ValueError(
+            "expected a run that saw every row, got rows that are in no batch, and batch norm, whose "
+            "statistics they would change; train with drop='weight'"
+        )
+    sizes = np.array([len(batch) for batch in run.order])
+    present = run.problem.n - len(absent)
+    ends = np.round(np.cumsum(sizes) * len(absent) / present).astype(int)
+    rng = np.random.default_rng(run.recipe.seed)
+    passes = -(-int(ends[-1]) // len(absent)) if ends[-1] else 0
+    stream = np.concatenate([rng.permutation(absent) for _ in range(max(passes, 1))])[: ends[-1]]
+    return np.split(stream, ends[:-1])
+
+
+def _columns(outputs: Outputs, chunk: NDArray[np.intp]) -> Outputs:
+    """Some of the targets."""
+    if len(chunk) == len(outputs):
+        return outputs
+    if outputs.matrix is None:
+        return replace(outputs, data=Rows(outputs.data, chunk))
+    names = tuple(outputs.names[j] for j in chunk) if outputs.names else ()
+    return replace(outputs, matrix=outputs.matrix[:, torch.from_numpy(chunk)], names=names)
+
+
+@dataclass(frozen=True, eq=False)
+class _Total:
+    """What the outputs owe, summed over steps, segment by segment: [segments, rows, K]."""
+
+    sums: Tensor
+    segment: NDArray[np.intp]  # of each step
+    asked: _Asked
+    place: NDArray[np.intp]  # of each training row among the rows asked for
+    numbers: int  # of one row's input
+
+    @classmethod
+    def of(cls, run: Run, asked: _Asked, count: int) -> _Total:
+        numbers, place = 1, np.arange(run.problem.n)
+        if asked.rows is not None:
+            batch: Any = take(run.problem.train, asked.rows[:1])
+            numbers = batch[asked.column].numel()
+            place = np.zeros(run.problem.n, np.intp)
+            place[asked.rows] = np.arange(len(asked.rows))
+            size = len(asked.rows)
+        else:
+            size = len(asked.hyper) or run.problem.n
+        total = len(run.order)
+        segment = np.zeros(total, np.intp)
+        for number, (a, b) in enumerate(stretches(total - asked.since, asked.segments)):
+            segment[asked.since + a : asked.since + b] = number
+        sums = torch.zeros(asked.segments, size, numbers, count, dtype=torch.float64)
+        return cls(sums, segment, asked, place, numbers)
+
+    def add(self, step: int, owed: Owed) -> None:
+        into = self.sums[self.segment[step]]
+        if owed.hyper is not None:
+            into[:, 0] += owed.hyper
+        if owed.weights is not None and len(owed.rows):
+            into[:, 0].index_add_(0, torch.from_numpy(owed.rows), owed.weights.double().cpu())
+        if owed.inputs is not None and owed.inputs_rows is not None:
+            at = torch.from_numpy(self.place[owed.inputs_rows])
+            into.index_add_(0, at, owed.inputs.double().cpu())
+
+    def scores(self, shared: bool) -> NDArray[np.float64]:
+        """[segments, rows · numbers, K]; hyperparameters are not shared by rows."""
+        by_rows = shared and not self.asked.hyper
+        sums = sum_over_processes(self.sums) if by_rows else self.sums
+        return sums.reshape(sums.shape[0], -1, sums.shape[3]).numpy()
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """An iterator whose length is known, for progress bars."""
+
+    items: Any
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Any:
+        return iter(self.items)
+
+
+def _write_chunk(path: Path, made_of: str, chunk: NDArray[np.intp], found: Chunk) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part.npz")
+    np.savez(part, made_of=made_of, chunk=chunk, scores=found[0], growth=found[1], held=found[2])
+    part.replace(path)
+
+
+def _read_chunk(path: Path, made_of: str, chunk: NDArray[np.intp]) -> Chunk | None:
+    if not from_first(path.exists()):
+        return None
+    with np.load(path) as held:
+        if str(held["made_of"]) != made_of or not np.array_equal(held["chunk"], chunk):
+            raise ValueError(
+                f"{path.parent} holds scores of another run; the run, the outputs or what they are "
+                "differentiated by have changed: choose another folder or delete this one"
+            )
+        return held["scores"], held["growth"], int(held["held"])
+
+
+# --- forward -----------------------------------------------------------------------------------------
+
+
+def _forward(
+    run: Run, outputs: Outputs, asked: _Asked, progress: Progress
+) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """(scores [segments, rows, t], meta): one tangent for each domain or hyperparameter, and segment."""
+    steps = run.steps
+    if asked.segments > 1:
+        raise ValueError("segments are kept in reverse; use mode='reverse'")
+    weights = None
+    if asked.labels is not None:
+        names, index = named(asked.labels, run.problem.n)
+        weights = (index == np.arange(len(names))[:, None]).astype(float)
+    names = list(asked.hyper)
+    along = Tangents(
+        weights,
+        {name: np.array([float(name == other) for other in names]) for name in names},
+        asked.hyper,
+    )
+    state, tangents = push(steps, along, run.digests, asked.since, progress)
+    check(state, len(steps), run.digests)
+    floating = {k: v for k, v in run.buffers.items() if v.is_floating_point()}
+    found = output_tangents(
+        run.model,
+        {**run.params, **floating},
+        {**steps.packing.unpack(tangents.params), **tangents.buffers},
+        outputs,
+    )
+    return found.numpy()[None], {"mode": "forward", "states_held": 1}
+
+
+# --- the datamodel -----------------------------------------------------------------------------------
+
+
+def _datamodel(
+    run: Run, outputs: Outputs, asked: _Asked, scores: NDArray[np.float64], meta: dict[str, Any]
+) -> LinearDatamodel:
+    """Scores in their units, around their anchor."""
+    ids: NDArray[Any] | None = None
+    anchor = run.anchor
+    if asked.wrt in ("weights", "domains"):
+        scores = scores / run.exposure
+    if asked.labels is not None:
+        ids, index = named(asked.labels, run.problem.n)
+        anchor = np.array([anchor[index == g].mean() for g in range(len(ids))])
+        if scores.shape[1] == run.problem.n and not asked.forward:
+            folded = np.zeros((len(scores), len(ids), scores.shape[2]))
+            for one, part in zip(folded, scores, strict=True):
+                np.add.at(one, index, part)
+            scores = folded
+    elif asked.rows is not None:
+        batch: Any = take(run.problem.train, asked.rows)
+        anchor = batch[asked.column].flatten(1).double().numpy()
+        numbers = anchor.shape[1]
+        ids = (asked.rows[:, None] * numbers + np.arange(numbers)).ravel()
+        anchor = anchor.ravel()
+        meta["shape"] = list(batch[asked.column].shape)
+    elif asked.hyper:
+        ids, anchor = np.array(list(asked.hyper)), np.array(list(asked.hyper.values()))
+    steps = run.steps
+    meta = {
+        "method": "magic", "wrt": asked.wrt, "exposure": run.exposure, "seed": run.recipe.seed,
+        "steps": len(run.order), "since": asked.since, "covered": run.problem.covered,
+        "masks": steps.masks, **meta,
+    }  # fmt: skip
+    targets = np.asarray(outputs.names) if outputs.names else None
+    return LinearDatamodel(
+        scores.sum(0), run.outputs(outputs).numpy(), anchor, ids=ids, targets=targets, meta=meta,
+        parts=scores if asked.segments > 1 else None,
+    )  # fmt: skip
+
+
+def _judged(
+    found: LinearDatamodel,
+    run: Run,
+    outputs: Outputs,
+    asked: _Asked,
+    check: bool | Literal["auto"],
+) -> LinearDatamodel:
+    """The datamodel with what the check found, and warnings where it should not be believed."""
+    meta = dict(found.meta)
+    grown, kinked = meta.get("growth", 0.0), meta["kinked"]
+    rootless = getattr(run.recipe.optimizer, "eps_root", 1.0) == 0
+    amiss = grown > GROWN / 2 or kinked > KINKED or rootless
+    if asked.wrt == "weights" and (check is True or (check == "auto" and amiss)):
+        verdict = finite_difference(run, found, outputs, since=asked.since)
+        meta["check"] = asdict(verdict)
+        if not verdict.holds:
+            _warn(f"{verdict}; do not believe these scores beyond their sign, if that")
+    if grown > GROWN:
+        _warn(
+            f"the adjoint grew {grown:.3g}-fold from the last step to the first; the training amplifies small "
+            "changes, so first-order predictions fail: try a smaller learning rate, a larger eps_root or "
+            "batch, or a window (since=...)"
+        )
+    if kinked > KINKED:
+        _warn(
+            f"{kinked:.0%} of the activations come from functions with kinks (ReLU, max pooling, ...): the "
+            "derivatives are exact, but hold only until the first unit switches; GELU or average pooling "
+            "predict further"
+        )
+    if run.steps.masks is not None:
+        _warn(
+            f"dropout masks are held fixed (seed {run.steps.masks}): scores are those of a training with exactly "
+            "these masks, and predict others badly"
+        )
+    return replace(found, meta=meta)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, MetagradientWarning, stacklevel=4)
+
+
+def _mean(runs: Sequence[Run], one: Any, folder: str | Path | None) -> LinearDatamodel:
+    """The mean over runs, around their mean anchor, with the spread and how far segments reproduce."""
+    if not runs:
+        raise ValueError("expected at least one run, got none")
+    folders = [None if folder is None else Path(folder) / f"run{k}" for k in range(len(runs))]
+    found = [one(run, folder=f) for run, f in zip(runs, folders, strict=True)]
+    anchor = np.mean([f.anchor for f in found], axis=0)
+    if not all(np.array_equal(f.anchor, anchor) for f in found):
+        found = [f.at(anchor) for f in found]
+    mean = average(found)
+    meta = dict(mean.meta)
+    for name in ("growth", "kinked", "states_held"):
+        if name in meta:
+            meta[name] = max(f.meta[name] for f in found)
+    meta["seeds"] = [run.recipe.seed for run in runs]
+    meta["checks"] = [f.meta["check"] for f in found if "check" in f.meta]
+    if mean.parts is not None and len(found) > 1:
+        meta["reproduces"] = [
+            _correlation([f.parts[k] for f in found]) for k in range(len(mean.parts))
+        ]
+    return replace(mean, meta=meta)
+
+
+def _correlation(arrays: list[NDArray[Any]]) -> float:
+    """Mean correlation between runs of the scores of one target, over pairs and targets."""
+    found = []
+    for j in range(arrays[0].shape[1]):
+        matrix = np.corrcoef([a[:, j] for a in arrays])
+        found.append(matrix[np.triu_indices(len(arrays), 1)].mean())
+    return float(np.mean(found))

@@ -13,12 +13,14 @@ from attribution_core.evaluation import LDS, lds
 from attribution_core.groups import group_subsets, group_table, kmeans_groups, random_groups
 from attribution_core.influence import influence
 from attribution_core.leave_out import leave_one_out
+from attribution_core.magic import magic
 from attribution_core.neighbors import bm25, knn, representation_similarity
 from attribution_core.newton import NewtonDatamodel, newton
 from attribution_core.outputs import causal_lm_loss, cross_entropy, margin, squared_error
 from attribution_core.problem import Outputs, Problem
 from attribution_core.projection import project
 from attribution_core.retraining import RetrainingTable, random_subsets, retrain
+from attribution_core.smoothness import MetagradientWarning, preflight
 from attribution_core.training import SGD, Adam, AdamW, Recipe, Run, train
 from attribution_core.trak import trak
 from attribution_core.unrolling import source, tracin
@@ -30,6 +32,7 @@ __all__ = [
     "AdamW",
     "Comparison",
     "LinearDatamodel",
+    "MetagradientWarning",
     "NewtonDatamodel",
     "Outputs",
     "Problem",
@@ -49,8 +52,10 @@ __all__ = [
     "knn",
     "lds",
     "leave_one_out",
+    "magic",
     "margin",
     "newton",
+    "preflight",
     "project",
     "random_groups",
     "random_subsets",

@@ -303,7 +303,10 @@ class _Part:
             )
             for k in range(count)
         ] if pairs else [[torch.zeros_like(v) for v in inputs.values()]] * count  # fmt: skip
-        stacked = {name: torch.stack(column) for name, column in zip(inputs, zip(*rows, strict=True), strict=True)}
+        stacked = {
+            name: torch.stack(column)
+            for name, column in zip(inputs, zip(*rows, strict=True), strict=True)
+        }
         held.clear()
         return _Second(
             {name: stacked[name] for name in pulled},

@@ -76,14 +76,12 @@ class LinearDatamodel:
                 raise ValueError(
                     f"expected {name} of shape ({want},) beside scores [n={n}, t={t}], got {array.shape}"
                 )
-        for name, array, shape in (
-            ("parts", self.parts, (None, n, t)),
-            ("spread", self.spread, (n, t)),
-        ):
-            if array is not None and np.shape(array)[-2:] + (np.ndim(array),) != (n, t, len(shape)):
+        for name, extra, dims in (("parts", self.parts, 3), ("spread", self.spread, 2)):
+            shape = np.shape(extra) if extra is not None else ()
+            if extra is not None and (shape[-2:] != (n, t) or len(shape) != dims):
                 raise ValueError(
-                    f"expected {name} {'[k, n, t]' if len(shape) == 3 else '[n, t]'} beside scores "
-                    f"[n={n}, t={t}], got {np.shape(array)}"
+                    f"expected {name} {'[k, n, t]' if dims == 3 else '[n, t]'} beside scores "
+                    f"[n={n}, t={t}], got {shape}"
                 )
         for name, array in (("base", base), ("anchor", anchor)):
             if not np.isfinite(array).all():
@@ -212,7 +210,9 @@ class LinearDatamodel:
             ValueError: it has no parts.
         """
         if self.parts is None:
-            raise ValueError("expected a datamodel with parts, got one without; magic(segments=4) keeps some")
+            raise ValueError(
+                "expected a datamodel with parts, got one without; magic(segments=4) keeps some"
+            )
         scores = self.parts[list(which)].sum(axis=0)
         return replace(self, scores=scores, parts=None, spread=None)
 

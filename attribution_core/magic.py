@@ -10,29 +10,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
-from attribution_core.adjoint import Adjoint, Column, Form, Owed, Wanted, pull
+from attribution_core.adjoint import Column, Form, Wanted
 from attribution_core.datamodel import LinearDatamodel, average
-from attribution_core.gradients import Progress, output_gradients
+from attribution_core.gradients import Progress
 from attribution_core.groups import named
-from attribution_core.optimizers import stretches
-from attribution_core.problem import Outputs, Rows, take
-from attribution_core.processes import from_first, sum_over_processes, wait, world
-from attribution_core.replay import States, backwards, check, states_held
-from attribution_core.smoothness import MetagradientWarning, finite_difference, look, refuse_low_precision
-from attribution_core.steps import Steps, TrainingState
-from attribution_core.store import fingerprint
+from attribution_core.problem import Outputs, take
+from attribution_core.processes import world
+from attribution_core.replay import States, states_held
+from attribution_core.smoothness import (
+    MetagradientWarning,
+    finite_difference,
+    look,
+    refuse_low_precision,
+)
 from attribution_core.tangent import Tangents, output_tangents, push
 from attribution_core.training import Run
+from attribution_core.walk import Walk, walk_back
 
 Wrt = Literal["weights", "domains", "inputs", "lr", "weight_decay"]
-CHUNK = 32  # targets that share a walk back, unless their adjoints take more than WIDE numbers
-WIDE = 2**27
-VMAP = 16  # targets from which vmap is quicker, in models of up to ...
-TINY = 2**16  # ... so many parameters; beyond, one backward pass a target (benchmarks/magic.py)
 GROWN = 5.0  # adjoint growth beyond which first order was worthless in every run that was looked at
 KINKED = 0.01  # share of activations with a kink from which the user is told
 
@@ -135,8 +132,10 @@ def magic(
     else:
         held = states_held(states, len(source.order), source.last.bytes, memory)
         held = max(held, len(source.states))
-        how = _How(form, batch_targets, held, folder, progress)
-        scores, meta = _reverse(source, outputs, asked, how)
+        how = Walk(asked.since, segments, form, batch_targets, held, folder, progress)
+        walked = walk_back(source, outputs, asked.wanted, how)
+        scores, grown = walked.owed, float(walked.growth.max())
+        meta = {"mode": "reverse", "growth": grown, "states_held": walked.held}
     found = _datamodel(source, outputs, asked, scores, {**meta, **asdict(seen)})
     return _judged(found, source, outputs, asked, check)
 
@@ -177,15 +176,16 @@ def _asked(
 ) -> _Asked:
     """The arguments, or an error that says which do not fit."""
     if wrt not in ("weights", "domains", "inputs", "lr", "weight_decay"):
-        raise ValueError(
-            f"unknown wrt {wrt!r}; one of weights, domains, inputs, lr, weight_decay"
-        )
+        raise ValueError(f"unknown wrt {wrt!r}; one of weights, domains, inputs, lr, weight_decay")
     wrt = "domains" if groups is not None and wrt == "weights" else wrt
     if (groups is not None) != (wrt == "domains"):
-        raise ValueError(f"groups=labels belong to wrt='domains', got wrt={wrt!r} {'with' if groups is not None else 'without'} groups")
+        raise ValueError(
+            f"groups=labels [n] belong to wrt='domains', which needs them; got wrt={wrt!r} and "
+            f"{'no groups' if groups is None else 'groups'}"
+        )
     if (rows is not None) != (wrt == "inputs") or (column is not None and wrt != "inputs"):
         raise ValueError(
-            f"rows (and a column) belong to wrt='inputs', which needs them; got wrt={wrt!r} and rows={rows}"
+            f"rows (and a column) belong to wrt='inputs', which needs them; got wrt={wrt!r} and rows={rows!r}"
         )
     start = run.since if since is None else since
     total = len(run.order)
@@ -194,13 +194,15 @@ def _asked(
     if not 1 <= segments <= total - start:
         raise ValueError(f"expected 1 to {total - start} segments, got {segments}")
     labels = None if groups is None else np.asarray(groups)
-    if labels is not None:
-        named(labels, run.problem.n)
+    count = 0 if labels is None else len(named(labels, run.problem.n)[0])
     chosen = None
     if rows is not None:
         chosen = np.atleast_1d(np.asarray(rows, dtype=int))
         column = _float_column(run, column)
-        if len(np.unique(chosen)) != len(chosen) or not ((chosen >= 0) & (chosen < run.problem.n)).all():
+        if (
+            len(np.unique(chosen)) != len(chosen)
+            or not ((chosen >= 0) & (chosen < run.problem.n)).all()
+        ):
             raise ValueError(f"expected different rows of 0 to {run.problem.n - 1}, got {rows}")
     hyper = _hyper(run, wrt)
     if mode not in ("auto", "reverse", "forward"):
@@ -208,8 +210,8 @@ def _asked(
     can = wrt in ("domains", "lr", "weight_decay")
     if mode == "forward" and not can:
         raise ValueError(f"forward mode takes few directions: domains, lr, weight_decay, not {wrt}")
-    count = len(np.unique(labels)) if labels is not None else len(hyper)
-    forward = can and (mode == "forward" or (mode == "auto" and count <= len(outputs)))
+    few = count + len(hyper) <= len(outputs) and segments == 1
+    forward = can and (mode == "forward" or (mode == "auto" and few))
     return _Asked(wrt, labels, chosen, column, hyper, start, segments, forward)
 
 
@@ -220,7 +222,7 @@ def _float_column(run: Run, column: Column | None) -> Column:
     floating = [name for name, value in columns.items() if value.is_floating_point()]
     if column is None and floating:
         return floating[0]
-    if column not in floating:
+    if column is None or column not in floating:
         raise ValueError(
             f"expected a column of floating numbers to differentiate by, one of {floating}, got {column!r}; "
             "token ids have no derivative: add a column of zeros that the loss adds to the embeddings "
@@ -242,214 +244,6 @@ def _hyper(run: Run, wrt: Wrt) -> dict[str, float]:
     return {}
 
 
-# --- reverse -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _How:
-    form: Form
-    batch_targets: int | None
-    held: int
-    folder: str | Path | None
-    progress: Progress
-
-
-def _reverse(
-    run: Run, outputs: Outputs, asked: _Asked, how: _How
-) -> tuple[NDArray[np.float64], dict[str, Any]]:
-    """(scores [segments, rows, t], meta): walks back, a chunk of outputs at a time."""
-    steps = run.steps
-    p = sum(value.numel() for value in run.params.values())
-    size = how.batch_targets or max(1, min(CHUNK, WIDE // max(1, p)))
-    if size < 1:
-        raise ValueError(f"expected at least one target a chunk, got {size}")
-    chunks = [np.arange(k, min(k + size, len(outputs))) for k in range(0, len(outputs), size)]
-    made_of = fingerprint(run.problem, run.recipe, run.anchor, run.digests, outputs, asked, how.form)
-    found, growth, most = [], [], 0
-    for number, chunk in enumerate(chunks):
-        kept = None if how.folder is None else Path(how.folder) / f"chunk{number:05d}.npz"
-        part = None if kept is None else _read_chunk(kept, made_of, chunk)
-        if part is None:
-            part = _walk(run, steps, _columns(outputs, chunk), asked, how)
-            if kept is not None and world()[0] == 0:
-                _write_chunk(kept, made_of, chunk, part)
-            wait()
-        found.append(part[0])
-        growth.append(part[1])
-        most = max(most, part[2])
-    grown = np.concatenate(growth)
-    meta = {"mode": "reverse", "growth": float(grown.max()), "states_held": most}
-    return np.concatenate(found, axis=2), meta
-
-
-Chunk = tuple[NDArray[np.float64], NDArray[np.float64], int]  # scores, growth, states held
-
-
-def _walk(run: Run, steps: Steps, outputs: Outputs, asked: _Asked, how: _How) -> Chunk:
-    """One walk from the last step to the first, for all of these outputs."""
-    count = len(outputs)
-    at = _last_adjoint(run, steps, outputs)
-    last = at.norms
-    shared = _sharing(steps)
-    form = _form(how.form, count, steps)
-    shadows = _shadows(run)
-    total = _Total.of(run, asked, count)
-    held = [max(1, len(run.states))]
-    walk = backwards(
-        steps, how.held, run.states, run.digests, asked.since, noted=lambda k: held.append(k)
-    )
-    for k, state in how.progress(_Counted(walk, len(steps) - asked.since)):
-        at, owed = pull(shared, state, k, at, asked.wanted, form, None if shadows is None else shadows[k])
-        total.add(k, owed)
-        if not torch.isfinite(at.norms).all():
-            raise ValueError(
-                f"expected finite derivatives, got NaN or infinity at step {k} of {len(steps)}: the training is "
-                "not differentiable there, or too unstable; lower the learning rate, or give Adam an "
-                "eps_root (1e-8)"
-            )
-    growth = (at.norms / last.clamp(min=torch.finfo(torch.float64).tiny)).numpy()
-    return total.scores(shared.shards > 1), growth, max(held)
-
-
-def _last_adjoint(run: Run, steps: Steps, outputs: Outputs) -> Adjoint:
-    """∂ outputs / ∂ (parameters, moments, running statistics) after the last step."""
-    floating = {k: v for k, v in run.buffers.items() if v.is_floating_point()}
-    found = output_gradients(run.model, outputs, params={**run.params, **floating})
-    found = {name: value.detach() for name, value in found.items()}
-    params = steps.packing.pack({name: found[name] for name in run.params})
-    moments = {
-        name: {k: torch.zeros_like(params[k]) for k in of} for name, of in run.last.moments.items()
-    }
-    return Adjoint(params, moments, {name: found[name] for name in floating})
-
-
-def _sharing(steps: Steps) -> Steps:
-    """The steps with the rows of a batch shared by all processes, where they can be."""
-    mixed = steps.tracking or steps.masks is not None
-    return steps if mixed else replace(steps, shards=world()[1])
-
-
-def _form(form: Form, count: int, steps: Steps) -> Form:
-    """The form of the second-order pass, by what was measured (benchmarks/magic.py)."""
-    if form not in ("auto", "double", "vmap"):
-        raise ValueError(f"unknown form {form!r}; auto, double or vmap")
-    fixed = steps.tracking or steps.masks is not None  # batch norm and masks have no vmapped form
-    if form == "vmap" and fixed:
-        raise ValueError("batch norm in training mode and dropout masks need form='double'")
-    convolves = any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in steps.problem.model.modules())
-    if form == "auto":
-        tiny = sum(value.numel() for value in steps.problem.params.values()) <= TINY
-        return "vmap" if tiny and count >= VMAP and not (fixed or convolves) else "double"
-    return form
-
-
-def _shadows(run: Run) -> list[NDArray[np.intp]] | None:
-    """For each step the rows that ride along at weight 0: those that no batch of the run holds."""
-    absent = np.flatnonzero(np.bincount(np.concatenate(run.order), minlength=run.problem.n) == 0)
-    if not len(absent) or not (run.weights[absent] == 0).all():
-        return None
-    if run.steps.tracking:
-        raise ValueError(
-            "expected a run that saw every row, got rows that are in no batch, and batch norm, whose "
-            "statistics they would change; train with drop='weight'"
-        )
-    sizes = np.array([len(batch) for batch in run.order])
-    present = run.problem.n - len(absent)
-    ends = np.round(np.cumsum(sizes) * len(absent) / present).astype(int)
-    rng = np.random.default_rng(run.recipe.seed)
-    passes = -(-int(ends[-1]) // len(absent)) if ends[-1] else 0
-    stream = np.concatenate([rng.permutation(absent) for _ in range(max(passes, 1))])[: ends[-1]]
-    return np.split(stream, ends[:-1])
-
-
-def _columns(outputs: Outputs, chunk: NDArray[np.intp]) -> Outputs:
-    """Some of the targets."""
-    if len(chunk) == len(outputs):
-        return outputs
-    if outputs.matrix is None:
-        return replace(outputs, data=Rows(outputs.data, chunk))
-    names = tuple(outputs.names[j] for j in chunk) if outputs.names else ()
-    return replace(outputs, matrix=outputs.matrix[:, torch.from_numpy(chunk)], names=names)
-
-
-@dataclass(frozen=True, eq=False)
-class _Total:
-    """What the outputs owe, summed over steps, segment by segment: [segments, rows, K]."""
-
-    sums: Tensor
-    segment: NDArray[np.intp]  # of each step
-    asked: _Asked
-    place: NDArray[np.intp]  # of each training row among the rows asked for
-    numbers: int  # of one row's input
-
-    @classmethod
-    def of(cls, run: Run, asked: _Asked, count: int) -> _Total:
-        numbers, place = 1, np.arange(run.problem.n)
-        if asked.rows is not None:
-            batch: Any = take(run.problem.train, asked.rows[:1])
-            numbers = batch[asked.column].numel()
-            place = np.zeros(run.problem.n, np.intp)
-            place[asked.rows] = np.arange(len(asked.rows))
-            size = len(asked.rows)
-        else:
-            size = len(asked.hyper) or run.problem.n
-        total = len(run.order)
-        segment = np.zeros(total, np.intp)
-        for number, (a, b) in enumerate(stretches(total - asked.since, asked.segments)):
-            segment[asked.since + a : asked.since + b] = number
-        sums = torch.zeros(asked.segments, size, numbers, count, dtype=torch.float64)
-        return cls(sums, segment, asked, place, numbers)
-
-    def add(self, step: int, owed: Owed) -> None:
-        into = self.sums[self.segment[step]]
-        if owed.hyper is not None:
-            into[:, 0] += owed.hyper
-        if owed.weights is not None and len(owed.rows):
-            into[:, 0].index_add_(0, torch.from_numpy(owed.rows), owed.weights.double().cpu())
-        if owed.inputs is not None and owed.inputs_rows is not None:
-            at = torch.from_numpy(self.place[owed.inputs_rows])
-            into.index_add_(0, at, owed.inputs.double().cpu())
-
-    def scores(self, shared: bool) -> NDArray[np.float64]:
-        """[segments, rows · numbers, K]; hyperparameters are not shared by rows."""
-        by_rows = shared and not self.asked.hyper
-        sums = sum_over_processes(self.sums) if by_rows else self.sums
-        return sums.reshape(sums.shape[0], -1, sums.shape[3]).numpy()
-
-
-@dataclass(frozen=True)
-class _Counted:
-    """An iterator whose length is known, for progress bars."""
-
-    items: Any
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Any:
-        return iter(self.items)
-
-
-def _write_chunk(path: Path, made_of: str, chunk: NDArray[np.intp], found: Chunk) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.npz")
-    np.savez(part, made_of=made_of, chunk=chunk, scores=found[0], growth=found[1], held=found[2])
-    part.replace(path)
-
-
-def _read_chunk(path: Path, made_of: str, chunk: NDArray[np.intp]) -> Chunk | None:
-    if not from_first(path.exists()):
-        return None
-    with np.load(path) as held:
-        if str(held["made_of"]) != made_of or not np.array_equal(held["chunk"], chunk):
-            raise ValueError(
-                f"{path.parent} holds scores of another run; the run, the outputs or what they are "
-                "differentiated by have changed: choose another folder or delete this one"
-            )
-        return held["scores"], held["growth"], int(held["held"])
-
-
 # --- forward -----------------------------------------------------------------------------------------
 
 
@@ -462,16 +256,15 @@ def _forward(
         raise ValueError("segments are kept in reverse; use mode='reverse'")
     weights = None
     if asked.labels is not None:
-        names, index = named(asked.labels, run.problem.n)
-        weights = (index == np.arange(len(names))[:, None]).astype(float)
+        domains, index = named(asked.labels, run.problem.n)
+        weights = (index == np.arange(len(domains))[:, None]).astype(float)
     names = list(asked.hyper)
     along = Tangents(
         weights,
         {name: np.array([float(name == other) for other in names]) for name in names},
         asked.hyper,
     )
-    state, tangents = push(steps, along, run.digests, asked.since, progress)
-    check(state, len(steps), run.digests)
+    _, tangents = push(steps, along, run.digests, asked.since, progress)
     floating = {k: v for k, v in run.buffers.items() if v.is_floating_point()}
     found = output_tangents(
         run.model,

@@ -92,7 +92,7 @@ class Adam:
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    eps_root: float = 0.0
+    eps_root: float = 1e-8
     weight_decay: Decay | None = None
     elementwise: ClassVar[bool] = True
     decoupled: ClassVar[bool] = False

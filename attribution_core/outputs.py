@@ -60,6 +60,9 @@ def causal_lm_loss(model: nn.Module, batch: Batch, *, tokens: int | None = None)
 
     The batch is a dict with input_ids [b, L] and, where needed, attention_mask and labels [b, L]
     (−100 is not predicted). Without labels the inputs are predicted, padding (mask 0) left out.
+    Two more columns are there to be differentiated by, `magic(wrt="inputs", column=...)`:
+    token_weights [b, L] multiply the loss of predicting each token (the first is not predicted) and
+    change no denominator; embedding_shift [b, L, width] is added to the tokens' embeddings.
     """
     if not isinstance(batch, dict):
         raise TypeError(f"expected a dict with input_ids, got a {type(batch).__name__}")
@@ -71,12 +74,18 @@ def causal_lm_loss(model: nn.Module, batch: Batch, *, tokens: int | None = None)
         labels = inputs["input_ids"]
         if "attention_mask" in inputs:
             labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+    if "embedding_shift" in batch:
+        embed: Any = model.get_input_embeddings()  # type: ignore[operator]
+        inputs["inputs_embeds"] = embed(inputs.pop("input_ids")) + batch["embedding_shift"]
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     labels = labels[:, 1:]
     nats = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
     )
-    total = nats.reshape(labels.shape).sum(1)
+    nats = nats.reshape(labels.shape)
+    if "token_weights" in batch:
+        nats = nats * batch["token_weights"][:, 1:]
+    total = nats.sum(1)
     if tokens is not None:
         return total / tokens
     return total / (labels != -100).sum(1).clamp(min=1)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 Batch = dict[str, Tensor] | tuple[Tensor, ...]
@@ -307,6 +308,24 @@ class _KeepDouble(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _FixedStatistics(TorchFunctionMode):
+    """Batch norm in eval mode, differentiable in its running statistics, which torch's is not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.batch_norm:
+            return func(*args, **(kwargs or {}))
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "_", "eps")
+        given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        if given.get("training") or given.get("running_mean") is None:
+            return func(*args, **(kwargs or {}))
+        x = given["input"]
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        scale = (given["running_var"] + given.get("eps", 1e-5)).rsqrt()
+        scale = scale if given.get("weight") is None else scale * given["weight"]
+        out = (x - given["running_mean"].reshape(shape)) * scale.reshape(shape)
+        return out if given.get("bias") is None else out + given["bias"].reshape(shape)
+
+
 def call(model: nn.Module, function: PerExample, params: Params, batch: Batch) -> Tensor:
     """function(model, batch) with `params` in place of the model's own; differentiable in both.
 
@@ -314,7 +333,9 @@ def call(model: nn.Module, function: PerExample, params: Params, batch: Batch) -
     see the same function, see `_one_function`.
     """
     named = {f"model.{name}": value for name, value in params.items()}
-    with precision_of(params), _one_function(model):
+    statistics = any(name.endswith("running_var") for name in params)
+    fixed = _FixedStatistics() if statistics else nullcontext()
+    with precision_of(params), _one_function(model), fixed:
         return functional_call(_Bound(model, function), named, (batch,))
 
 
@@ -368,9 +389,7 @@ def per_example(
     return check_rows(values, rows_in(batch), rows, what)
 
 
-def check_rows(
-    values: Tensor, b: int, rows: ArrayLike | None = None, what: str = "loss"
-) -> Tensor:
+def check_rows(values: Tensor, b: int, rows: ArrayLike | None = None, what: str = "loss") -> Tensor:
     """The values, if they are one finite number for each of b rows; see `per_example`."""
     if not isinstance(values, Tensor) or values.shape != (b,):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values)

@@ -216,7 +216,7 @@ def _train_one(
     drop: Drop,
 ) -> tuple[int, NDArray[np.float64]]:
     try:
-        run = train(problem, replace(recipe, seed=seed), row, drop=drop)
+        run = train(problem, replace(recipe, seed=seed), row, drop=drop, states=0)
         return k, run.outputs(outputs).numpy()
     except ValueError as error:
         raise ValueError(f"retraining {k} (seed {seed}) failed: {error}") from None

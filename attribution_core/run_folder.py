@@ -1,10 +1,10 @@
 """A run on disk, finished or under way.
 
-    run.safetensors, checkpoint0.safetensors ...   parameters and the optimizer's state
-    run.npz                                        order, losses, digests, the checkpoints' steps
-    states/00000012.safetensors ...                states kept for attribution
-    resume.safetensors, resume.npz                 the last snapshot of a training under way
-    run.json                                       the fingerprint of what the run was made of
+run.safetensors, checkpoint0.safetensors ...   parameters and the optimizer's state
+run.npz                                        order, losses, digests, the checkpoints' steps
+states/00000012.safetensors ...                states kept for attribution
+resume.safetensors, resume.npz                 the last snapshot of a training under way
+run.json                                       the fingerprint of what the run was made of
 """
 
 from __future__ import annotations
@@ -141,4 +141,3 @@ class RunFolder:
             "buffers": buffers, "states": StatesOnDisk(self.path / "states", self.like),
             "digests": digests if len(digests) else None,
         }  # fmt: skip
-

@@ -21,11 +21,20 @@ if TYPE_CHECKING:
     from attribution_core.training import Recipe, Run
 
 H = 0.1  # how far weights are moved, in standard deviations of 1 (Engstrom et al. 2025)
-HOLDS = 0.5  # relative error of the prediction up to which first order is called true
+HOLDS = 0.25  # relative error of the prediction up to which first order is called true
 HALF = (torch.float16, torch.bfloat16)
 KINKS = {
     *("relu", "relu_", "leaky_relu", "leaky_relu_", "rrelu", "threshold", "hardtanh", "hardtanh_"),
-    *("hardswish", "hardsigmoid", "_prelu_kernel", "abs", "clamp", "clamp_", "clamp_min", "clamp_max"),
+    *(
+        "hardswish",
+        "hardsigmoid",
+        "_prelu_kernel",
+        "abs",
+        "clamp",
+        "clamp_",
+        "clamp_min",
+        "clamp_max",
+    ),
     *("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "maximum"),
     *("minimum", "amax", "amin", "max", "min", "sort", "topk"),
 }
@@ -46,7 +55,8 @@ class MetagradientWarning(UserWarning):
 class Look:
     """What one forward pass shows."""
 
-    precision: str  # the least precise floating type in it
+    precision: str  # of the parameters
+    half: str | None  # an operation in half precision, if any
     kinked: float  # share of activations that come from functions with kinks
 
     def refuse(self) -> None:
@@ -55,8 +65,8 @@ class Look:
         Raises:
             ValueError: it is.
         """
-        if self.precision in [str(dtype) for dtype in HALF]:
-            raise ValueError(_noise(f"an operation in {self.precision}"))
+        if self.half:
+            raise ValueError(_noise(self.half))
 
 
 def _noise(what: str) -> str:
@@ -80,42 +90,40 @@ def refuse_low_precision(problem: Problem) -> None:
 
 
 class _Watcher(TorchDispatchMode):
-    """Notes the least precise type and counts numbers that kinked and smooth activations give."""
+    """Notes half precision and counts numbers that kinked and smooth activations give."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bits = 64
-        self.precision = "torch.float64"
+        self.half: str | None = None  # an operation in half precision
         self.counts = {"kinked": 0, "smooth": 0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         first = out[0] if isinstance(out, (tuple, list)) and out else out
         if isinstance(first, torch.Tensor) and first.is_floating_point():
-            bits = torch.finfo(first.dtype).bits
-            if bits < self.bits:
-                self.bits, self.precision = bits, str(first.dtype)
             name = func.overloadpacket.__name__
+            if first.dtype in HALF:
+                self.half = self.half or f"{name} in {first.dtype}"
             kind = "kinked" if name in KINKS else "smooth" if name in CURVES else None
-            if kind is not None and first.requires_grad | _follows(args):
+            if kind is not None and _on_activations(args):
                 self.counts[kind] += first.numel()
         return out
 
 
-def _follows(args: Any) -> bool:
-    """Whether the operation acts on activations, not on a constant."""
+def _on_activations(args: Any) -> bool:
+    """Whether an operation takes numbers of examples, not a constant or counts."""
     return any(isinstance(a, torch.Tensor) and a.ndim > 1 and a.is_floating_point() for a in args)
 
 
 def look(steps: Steps) -> Look:
     """One forward pass of the first batch, watched."""
     state, watcher = steps.start(), _Watcher()
-    rows = steps.order[0]
-    batch = steps.batch(0, rows)
+    batch = steps.batch(0, steps.order[0])
     with torch.no_grad(), watcher:
         steps.losses(state.params, state.buffers, batch, 0)
     total = sum(watcher.counts.values())
-    return Look(watcher.precision, watcher.counts["kinked"] / total if total else 0.0)
+    own = next(iter(steps.problem.params.values())).dtype
+    return Look(str(own), watcher.half, watcher.counts["kinked"] / total if total else 0.0)
 
 
 # --- one training against its prediction -------------------------------------------------------------
@@ -289,7 +297,9 @@ class Preflight:
 
     def table(self) -> str:
         """A line for each recipe."""
-        lines = [f"{'recipe':34}{'loss':>8}{'growth':>9}{'error':>8}{'cosine':>8}{'signs':>7}{'seconds':>9}"]
+        lines = [
+            f"{'recipe':34}{'loss':>8}{'growth':>9}{'error':>8}{'cosine':>8}{'signs':>7}{'seconds':>9}"
+        ]
         for one in self.tried:
             lines.append(
                 f"{one.name:34}{one.loss:8.3f}{one.growth:9.2g}{one.check.error:8.2f}{one.check.agreement:8.2f}"
@@ -318,7 +328,9 @@ def candidates(recipe: Recipe) -> list[Recipe]:
     rates = [optimizer.lr * factor for factor in (1, 1 / 3, 1 / 10)]
     roots = [None]
     if hasattr(optimizer, "eps_root"):
-        roots = sorted({optimizer.eps_root, *(r for r in (1e-8, 1e-6, 1e-5) if r > optimizer.eps_root)})
+        roots = sorted(
+            {optimizer.eps_root, *(r for r in (1e-8, 1e-6, 1e-5) if r > optimizer.eps_root)}
+        )
     found = []
     for rate in rates:
         for eps in roots:

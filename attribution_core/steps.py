@@ -61,7 +61,8 @@ class Packing:
         """Vectors; dimensions before the parameters' own are kept."""
         if not self.groups:
             return dict(params)
-        lead = next(iter(params.values())).ndim - len(next(iter(self.shapes.values())))
+        name, shape = next(iter(self.shapes.items()))
+        lead = params[name].ndim - len(shape)
         return {
             group: torch.cat(
                 [params[name].reshape(*params[name].shape[:lead], -1) for name in names], dim=lead
@@ -213,13 +214,11 @@ class Steps:
             losses = call(self.problem.model, self.problem.loss, named, batch)
         return losses, after
 
-    def gradient(
-        self, state: TrainingState, step: int
-    ) -> tuple[float, Params, Params]:
+    def gradient(self, state: TrainingState, step: int) -> tuple[float, Params, Params]:
         """(loss, gradient, running statistics after) of a step."""
         size = len(self.order[step])
         leaf = {name: value.detach().requires_grad_() for name, value in state.params.items()}
-        total = 0.0
+        total: Any = 0.0
         grads = {name: torch.zeros_like(value) for name, value in state.params.items()}
         buffers = state.buffers
         for number, rows in enumerate(self.parts(step)):
@@ -269,7 +268,9 @@ def _summed(total: Any, grads: Params) -> tuple[Tensor, Params]:
     flat = torch.cat([loss, *(grads[name].flatten().to(loss) for name in names)])
     parts = sum_over_processes(flat).split([1, *(grads[name].numel() for name in names)])
     pairs = zip(names, parts[1:], strict=True)
-    return parts[0][0], {name: part.reshape(grads[name].shape).to(grads[name]) for name, part in pairs}
+    return parts[0][0], {
+        name: part.reshape(grads[name].shape).to(grads[name]) for name, part in pairs
+    }
 
 
 # --- what layers do beside their losses ------------------------------------------------------

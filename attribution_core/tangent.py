@@ -107,7 +107,9 @@ def _moved(steps: Steps, state: TrainingState, step: int, tangents: Any, along: 
         total = tree_map(torch.zeros_like, params)
         for (k, _, batch), w in zip(parts, ws, strict=True):
 
-            def loss(params: Params, w: Tensor, buffers: Params, batch: Any = batch, k: int = k) -> Any:
+            def loss(
+                params: Params, w: Tensor, buffers: Params, batch: Any = batch, k: int = k
+            ) -> Any:
                 losses, after = steps.losses(params, {**fixed, **buffers}, batch, step, k)
                 return (losses * w.to(losses)).sum() / size, after
 

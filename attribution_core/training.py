@@ -107,7 +107,9 @@ class Run:
     checkpoints: tuple[Checkpoint, ...] = ()  # in order, of equal stretches of the steps
     buffers: Params = field(default_factory=dict)  # running statistics of norm layers, at the end
     states: Mapping[int, TrainingState] = field(default_factory=dict)  # kept on the way, by step
-    digests: NDArray[np.int64] | None = None  # [steps + 1], of the states; None where none were kept
+    digests: NDArray[np.int64] | None = (
+        None  # [steps + 1], of the states; None where none were kept
+    )
     since: int = 0  # the step from which the weights acted
     shards: int = 1  # processes that shared the rows of each batch
 
@@ -346,11 +348,13 @@ def _watched(steps: Steps, state: TrainingState, step: int) -> tuple[TrainingSta
     model, device = steps.problem.model, steps.problem.device
     cuda = device.type == "cuda"
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
+
+    def generators() -> list[Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if cuda else [])]
+
+    before = generators()
     done = steps.step(state, step)
-    drew = not torch.equal(cpu, torch.get_rng_state())
-    drew |= cuda and not torch.equal(gpu, torch.cuda.get_rng_state(device))
-    if drew:
+    if not all(torch.equal(a, b) for a, b in zip(before, generators(), strict=True)):
         raise ValueError(
             "expected a forward pass without random numbers, got one that draws them (functional "
             "dropout, drop path, noise); say which by Recipe(masks=seed), or call model.eval()"

@@ -24,12 +24,12 @@ OPTIMIZERS = {
         {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
     ),
     "adam": (
-        Adam(0.01, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1),
+        Adam(0.01, betas=(0.8, 0.99), eps=1e-6, eps_root=0, weight_decay=0.1),
         torch.optim.Adam,
         {"lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1},
     ),
     "adamw": (
-        AdamW(0.01, weight_decay=0.1),
+        AdamW(0.01, eps_root=0, weight_decay=0.1),
         torch.optim.AdamW,
         {"lr": 0.01, "weight_decay": 0.1},
     ),
@@ -118,8 +118,8 @@ BY_NAME = {"0.weight": 0.2, "3.weight": 0.05}
     ("ours", "theirs", "settings"),
     [
         (SGD(0.05, 0.9), torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
-        (Adam(0.01), torch.optim.Adam, {"lr": 0.01}),
-        (AdamW(0.01), torch.optim.AdamW, {"lr": 0.01}),
+        (Adam(0.01, eps_root=0), torch.optim.Adam, {"lr": 0.01}),
+        (AdamW(0.01, eps_root=0), torch.optim.AdamW, {"lr": 0.01}),
     ],
 )
 def test_weight_decay_by_name_equals_torchs_parameter_groups(ours, theirs, settings):
@@ -162,7 +162,7 @@ def test_weight_zero_is_left_out_of_the_sum_and_changes_nothing_else():
     """Same batches, same steps, same denominator: as torch's loop with these weights."""
     problem = menagerie.mlp()
     w = np.array([1.0, 0.0, 1.0, 0.5, 0.0, 2.0])
-    recipe = Recipe(Adam(0.01), batch_size=4, epochs=10)
+    recipe = Recipe(Adam(0.01, eps_root=0), batch_size=4, epochs=10)
     run, full = train(problem, recipe, w), train(problem, recipe)
     assert all(np.array_equal(a, b) for a, b in zip(run.order, full.order, strict=True))
     assert_same(run, *by_torch(problem, run.order, torch.optim.Adam, {"lr": 0.01}, weights=w))

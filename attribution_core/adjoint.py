@@ -81,7 +81,7 @@ def pull(
     if shadows is not None and steps.shards > 1:
         shadows = np.array_split(shadows, steps.shards)[world()[0]]
     parts = [
-        _Part.of(steps, state, step, k, rows, wanted, shadows if k == 0 else None)
+        Part.of(steps, state, step, k, rows, wanted, shadows if k == 0 else None)
         for k, rows in enumerate(steps.parts(step))
     ]
     double = form == "double"
@@ -191,7 +191,7 @@ def _transposed(results: list[Tensor], inputs: list[Tensor], owed: list[Tensor])
 
 
 @dataclass(frozen=True, eq=False)
-class _Second:
+class Second:
     params: Params  # [K, ...]
     weights: Tensor  # [K, b], where asked for
     inputs: Tensor | None  # [rows asked for, numbers, K]
@@ -199,7 +199,7 @@ class _Second:
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class Part:
     """The rows of a step that pass through the model together, with all that is differentiated by."""
 
     steps: Steps
@@ -225,7 +225,7 @@ class _Part:
         rows: NDArray[np.intp],
         wanted: Wanted,
         shadows: NDArray[np.intp] | None,
-    ) -> _Part:
+    ) -> Part:
         w = steps.weights_at(step, rows)
         if shadows is not None and number == 0:
             rows, w = np.concatenate([rows, shadows]), np.concatenate([w, np.zeros(len(shadows))])
@@ -243,16 +243,19 @@ class _Part:
     def inputs_rows(self) -> NDArray[np.intp]:
         return self.rows[self.chosen]
 
-    def loss(self, params: Params, buffers: Params, w: Tensor, x: Any) -> tuple[Tensor, Params]:
-        """((1/B) Σ w_i ℓ_i, buffers after)."""
+    def losses(self, params: Params, buffers: Params, x: Any) -> tuple[Tensor, Params]:
+        """(ℓ_i, buffers after)."""
         batch = self.batch
         if self.column is not None:
             batch = dict(batch) if isinstance(batch, dict) else list(batch)  # type: ignore[assignment]
             batch[self.column] = x  # type: ignore[index]
             batch = batch if isinstance(batch, dict) else tuple(batch)
         batch = self.steps.seen(batch, self.step, self.rows)
-        losses, after = self.steps.losses(params, buffers, batch, self.step, self.number)
-        return (losses * w.to(losses)).sum() / self.size, after
+        return self.steps.losses(params, buffers, batch, self.step, self.number)
+
+    def mean(self, losses: Tensor, w: Tensor) -> Tensor:
+        """(1/B) Σ w_i ℓ_i."""
+        return (losses * w.to(losses)).sum() / self.size
 
     @property
     def x(self) -> Tensor | None:
@@ -262,7 +265,7 @@ class _Part:
     def plain(self) -> Params:
         """The gradient, without a graph."""
         leaf = _leaves(self.state.params)
-        loss, _ = self.loss(leaf, self.state.buffers, self.w, self.x)
+        loss = self.mean(self.losses(leaf, self.state.buffers, self.x)[0], self.w)
         found = torch.autograd.grad(loss, list(leaf.values()), materialize_grads=True)
         return dict(zip(leaf, found, strict=True))
 
@@ -273,16 +276,19 @@ class _Part:
         buffers = _leaves(floating)
         x = None if self.x is None else self.x.detach().requires_grad_()
         with torch.enable_grad():
-            loss, after = self.loss(leaf, {**self.state.buffers, **buffers}, w, x)
+            losses, after = self.losses(leaf, {**self.state.buffers, **buffers}, x)
+            loss = self.mean(losses, w)
             found = torch.autograd.grad(
                 loss, list(leaf.values()), create_graph=True, materialize_grads=True
             )
         grads = dict(zip(leaf, found, strict=True))
-        self.graph.update(leaf=leaf, w=w, x=x, buffers=buffers, grads=grads, after=after)
+        held = {"leaf": leaf, "w": w, "x": x, "buffers": buffers}
+        self.graph.update(held, grads=grads, after=after, losses=losses)
         return grads
 
-    def second(self, pulled: Params, owed_buffers: Params) -> _Second:
-        """Backwards through the trace, once for each of K directions."""
+    def second(self, pulled: Params, owed_buffers: Params, turned: Tensor | None = None) -> Second:
+        """Backwards through the trace, once for each of K directions: of ⟨g, pulled⟩ + ⟨buffers, owed⟩ and,
+        where weights turn along ẇ [K, b], of (1/B) Σ ẇ_i ℓ_i."""
         held = self.graph
         inputs = {**held["leaf"], **{f"buffer {k}": v for k, v in held["buffers"].items()}}
         if self.wanted.weights:
@@ -294,6 +300,9 @@ class _Part:
         for name, value in owed_buffers.items():
             outputs.append(held["after"][name])
             cotangents.append(value)
+        if turned is not None:
+            outputs.append(held["losses"])
+            cotangents.append(turned.to(held["losses"]) / self.size)
         pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
         count = len(next(iter(pulled.values())))
         rows = [
@@ -308,20 +317,20 @@ class _Part:
             for name, column in zip(inputs, zip(*rows, strict=True), strict=True)
         }
         held.clear()
-        return _Second(
+        return Second(
             {name: stacked[name] for name in pulled},
             stacked.get("w", torch.zeros(0)),
             self._chosen(stacked.get("x")),
             {k: stacked[f"buffer {k}"] for k in owed_buffers},
         )
 
-    def second_vmapped(self, pulled: Params) -> _Second:
+    def second_vmapped(self, pulled: Params) -> Second:
         """Forward derivatives of the gradient along all K directions at once."""
         wanted = (0, 1, 2) if self.x is not None else (0, 1)
 
         def gradients(params: Params) -> Any:
             def loss(params: Params, w: Tensor, x: Any) -> Tensor:
-                return self.loss(params, self.state.buffers, w, x)[0]
+                return self.mean(self.losses(params, self.state.buffers, x)[0], w)
 
             return grad(loss, argnums=wanted)(params, self.w, self.x)
 
@@ -330,7 +339,7 @@ class _Part:
 
         found = vmap(along)(pulled)
         x = found[2] if self.x is not None else None
-        return _Second(found[0], found[1], self._chosen(x), {})
+        return Second(found[0], found[1], self._chosen(x), {})
 
     def _chosen(self, x: Tensor | None) -> Tensor | None:
         """[K, b, ...] -> [rows asked for, numbers, K]."""

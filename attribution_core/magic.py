@@ -25,7 +25,7 @@ from attribution_core.smoothness import (
     look,
     refuse_low_precision,
 )
-from attribution_core.tangent import Tangents, output_tangents, push
+from attribution_core.tangent import Tangents, pushed_outputs
 from attribution_core.training import Run
 from attribution_core.walk import Walk, walk_back
 
@@ -251,7 +251,6 @@ def _forward(
     run: Run, outputs: Outputs, asked: _Asked, progress: Progress
 ) -> tuple[NDArray[np.float64], dict[str, Any]]:
     """(scores [segments, rows, t], meta): one tangent for each domain or hyperparameter, and segment."""
-    steps = run.steps
     if asked.segments > 1:
         raise ValueError("segments are kept in reverse; use mode='reverse'")
     weights = None
@@ -264,15 +263,8 @@ def _forward(
         {name: np.array([float(name == other) for other in names]) for name in names},
         asked.hyper,
     )
-    _, tangents = push(steps, along, run.digests, asked.since, progress)
-    floating = {k: v for k, v in run.buffers.items() if v.is_floating_point()}
-    found = output_tangents(
-        run.model,
-        {**run.params, **floating},
-        {**steps.packing.unpack(tangents.params), **tangents.buffers},
-        outputs,
-    )
-    return found.numpy()[None], {"mode": "forward", "states_held": 1}
+    found = pushed_outputs(run, outputs, along, asked.since, progress)
+    return found[None], {"mode": "forward", "states_held": 1}
 
 
 # --- the datamodel -----------------------------------------------------------------------------------

@@ -7,9 +7,8 @@ and the cost, about 1 + 2 G trainings, does not grow with the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,12 +17,15 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.utils._pytree import tree_map
 
-from attribution_core.adjoint import with_hyper
+from attribution_core.adjoint import Part, Wanted, with_hyper
 from attribution_core.gradients import Progress, forward_mode
 from attribution_core.problem import Outputs, Params, batches, take
 from attribution_core.processes import sum_over_processes
 from attribution_core.replay import check
 from attribution_core.steps import Steps, TrainingState
+
+if TYPE_CHECKING:
+    from attribution_core.training import Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +47,12 @@ def push(
     digests: NDArray[np.int64] | None = None,
     since: int = 0,
     progress: Progress = iter,
-    noted: Callable[[int, Params], None] = lambda step, tangents: None,
 ) -> tuple[TrainingState, TrainingState]:
     """(the last state, its G tangents, every tensor with a leading G).
 
     Args:
         digests: of the run's states; every state is compared with its own.
         since: the first step at which the arguments are moved.
-        noted: called after every step with its number and the tangents of the parameters.
     """
     state = steps.start()
     count = len(along)
@@ -67,7 +67,6 @@ def push(
             tangents = _moved(steps, state, step, tangents, along)
         state, _ = steps.step(state, step)
         check(state, step + 1, digests)
-        noted(step, tangents[0])
     return state, TrainingState(*tangents)
 
 
@@ -88,6 +87,22 @@ def output_tangents(
     return (values if outputs.matrix is None else outputs.matrix.T @ values).T
 
 
+def pushed_outputs(
+    run: Run,
+    outputs: Outputs,
+    along: Tangents,
+    since: int | None = None,
+    progress: Progress = iter,
+) -> NDArray[np.float64]:
+    """Derivatives of a run's outputs along G directions of its weights and hyperparameters, [G, t]."""
+    start = run.since if since is None else since
+    steps = run.steps
+    _, tangents = push(steps, along, run.digests, start, progress)
+    floating = {k: v for k, v in run.buffers.items() if v.is_floating_point()}
+    moved = {**steps.packing.unpack(tangents.params), **tangents.buffers}
+    return output_tangents(run.model, {**run.params, **floating}, moved, outputs).numpy()
+
+
 def _parts(state: TrainingState) -> tuple[Params, dict[str, Params], Params]:
     floating = {k: v for k, v in state.buffers.items() if v.is_floating_point()}
     return state.params, state.moments, floating
@@ -95,74 +110,82 @@ def _parts(state: TrainingState) -> tuple[Params, dict[str, Params], Params]:
 
 def _moved(steps: Steps, state: TrainingState, step: int, tangents: Any, along: Tangents) -> Any:
     """The tangents after a step."""
-    parts = [(k, rows, steps.batch(step, rows)) for k, rows in enumerate(steps.parts(step))]
-    like = next(iter(state.params.values()))
-    weights = [torch.from_numpy(steps.weights_at(step, rows)).to(like) for _, rows, _ in parts]
-    names = list(along.hyper)
-    hyper = {name: torch.tensor(along.at[name], dtype=torch.float64) for name in names}
-    size = len(steps.order[step])
-    fixed = {k: v for k, v in state.buffers.items() if not v.is_floating_point()}
-
-    def gradient(params: Params, ws: list[Tensor], buffers: Params) -> tuple[Params, Params]:
-        total = tree_map(torch.zeros_like, params)
-        for (k, _, batch), w in zip(parts, ws, strict=True):
-
-            def loss(
-                params: Params, w: Tensor, buffers: Params, batch: Any = batch, k: int = k
-            ) -> Any:
-                losses, after = steps.losses(params, {**fixed, **buffers}, batch, step, k)
-                return (losses * w.to(losses)).sum() / size, after
-
-            found, buffers = grad(loss, has_aux=True)(params, w, buffers)
-            total = {name: total[name] + found[name] for name in total}
-        return total, {k: v for k, v in buffers.items() if v.is_floating_point()}
-
-    def whole(params: Params, moments: Any, grads: Params, hyper: Any) -> Any:
-        return steps.update(params, moments, grads, step, with_hyper(steps, hyper))
-
-    ws = [
-        torch.zeros(len(along), len(rows)).to(like)
-        if along.weights is None
-        else torch.from_numpy(along.weights[:, rows]).to(like)
-        for _, rows, _ in parts
-    ]
-    turned = {name: torch.from_numpy(along.hyper[name]) for name in names}
     params, moments, buffers = tangents
-    _, _, own_buffers = _parts(state)
-
-    def slope(v: Params, w: Any, b: Params) -> Any:
-        return jvp(gradient, (state.params, weights, own_buffers), (v, w, b))
-
-    (grads, _), (slopes, buffers) = _over(slope, (params, ws, buffers), first_is_shared=True)
+    slope = _slope_with_statistics if steps.tracking else _slope
+    grads, slopes, buffers = slope(steps, state, step, params, buffers, along)
     if steps.shards > 1:
         slopes = {k: sum_over_processes(v) for k, v in slopes.items()}
         grads = {k: sum_over_processes(v) for k, v in grads.items()}
+    hyper = {name: torch.tensor(along.at[name], dtype=torch.float64) for name in along.hyper}
+    turned = {name: torch.from_numpy(values) for name, values in along.hyper.items()}
+
+    def update(params: Params, moments: Any, grads: Params, hyper: Any) -> Any:
+        return steps.update(params, moments, grads, step, with_hyper(steps, hyper))
 
     def updated(v: Params, m: Any, g: Params, h: Any) -> Any:
-        primals = (state.params, state.moments, grads, hyper)
-        return jvp(whole, primals, (v, m, g, h))[1]
+        return jvp(update, (state.params, state.moments, grads, hyper), (v, m, g, h))[1]
 
     new, new_moments = _over(updated, (params, moments, slopes, turned))
     return new, new_moments, buffers
 
 
-def _over(one: Any, tangents: Any, first_is_shared: bool = False) -> Any:
+def _weights(along: Tangents, rows: NDArray[np.intp], like: Tensor) -> Tensor:
+    """How the rows' weights turn, [G, b]."""
+    if along.weights is None:
+        return torch.zeros(len(along), len(rows)).to(like)
+    return torch.from_numpy(along.weights[:, rows]).to(like)
+
+
+def _slope(
+    steps: Steps, state: TrainingState, step: int, params: Params, buffers: Params, along: Tangents
+) -> tuple[Params, Params, Params]:
+    """(g, its tangents H θ̇ + (1/B) Σ ẇ_i ∇ℓ_i, the tangents of the buffers): H is symmetric, so backward passes
+    through one trace give both."""
+    grads = {k: torch.zeros_like(v) for k, v in state.params.items()}
+    slopes = {k: torch.zeros_like(v) for k, v in params.items()}
+    for number, rows in enumerate(steps.parts(step)):
+        part = Part.of(steps, state, step, number, rows, Wanted(), None)
+        own = part.trace()
+        found = part.second(params, {}, _weights(along, rows, part.w))
+        grads = {k: v + own[k].detach() for k, v in grads.items()}
+        slopes = {k: v + found.params[k] for k, v in slopes.items()}
+    return grads, slopes, buffers
+
+
+def _slope_with_statistics(
+    steps: Steps, state: TrainingState, step: int, params: Params, buffers: Params, along: Tangents
+) -> tuple[Params, Params, Params]:
+    """The same by forward derivatives, which running statistics need."""
+    (rows,) = steps.parts(step)
+    batch = steps.batch(step, rows)
+    like = next(iter(state.params.values()))
+    weights = torch.from_numpy(steps.weights_at(step, rows)).to(like)
+    _, _, floating = _parts(state)
+    fixed = {k: v for k, v in state.buffers.items() if k not in floating}
+
+    def loss(params: Params, w: Tensor, buffers: Params) -> tuple[Tensor, Params]:
+        losses, after = steps.losses(params, {**fixed, **buffers}, batch, step)
+        moved = {k: after[k] for k in floating}
+        return (losses * w.to(losses)).sum() / len(steps.order[step]), moved
+
+    def gradient(params: Params, w: Tensor, buffers: Params) -> Any:
+        return grad(loss, has_aux=True)(params, w, buffers)
+
+    def slope(v: Params, w: Tensor, b: Params) -> Any:
+        return jvp(gradient, (state.params, weights, floating), (v, w, b))[1]
+
+    grads, _ = gradient(state.params, weights, floating)
+    slopes, moved = _over(slope, (params, _weights(along, rows, like), buffers))
+    return grads, slopes, moved
+
+
+def _over(one: Any, tangents: Any) -> Any:
     """one(...) for each of the leading G, stacked; by vmap, or one by one where vmap has no rule."""
-
-    def single(*args: Any) -> Any:
-        return one(*args)
-
-    def shared(found: Any) -> Any:
-        """Primal values do not differ along G; the first stands for all."""
-        primal, moved = found
-        return tree_map(lambda x: x[0], primal), moved
-
     try:
-        found = vmap(single, randomness="same")(*tangents)
+        return vmap(one, randomness="same")(*tangents)
     except RuntimeError as error:
         if "vmap" not in str(error) and "batching" not in str(error):
             raise
         count = len(next(iter(tangents[0].values())))
         rows = [one(*tree_map(lambda x, g=g: x[g], tangents)) for g in range(count)]
-        found = tree_map(lambda *parts: torch.stack(parts), *rows)
-    return shared(found) if first_is_shared else found
+        return tree_map(lambda *parts: torch.stack(parts), *rows)

@@ -26,7 +26,7 @@ class Flags:
     task: Literal["digits", "text"] = "digits"
     """An MLP of width 64 on 1,500 digits, or a GPT-2 of 120,000 parameters on embedded text."""
     optimizer: Literal["sgd", "momentum", "adamw"] = "adamw"
-    """SGD at .1; SGD at .05 with momentum .9; AdamW at .001 (text: what the pre-flight found)."""
+    """Of digits: SGD at .1; SGD at .05 with momentum .9; AdamW at .001. Text has what the pre-flight found."""
     truth: Literal["same", "removed", "fresh"] = "same"
     """Same order with weights set to zero; the same seed with rows removed; fresh seeds with rows removed."""
     drop: tuple[float, ...] = ()
@@ -45,14 +45,18 @@ class Flags:
     """Folder for the retrainings; the same command resumes."""
 
 
-def digits(optimizer: str) -> tuple[Any, Any, Any]:
-    """Problem, recipe and outputs of the digits MLP."""
-    from attribution_core import SGD, AdamW
-    from benchmarks.digits_lds import setting
+def setting(flags: Flags) -> tuple[Any, Any, Any]:
+    """Problem, recipe and outputs."""
+    from attribution_core import SGD, AdamW, Recipe
+    from recipes.tasks import digits_task, text_task
 
-    problem, recipe, margins = setting("sgd")
+    if flags.task == "text":
+        task = text_task(flags.out / "text")
+        recipe = Recipe(AdamW(0.001, eps_root=1e-5), 20, 4, schedule="linear", init=task.make)
+        return task.problem, recipe, task.outputs
+    task = digits_task()
     optimizers = {"sgd": SGD(0.1), "momentum": SGD(0.05, momentum=0.9), "adamw": AdamW(0.001)}
-    return problem, replace(recipe, optimizer=optimizers[optimizer]), margins
+    return task.problem, Recipe(optimizers[flags.optimizer], 50, 15, init=task.make), task.outputs
 
 
 def same_order(flags: Flags, problem: Any, recipe: Any, outputs: Any) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def same_order(flags: Flags, problem: Any, recipe: Any, outputs: Any) -> dict[st
 
 def fresh_seeds(flags: Flags, problem: Any, recipe: Any, outputs: Any) -> dict[str, Any]:
     """Methods on runs at the exposure of the kept fraction, and plain MAGIC beside them."""
-    from attribution_core import influence, magic, train, trak
+    from attribution_core import average, influence, magic, train, trak
 
     @cache
     def runs(exposure: float) -> list[Any]:
@@ -80,8 +84,6 @@ def fresh_seeds(flags: Flags, problem: Any, recipe: Any, outputs: Any) -> dict[s
     @cache
     def each(exposure: float) -> list[Any]:
         return [magic(run, outputs, check=False) for run in runs(exposure)]
-
-    from attribution_core import average
 
     return {
         "MAGIC, exposure, 1 run": lambda keep: each(keep)[0],
@@ -116,12 +118,7 @@ def main(flags: Flags) -> None:
 
     warnings.simplefilter("ignore", MetagradientWarning)
     torch.set_num_threads(1)
-    if flags.task == "digits":
-        problem, recipe, outputs = digits(flags.optimizer)
-    else:
-        from benchmarks.magic import text
-
-        problem, recipe, outputs = text()
+    problem, recipe, outputs = setting(flags)
     fresh = flags.truth == "fresh"
     methods = (fresh_seeds if fresh else same_order)(flags, problem, recipe, outputs)
     bar = partial(tqdm, desc="retraining", mininterval=5)

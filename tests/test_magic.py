@@ -455,7 +455,9 @@ def test_augmentation_is_part_of_the_step():
     assert_slope(
         v @ magic(run, outputs).scores, lambda h: run.again(1 + h * v).outputs(outputs).numpy()
     )
-    random = Recipe(SGD(0.1), 3, 4, augment=lambda b, r, s: (b[0] + np.random.rand(), b[1]))
+    random = Recipe(
+        SGD(0.1), 3, 4, augment=lambda b, r, s: (b[0] + np.random.default_rng().random(), b[1])
+    )
     with pytest.raises(ValueError, match="to be a function of its arguments alone"):
         train(problem, random)
 

@@ -13,6 +13,7 @@ from attribution_core.processes import collect, from_first, my_rows, sum_over_pr
 from tests import menagerie, two_processes
 
 
+@pytest.mark.filterwarnings("ignore::attribution_core.MetagradientWarning")
 def test_two_processes_are_one(tmp_path):
     """By torchrun and gloo, on everything in tests/two_processes.py."""
     (tmp_path / "one").mkdir()

@@ -16,10 +16,12 @@ import torch
 
 from attribution_core import (
     SGD,
+    AdamW,
     Outputs,
     Recipe,
     influence,
     leave_one_out,
+    magic,
     margin,
     random_subsets,
     representation_similarity,
@@ -92,6 +94,24 @@ def everything(folder: Path) -> dict[str, np.ndarray]:
     targets = menagerie.unseen(small)
     found["tracin"] = tracin(run, targets).scores
     found["source"] = source(run, targets, segments=2).scores
+    found["magic"] = magic(run, targets).scores
+    found["magic by lr"] = magic(run, targets, wrt="lr", mode="reverse").scores
+    adam = Recipe(AdamW(0.01, weight_decay=0.1), batch_size=5, epochs=2, clip=0.5, accumulate=2)
+    shared = train(net, adam, shard=True, states=3)
+    found["shared run"] = shared.losses
+    found["own: rows of a batch"] = np.concatenate(shared.steps.parts(0))
+    for mode in ("reverse", "forward"):
+        by_domain = magic(shared, few, wrt="domains", groups=np.arange(7) % 2, mode=mode)
+        found[f"magic of a shared run, {mode}"] = by_domain.scores
+    by_inputs = magic(shared, few, wrt="inputs", rows=[5, 0, 3])
+    found["magic of a shared run by inputs"] = by_inputs.scores
+    one_row = train(net, Recipe(SGD(0.1), batch_size=1, epochs=1), shard=True)
+    found["fewer rows a batch than processes"] = magic(one_row, few).scores
+    gone = train(small, recipe, [1.0] * 15 + [0.0] * 5, drop="row")
+    found["shadows"] = magic(gone, targets).scores
+    found["magic in a folder"] = magic(run, targets, folder=folder / "magic").scores
+    kept = train(net, adam, shard=True, states=3, folder=folder / "shared")
+    found["magic of a shared run on disk"] = magic(kept, few, states=2).scores
     found["trak"] = trak(run, targets, projection_dim=8).scores
     found["trak of fewer rows than processes"] = trak(
         single, Outputs(margin, single.train), ridge=1.0

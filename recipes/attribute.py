@@ -1,0 +1,299 @@
+"""How does a model depend on its training data? Attributed by any method, judged by retraining.
+
+    python recipes/attribute.py                                   # digits MLP, metagradients, a few minutes
+    python recipes/attribute.py --task text --drop .01 .05        # a tiny GPT-2 on embedded text
+    python recipes/attribute.py --task text --data 'pool/*.parquet' --target target.jsonl --model my/folder
+    python recipes/attribute.py --method influence --out runs/mine
+
+It looks whether first order can be believed (and takes the learning rate or ε that the pre-flight suggests),
+trains, attributes, retrains on random subsets and writes the report. The same command again resumes.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from recipes.tasks import Task
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Train a small model, compute a datamodel, retrain on subsets, report LDS by fraction dropped."""
+
+    task: Literal["digits", "text"] = "digits"
+    """'digits': an MLP on scikit-learn's digits; 'text': a language model."""
+    data: str = "embedded"
+    """Text to train on: 'embedded', a glob of .parquet/.jsonl/.txt files, a saved dataset, or a hub name."""
+    target: str = "embedded"
+    """Held-out text whose losses are predicted; same forms."""
+    text: str = "text"
+    """Column that holds the text."""
+    model: str = "gpt2"
+    """Of a text task: 'gpt2' (130,000 parameters), or a transformers folder: its weights, or fresh ones from its config."""
+    rows: int | None = None
+    """Training rows; by default 1,500 digits or 1,000 blocks of text."""
+    targets: int = 20
+    """Outputs to predict."""
+    method: Literal["magic", "influence", "ekfac", "trak", "source", "tracin"] = "magic"
+    """How to attribute."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    """SGD with momentum .9, or AdamW with 1e-8 inside its root."""
+    lr: float | None = None
+    """Learning rate; by default .02 for SGD, .003 for AdamW."""
+    eps_root: float = 1e-8
+    """Inside AdamW's root: larger is smoother."""
+    batch_size: int = 50
+    """Rows a step."""
+    epochs: float | None = None
+    """Passes over the rows; by default 15 for digits, 4 for text."""
+    preflight: Literal["search", "look", "off"] = "search"
+    """For magic: take what passes, only say what was found, or skip it."""
+    exposure: float = 1.0
+    """Of the attributed runs: .5 predicts fresh trainings on halves best."""
+    runs: int = 1
+    """Attributed runs, whose datamodels are averaged (with --fresh)."""
+    fresh: bool = False
+    """Judge by fresh seeds with rows really removed, instead of the same order with weights set to zero."""
+    drop: tuple[float, ...] = (0.01, 0.05, 0.1, 0.5)
+    """Fractions of the rows that are dropped."""
+    subsets: int = 40
+    """Random subsets for each fraction."""
+    seeds: int = 3
+    """Trainings of each subset, with --fresh."""
+    jobs: int = 2
+    """Trainings side by side, each on one thread."""
+    device: str = "cpu"
+    """Where to train: cpu, cuda, ..."""
+    out: Path = Path("runs/attribute")
+    """Folder for everything that is written."""
+
+
+def main(flags: Flags) -> None:
+    """The steps, in order; each reads back what an earlier call has finished."""
+    import torch
+
+    torch.set_num_threads(1)  # small tensors: threads wait more than they work
+    flags.out.mkdir(parents=True, exist_ok=True)
+    task, recipe = prepare(flags)
+    recipe = checked(flags, task, recipe)
+    estimate(flags, task, recipe)
+    datamodel = attribute(flags, task, recipe)
+    tables = judge(flags, task, recipe)
+    write_report(flags, task, recipe, datamodel, tables)
+
+
+def bar(what: str) -> Any:
+    """A progress bar with the time left."""
+    from tqdm import tqdm
+
+    return partial(tqdm, desc=what, leave=False, file=sys.stderr, mininterval=0.5)
+
+
+def prepare(flags: Flags) -> tuple[Task, Any]:
+    """The task, and the recipe as the flags have it."""
+    from attribution_core import SGD, AdamW, Recipe
+    from recipes.tasks import digits_task, text_task
+
+    if flags.task == "digits":
+        task = digits_task(flags.rows or 1500, flags.targets)
+    else:
+        task = text_task(
+            flags.out / "text", flags.rows or 1000, flags.targets,
+            data=flags.data, target=flags.target, text=flags.text, model=flags.model,
+        )  # fmt: skip
+    task.problem.model.to(flags.device)
+    optimizer: Any = (
+        SGD(flags.lr or 0.02, momentum=0.9)
+        if flags.optimizer == "sgd"
+        else AdamW(flags.lr or 0.003, eps_root=flags.eps_root)
+    )
+    epochs = flags.epochs or (15 if flags.task == "digits" else 4)
+    recipe = Recipe(
+        optimizer, min(flags.batch_size, task.problem.n), epochs,
+        schedule="linear" if flags.task == "text" else None, init=task.make,
+    )  # fmt: skip
+    return task, recipe
+
+
+def checked(flags: Flags, task: Task, recipe: Any) -> Any:
+    """The recipe that the pre-flight passes, or the given one."""
+    from attribution_core import preflight
+
+    if flags.method != "magic" or flags.preflight == "off":
+        return recipe
+    found = preflight(
+        task.problem, recipe, task.outputs, exposure=flags.exposure,
+        search=flags.preflight == "search", progress=bar("pre-flight"),
+    )  # fmt: skip
+    print(f"pre-flight\n{found.table()}\n{found}", flush=True)
+    if flags.preflight == "look" or found.best is None:
+        return recipe
+    return found.best.recipe
+
+
+def estimate(flags: Flags, task: Task, recipe: Any) -> None:
+    """What is to come, from a few timed steps: printed before it starts."""
+    import time
+
+    from attribution_core import magic, train
+
+    few = [list(batch) for batch in recipe.draw(_rows(task), flags.exposure)]
+    start = time.perf_counter()
+    run = train(task.problem, replace(recipe, order=few[:4], schedule=None))
+    step = (time.perf_counter() - start) / len(run.order)
+    training = step * len(few)
+    trainings = len(flags.drop) * flags.subsets * (flags.seeds if flags.fresh else 1)
+    state = run.last.bytes
+    words = f"training about {training:.0f} s ({len(few)} steps), {state / 2**20:.1f} MiB a state"
+    if flags.method == "magic":
+        start = time.perf_counter()
+        magic(run, task.outputs, check=False)
+        walk = (time.perf_counter() - start) / len(run.order) * len(few)
+        words += f"; walking back about {walk:.0f} s for {len(task.outputs)} outputs"
+    retraining = trainings * training / flags.jobs
+    print(
+        f"{words}; {trainings} retrainings about {retraining / 60:.1f} min in {flags.jobs} jobs",
+        flush=True,
+    )
+
+
+def _rows(task: Task) -> Any:
+    import numpy as np
+
+    return np.arange(task.problem.n)
+
+
+def attribute(flags: Flags, task: Task, recipe: Any) -> Any:
+    """The datamodel of the runs, by the method asked for."""
+    from attribution_core import influence, magic, source, tracin, train, trak
+    from attribution_core.smoothness import describe
+
+    marks = 6 if flags.method in ("source", "tracin") else 0
+    first = 1000 if flags.fresh else recipe.seed  # seeds that the truth does not use
+    runs = [
+        train(
+            task.problem, replace(recipe, seed=first + k), exposure=flags.exposure, checkpoints=marks,
+            progress=bar("training"),
+        )
+        for k in range(flags.runs)
+    ]  # fmt: skip
+    given: Any = runs if len(runs) > 1 else runs[0]
+    methods: dict[str, Any] = {
+        "magic": partial(magic, check=True, progress=bar("walking back")),
+        "influence": influence,
+        "ekfac": partial(influence, curvature="ekfac"),
+        "trak": trak,
+        "source": source,
+        "tracin": tracin,
+    }
+    datamodel = methods[flags.method](given, task.outputs)
+    datamodel.save(flags.out / "datamodel")
+    if flags.method == "magic":
+        print(describe(datamodel), flush=True)
+    return datamodel
+
+
+def judge(flags: Flags, task: Task, recipe: Any) -> dict[float, Any]:
+    """Retrained random subsets for each fraction dropped."""
+    from attribution_core import random_subsets, retrain
+
+    tables = {}
+    for drop in flags.drop:
+        weights = random_subsets(task.problem.n, flags.subsets, keep=1 - drop)
+        tables[drop] = retrain(
+            task.problem, recipe, task.outputs, weights,
+            seeds=flags.seeds if flags.fresh else [recipe.seed],
+            drop="row" if flags.fresh else "weight", jobs=flags.jobs,
+            folder=flags.out / "retraining", progress=bar(f"retraining, {drop:.0%} dropped"),
+        )  # fmt: skip
+    return tables
+
+
+def write_report(
+    flags: Flags, task: Task, recipe: Any, datamodel: Any, tables: dict[float, Any]
+) -> None:
+    """LDS by fraction as a table, the calibration picture, the rows that matter most; printed and written."""
+    import warnings
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from applied import pictures, report
+    from applied.recipe import Interval
+    from attribution_core import lds
+    from attribution_core.smoothness import describe
+
+    found = {drop: lds(datamodel, table) for drop, table in tables.items()}
+    print("\n".join(f"{drop:5.0%} dropped: {one}" for drop, one in found.items()))
+    rows = [
+        (f"{drop:.0%}", Interval(one.mean, *one.interval), one.slope, one.ceiling)
+        for drop, one in found.items()
+    ]
+    sections = {
+        "How well retrained models are predicted": [
+            report.table(rows, ("dropped", "LDS", "slope", "ceiling")),
+            report.paragraph(
+                f"Rank correlation, over {flags.subsets} random subsets, of predicted and retrained outputs; mean over "
+                f"{len(datamodel.base)} outputs with its 95 % bootstrap interval. "
+                + (
+                    f"Truth: {flags.seeds} fresh seeds, rows removed."
+                    if flags.fresh
+                    else "Truth: same initial weights and order, weights set to zero."
+                )
+            ),
+        ]
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for drop, table in tables.items():
+            predicted = datamodel.predict(table.weights).mean(1)
+            figure = pictures.calibration(predicted, table.outputs.mean(1), unit=task.unit)
+            sections[f"Predicted against actual, {drop:.0%} dropped"] = [report.picture(figure)]
+    mean = datamodel.mean().scores[:, 0]
+    order = np.argsort(mean, kind="stable")
+    ends = [("lower", order[:10]), ("raise", order[::-1][:10])]
+    sections["Rows that move the mean output most"] = [
+        report.table(
+            [(which, int(i), float(mean[i]), task.show(int(i))[:80]) for which, some in ends for i in some],
+            ("its weight would", "row", "score", "what it is"),
+        )
+    ]  # fmt: skip
+    facts = {
+        "model": f"{task.name}, {sum(v.numel() for v in task.problem.params.values()):,} parameters, {task.problem.n:,} rows",
+        "optimizer": str(recipe.optimizer),
+        "steps": f"batches of {recipe.batch_size}, {recipe.epochs:g} epochs",
+        "method": flags.method,
+    }
+    if flags.method == "magic":
+        sections["Can it be believed?"] = [report.paragraph(describe(datamodel))]
+    sections["How this was made"] = [report.facts(facts)]
+    report.Page(
+        "How outputs depend on training data",
+        f"{task.name}: {flags.method} at exposure {flags.exposure:g}",
+        sections,
+    ).save(flags.out / "report.html")
+    metrics = {f"{drop:g}": asdict(one) for drop, one in found.items()}
+    report.write_metrics(
+        flags.out / "metrics.json", {"lds": metrics, "meta": datamodel.meta, **facts}
+    )
+    print(f"written to {flags.out}/report.html")
+
+
+def run(arguments: list[str] | None = None) -> Any:
+    """Parse and run; what is wrong with the input is said in one line, without a traceback."""
+    flags = tyro.cli(Flags, args=arguments, description=__doc__)
+    try:
+        main(flags)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run()

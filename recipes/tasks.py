@@ -1,0 +1,189 @@
+"""Small models with data and held-out targets, on any machine: a digits MLP and a tiny GPT-2 on text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from recipes.embedded import Document
+
+WIDTH, LAYERS, VOCABULARY, LENGTH = 64, 2, 512, 32  # of the tiny GPT-2
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and the outputs that are to be predicted."""
+
+    name: str
+    problem: Any  # Problem
+    outputs: Any  # Outputs, one target a row
+    make: Any  # seed -> initial model
+    unit: str  # of the outputs
+    show: Any  # row of the training data -> text
+
+
+def mlp(seed: int, width: int = 64) -> Any:
+    """64 pixels, one hidden layer of GELUs, 10 classes; weights from the seed."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        nn = torch.nn
+        return nn.Sequential(nn.Linear(64, width), nn.GELU(), nn.Linear(width, 10))
+
+
+def digits_task(rows: int = 1500, targets: int = 20) -> Task:
+    """The margins of held-out digits under an MLP."""
+    import torch
+
+    from attribution_core import Outputs, Problem, cross_entropy, margin
+    from recipes.embedded import digits
+
+    data = digits(rows, 200)
+    x, test_x = (torch.tensor(a, dtype=torch.float32) for a in (data.x, data.test_x))
+    problem = Problem(mlp(0), cross_entropy, (x, torch.tensor(data.y)))
+    outputs = Outputs(margin, (test_x[:targets], torch.tensor(data.test_y[:targets])))
+    return Task(
+        "digits MLP", problem, outputs, mlp, "margin, nats", lambda i: f"image of a {data.y[i]}"
+    )
+
+
+def gpt2(seed: int, vocabulary: int = VOCABULARY, length: int = LENGTH) -> Any:
+    """A GPT-2 of 130,000 parameters without dropout, eager attention; weights from the seed."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=vocabulary, n_positions=length + 1, n_embd=WIDTH, n_layer=LAYERS, n_head=4,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config).eval()
+
+
+def from_folder(path: str, seed: int) -> Any:
+    """A transformers model from a folder: its weights, or fresh ones where it holds only a config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path)
+    has_weights = any(Path(path).glob("*.safetensors")) or any(Path(path).glob("*.bin"))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if has_weights:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="eager"
+            )
+        else:
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager"
+            )
+    return model.eval()
+
+
+def text_task(
+    folder: Path,
+    rows: int = 1000,
+    targets: int = 20,
+    *,
+    data: str = "embedded",
+    target: str = "embedded",
+    text: str = "text",
+    model: str = "gpt2",
+) -> Task:
+    """The losses of held-out blocks of text under a small language model.
+
+    Args:
+        folder: where the tokeniser and the blocks are kept.
+        rows: how many blocks to train on; data, target: 'embedded' or what `read_documents` takes.
+        model: 'gpt2', the tiny one with a BPE of 512 tokens, or a transformers folder with a tokeniser.
+
+    Raises:
+        ValueError: too little text; a folder that transformers cannot load.
+    """
+    from attribution_core import Outputs, Problem, causal_lm_loss
+    from attribution_core.problem import Rows
+    from recipes import embedded
+    from recipes.corpus import read_documents
+
+    documents = (
+        embedded.text_pool(max(60, rows // 2))
+        if data == "embedded"
+        else read_documents(data, text=text)
+    )
+    held_out = (
+        embedded.text_target(max(20, targets))
+        if target == "embedded"
+        else read_documents(target, text=text)
+    )
+    make, blocks, others, decode = _blocks(folder, documents, held_out, model)
+    if len(blocks) < rows or len(others) < targets:
+        raise ValueError(
+            f"expected text for {rows} training blocks and {targets} target blocks, got {len(blocks)} and "
+            f"{len(others)}; ask for fewer by --rows and --targets"
+        )
+    import numpy as np
+
+    train = Rows(blocks, _spread(len(blocks), rows))
+    first_blocks = np.unique(others.document, return_index=True)[1]  # full ones, a document each
+    chosen = first_blocks[:targets] if len(first_blocks) >= targets else np.arange(targets)
+    loss = causal_lm_loss
+    problem = Problem(make(0), loss, train)
+    return Task(
+        "GPT-2" if model == "gpt2" else model, problem, Outputs(loss, Rows(others, chosen)), make,
+        "held-out loss, nats a token", lambda i: decode(blocks, int(train.rows[i])),
+    )  # fmt: skip
+
+
+def _blocks(
+    folder: Path, documents: Sequence[Document], held_out: Sequence[Document], model: str
+) -> tuple[Any, Any, Any, Any]:
+    """(seed -> model, blocks of the documents, blocks of the held-out ones, how to read a block)."""
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from recipes.corpus import Blocks
+    from recipes.language_model import fingerprint_of, train_bpe
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if model == "gpt2":
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            train_bpe([d.text for d in documents], VOCABULARY).save(str(path))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<s>")
+        make, length = gpt2, LENGTH
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            make = partial(from_folder, model)
+            length = min(LENGTH, int(make(0).config.max_position_embeddings) - 1)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"expected 'gpt2' or a transformers folder, got {model!r}: {error}"
+            ) from None
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def decode(blocks: Any, row: int) -> str:
+        return tokenizer.decode([t for t in blocks.tokens[row, 1:].tolist() if t >= 0])
+
+    def cut(which: Sequence[Document], name: str) -> Any:
+        return Blocks.cut(which, encode, start, length, folder / name, fingerprint_of(tokenizer))
+
+    return make, cut(documents, "train"), cut(held_out, "held_out"), decode
+
+
+def _spread(n: int, rows: int) -> Any:
+    """So many of n rows, evenly spread."""
+    import numpy as np
+
+    return np.linspace(0, n - 1, rows).round().astype(int)

@@ -320,12 +320,14 @@ def _judged(
     grown, kinked = meta.get("growth", 0.0), meta["kinked"]
     rootless = getattr(run.recipe.optimizer, "eps_root", 1.0) == 0
     amiss = grown > GROWN / 2 or kinked > KINKED or rootless
+    holds = False
     if asked.wrt == "weights" and (check is True or (check == "auto" and amiss)):
         verdict = finite_difference(run, found, outputs, since=asked.since)
         meta["check"] = asdict(verdict)
-        if not verdict.holds:
+        holds = verdict.holds
+        if not holds:
             _warn(f"{verdict}; do not believe these scores beyond their sign, if that")
-    if grown > GROWN:
+    if grown > GROWN and not holds:
         _warn(
             f"the adjoint grew {grown:.3g}-fold from the last step to the first; the training amplifies small "
             "changes, so first-order predictions fail: try a smaller learning rate, a larger eps_root or "
@@ -359,7 +361,7 @@ def _mean(runs: Sequence[Run], one: Any, folder: str | Path | None) -> LinearDat
     if not all(np.array_equal(f.anchor, anchor) for f in found):
         found = [f.at(anchor) for f in found]
     mean = average(found)
-    meta = dict(mean.meta)
+    meta = {name: value for name, value in mean.meta.items() if name != "check"}
     for name in ("growth", "kinked", "states_held"):
         if name in meta:
             meta[name] = max(f.meta[name] for f in found)

@@ -263,7 +263,7 @@ class Tried:
     """A recipe, and how it did."""
 
     recipe: Recipe
-    loss: float  # mean of the outputs after training
+    loss: float  # of training, mean over the last tenth of the steps
     growth: float
     check: FiniteDifference
     smoothness: Metasmoothness
@@ -286,7 +286,7 @@ class Preflight:
 
     @property
     def best(self) -> Tried | None:
-        """Of those whose check held the one with the lowest loss; None where none held."""
+        """Of those whose check held the one with the lowest training loss; None where none held."""
         fine = [one for one in self.tried if one.check.holds]
         return min(fine, key=lambda one: one.loss, default=None)
 
@@ -310,11 +310,11 @@ class Preflight:
     def __str__(self) -> str:
         best = self.best
         given = self.tried[0]
-        words = f"{given.check}".capitalize() + "."
+        words = f"{str(given.check)[0].upper()}{str(given.check)[1:]}."
         if self.holds:
             words += f" First order holds with {given.name}."
         elif best is not None:
-            words += f" First order does not hold with {given.name}; it does with {best.name} (loss {best.loss:.3f} instead of {given.loss:.3f}): take that."
+            words += f" First order does not hold with {given.name}; it does with {best.name} (training loss {best.loss:.3f}, not {given.loss:.3f}): take that."
         else:
             words += f" First order does not hold with {given.name}, nor with any recipe that was tried: use fewer steps, a window (since=...), smoother layers, or another method."
         if self.look.kinked:
@@ -391,7 +391,14 @@ def _try(problem: Problem, recipe: Recipe, outputs: Outputs, exposure: float, se
     from attribution_core.training import train
 
     start = time.perf_counter()
-    run = train(problem, recipe, exposure=exposure)
+    try:
+        run = train(problem, recipe, exposure=exposure)
+    except ValueError as error:
+        if "NaN or infinity" not in str(error):
+            raise
+        nan, none = float("nan"), Metasmoothness(float("inf"), float("nan"))
+        lost = FiniteDifference(float("inf"), nan, nan, H, len(outputs))
+        return Tried(recipe, nan, float("inf"), lost, none, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MetagradientWarning)
@@ -404,7 +411,7 @@ def _try(problem: Problem, recipe: Recipe, outputs: Outputs, exposure: float, se
     before, after = (each.outputs(outputs).numpy() for each in (run, near))
     return Tried(
         recipe,
-        float(before.mean()),
+        float(run.losses[-max(1, len(run.losses) // 10) :].mean()),
         float(growth),
         compared(predicted, after - before, H),
         metasmoothness(run, outputs, seed=seed, near=near),

@@ -27,6 +27,8 @@ class Flags:
     """An MLP of width 64 on 1,500 digits, or a GPT-2 of 120,000 parameters on embedded text."""
     optimizer: Literal["sgd", "momentum", "adamw"] = "adamw"
     """Of digits: SGD at .1; SGD at .05 with momentum .9; AdamW at .001. Text has what the pre-flight found."""
+    batch_size: int = 50
+    """Digits a step."""
     truth: Literal["same", "removed", "fresh"] = "same"
     """Same order with weights set to zero; the same seed with rows removed; fresh seeds with rows removed."""
     drop: tuple[float, ...] = ()
@@ -56,7 +58,11 @@ def setting(flags: Flags) -> tuple[Any, Any, Any]:
         return task.problem, recipe, task.outputs
     task = digits_task()
     optimizers = {"sgd": SGD(0.1), "momentum": SGD(0.05, momentum=0.9), "adamw": AdamW(0.001)}
-    return task.problem, Recipe(optimizers[flags.optimizer], 50, 15, init=task.make), task.outputs
+    return (
+        task.problem,
+        Recipe(optimizers[flags.optimizer], flags.batch_size, 15, init=task.make),
+        task.outputs,
+    )
 
 
 def same_order(flags: Flags, problem: Any, recipe: Any, outputs: Any) -> dict[str, Any]:
@@ -128,7 +134,7 @@ def main(flags: Flags) -> None:
         tables[round(1 - drop, 6)] = retrain(
             problem, recipe, outputs, subsets, seeds=flags.seeds if fresh else [recipe.seed],
             drop="weight" if flags.truth == "same" else "row", jobs=flags.jobs, progress=bar,
-            folder=flags.out / f"{flags.task}-{flags.optimizer}-{'weight' if flags.truth == 'same' else 'row'}",
+            folder=flags.out / f"{flags.task}-{flags.optimizer}-{flags.batch_size}-{flags.truth}",
         )  # fmt: skip
     found = compare(methods, tables)
     print(f"{flags.task}, {recipe.optimizer}, truth: {flags.truth}\n{found.table()}\n")

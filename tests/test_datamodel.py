@@ -118,6 +118,62 @@ def test_average_of_different_things(changes, name):
         average([make(), make(**changes)])
 
 
+def with_parts(seed=0):
+    f = make(seed, anchor=1.0)
+    parts = np.random.default_rng(seed).standard_normal((3, N, T))
+    return replace(f, scores=parts.sum(0), parts=parts, spread=np.ones((N, T)))
+
+
+def test_parts_move_with_the_scores_and_spread_does_not():
+    f = with_parts()
+    labels = np.arange(N) % 2
+    for g in (f.grouped(labels), f.combine(np.ones((T, 2))), average([f, with_parts(1)])):
+        np.testing.assert_allclose(g.parts.sum(0), g.scores, **EXACT)
+    assert f.grouped(labels).spread is None
+    assert f.combine(np.ones((T, 2))).spread is None
+    np.testing.assert_allclose(f.part(0, 2).scores, f.parts[0] + f.parts[2], **EXACT)
+    np.testing.assert_array_equal(f.part(1).base, f.base)
+    with pytest.raises(ValueError, match="expected a datamodel with parts"):
+        make().part(0)
+
+
+def test_spread_is_the_deviation_over_what_is_averaged():
+    several = [make(seed, anchor=1.0) for seed in range(3)]
+    expected = np.std([f.scores for f in several], axis=0, ddof=1)
+    np.testing.assert_allclose(average(several).spread, expected, **EXACT)
+    assert average(several[:1]).spread is None
+
+
+def test_another_anchor_is_the_same_function():
+    f, w = make(), np.random.default_rng(5).uniform(size=N)
+    for anchor in (0.0, np.linspace(0, 1, N)):
+        np.testing.assert_allclose(f.at(anchor).predict(w), f.predict(w), **EXACT)
+        np.testing.assert_array_equal(f.at(anchor).anchor, np.broadcast_to(anchor, N))
+
+
+def test_parts_and_spread_on_disk(tmp_path):
+    f = with_parts()
+    f.save(tmp_path)
+    g = LinearDatamodel.load(tmp_path)
+    np.testing.assert_array_equal(g.parts, f.parts)
+    np.testing.assert_array_equal(g.spread, f.spread)
+    make().save(tmp_path)
+    g = LinearDatamodel.load(tmp_path)
+    assert (g.parts, g.spread) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parts": np.zeros((N, T))}, r"expected parts \[k, n, t\] beside scores \[n=7"),
+        ({"spread": np.zeros((2, N, T))}, r"expected spread \[n, t\] beside scores"),
+    ],
+)
+def test_parts_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(make(), **changes)
+
+
 def test_average_of_nothing():
     with pytest.raises(ValueError, match="at least one datamodel to average, got none"):
         average([])

@@ -1,0 +1,84 @@
+"""recipes/attribute.py as a user meets it: one command, the same again, wrong input, a folder of one's own."""
+
+import json
+
+import numpy as np
+import pytest
+
+from attribution_core import LinearDatamodel
+from recipes.attribute import run
+from recipes.tasks import from_folder, text_task
+
+SMALL = ["--subsets", "6", "--drop", "0.1", "0.5", "--jobs", "1", "--targets", "6"]
+pytestmark = pytest.mark.filterwarnings("ignore::attribution_core.MetagradientWarning")
+
+
+def test_digits_from_start_to_report(tmp_path, capsys):
+    flags = [*SMALL, "--rows", "120", "--epochs", "4", "--batch-size", "20", "--out", str(tmp_path)]
+    run(flags)
+    said = capsys.readouterr().out
+    for words in ("pre-flight", "First order holds", "retrainings about", "Exact derivatives", "10% dropped: LDS"):  # fmt: skip
+        assert words in said
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["lds"]["0.1"]["mean"] > 0.9
+    assert metrics["meta"]["check"]["error"] < 0.25
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img") == 2
+    assert "Can it be believed?" in page
+    f = LinearDatamodel.load(tmp_path / "datamodel")
+    assert f.scores.shape == (120, 6)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "retraining").glob("*.npy")}
+    assert len(before) == 12
+    run(flags)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "retraining").glob("*.npy")} == before
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+
+
+@pytest.mark.parametrize("method", ["ekfac", "tracin"])
+def test_other_methods_and_fresh_seeds(tmp_path, capsys, method):
+    run(
+        [*SMALL, "--rows", "80", "--epochs", "2", "--batch-size", "5", "--method", method, "--fresh", "--seeds", "2",
+         "--exposure", "0.5", "--runs", "2", "--out", str(tmp_path)]
+    )  # fmt: skip
+    assert "(6 retrainings × 2 seeds)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "metrics.json").read_text())["meta"]["averaged"] == 2
+
+
+def test_text_with_a_model_from_a_config(tmp_path, capsys):
+    """A folder that holds a config and a tokeniser, but no weights; made by transformers itself."""
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    task = text_task(tmp_path / "first", 40, 6)
+    folder = tmp_path / "model"
+    tokenizer = tmp_path / "first" / "tokenizer.json"
+    PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), bos_token="<s>").save_pretrained(folder)
+    LlamaConfig(
+        vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=40, bos_token_id=0, eos_token_id=0,
+    ).save_pretrained(folder)  # fmt: skip
+    model = from_folder(str(folder), 0)
+    assert model.config._attn_implementation == "eager"
+    assert task.problem.n == 40
+    run(
+        [*SMALL, "--task", "text", "--rows", "40", "--epochs", "1", "--batch-size", "10", "--model",
+         str(folder), "--preflight", "look", "--out", str(tmp_path / "out")]
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "10% dropped: LDS" in said
+    scores = LinearDatamodel.load(tmp_path / "out" / "datamodel").scores
+    assert np.isfinite(scores).all()
+    assert np.abs(scores).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task", "text", "--model", "./nowhere"], "expected 'gpt2' or a transformers folder"),
+        (["--task", "text", "--data", "missing/*.parquet"], "missing"),
+        (["--task", "digits", "--drop", "1.0"], "expected a keep fraction in"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_said_in_one_line(tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=message) as stopped:
+        run([*flags, "--rows", "60", "--epochs", "1", "--out", str(tmp_path)])
+    assert str(stopped.value).startswith("error: ")

@@ -61,7 +61,11 @@ def setting(optimizer: str) -> tuple[Any, Any, Any]:
     x, test_x = (torch.tensor(a, dtype=torch.float32) for a in (data.x, data.test_x))
     problem = Problem(mlp(0), cross_entropy, (x, torch.tensor(data.y)))
     margins = Outputs(margin, (test_x[:20], torch.tensor(data.test_y[:20])))
-    optimizers = {"sgd": SGD(0.1), "momentum": SGD(0.05, momentum=0.9), "adamw": AdamW(0.003)}
+    optimizers = {
+        "sgd": SGD(0.1),
+        "momentum": SGD(0.05, momentum=0.9),
+        "adamw": AdamW(0.003, eps_root=0.0),
+    }
     return problem, Recipe(optimizers[optimizer], batch_size=50, epochs=15, init=mlp), margins
 
 

@@ -118,7 +118,7 @@ def prepare(flags: Flags) -> Study:
         model.make(0).to(device_of(flags)), partial(causal_lm_loss, tokens=preset.length), blocks
     )
     recipe = Recipe(
-        AdamW(flags.lr or preset.lr, betas=(0.9, 0.99)),
+        AdamW(flags.lr or preset.lr, betas=(0.9, 0.99), eps_root=0.0),
         flags.batch_size or preset.batch_size,
         flags.epochs,
         schedule="linear",

@@ -178,7 +178,7 @@ def prepare(flags: Flags, size: dict[str, Any], folder: Path, subsets: int) -> A
     data, test = digits_data() if flags.task == "digits" else text_data(size)
     problem = Problem(build(size), losses, data)
     recipe = Recipe(
-        SGD(0.05, momentum=0.9) if flags.task == "digits" else AdamW(0.003),
+        SGD(0.05, momentum=0.9) if flags.task == "digits" else AdamW(0.003, eps_root=0.0),
         batch_size=50 if flags.task == "digits" else 16,
         epochs=15 if flags.task == "digits" else 8,
         init=partial(build, size),

@@ -302,7 +302,7 @@ class Preflight:
         ]
         for one in self.tried:
             lines.append(
-                f"{one.name:34}{one.loss:8.3f}{one.growth:9.2g}{one.check.error:8.2f}{one.check.agreement:8.2f}"
+                f"{one.name:34}{one.loss:8.3g}{one.growth:9.2g}{one.check.error:8.2f}{one.check.agreement:8.2f}"
                 f"{one.smoothness.signs:7.2f}{one.seconds:9.2g}  {'holds' if one.check.holds else 'does not hold'}"
             )
         return "\n".join(lines)

@@ -65,7 +65,7 @@ class Packing:
         lead = params[name].ndim - len(shape)
         return {
             group: torch.cat(
-                [params[name].reshape(*params[name].shape[:lead], -1) for name in names], dim=lead
+                [params[name].reshape((*params[name].shape[:lead], -1)) for name in names], dim=lead
             )
             for group, names in self.groups.items()
         }
@@ -79,7 +79,7 @@ class Packing:
             sizes = [self.shapes[name].numel() for name in names]
             parts = packed[group].split(sizes, dim=-1)
             for name, part in zip(names, parts, strict=True):
-                found[name] = part.reshape(*part.shape[:-1], *self.shapes[name])
+                found[name] = part.reshape((*part.shape[:-1], *self.shapes[name]))
         return {name: found[name] for name in self.shapes}
 
 

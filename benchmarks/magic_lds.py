@@ -71,11 +71,12 @@ def same_order(flags: Flags, problem: Any, recipe: Any, outputs: Any) -> dict[st
 
     run = cache(lambda: train(problem, recipe))
     models = cache(lambda: [train(problem, replace(recipe, seed=s), states=0) for s in range(5)])
-    return {
-        "MAGIC": cache(lambda keep: magic(run(), outputs)),
-        "influence": cache(lambda keep: influence(run(), outputs)),
-        "TRAK, 5 models": cache(lambda keep: trak(models(), outputs)),
+    once = {
+        "MAGIC": cache(lambda: magic(run(), outputs)),
+        "influence": cache(lambda: influence(run(), outputs)),
+        "TRAK, 5 models": cache(lambda: trak(models(), outputs)),
     }
+    return {name: lambda keep, method=method: method() for name, method in once.items()}
 
 
 def fresh_seeds(flags: Flags, problem: Any, recipe: Any, outputs: Any) -> dict[str, Any]:

@@ -158,9 +158,10 @@ def test_preflight_goes_on_from_a_recipe_that_diverges():
     problem = menagerie.ridge()
     x, y = problem.train.columns
     outputs = Outputs(problem.loss, (x + 0.1, y))
-    found = preflight(problem, Recipe(SGD(3.0), 5, 300), outputs)
+    found = preflight(problem, Recipe(SGD(10.0), 5, 80), outputs)
     assert found.tried[0].check.error == np.inf
-    assert found.best.recipe.optimizer.lr == pytest.approx(0.3)
+    assert "nan" in found.table()
+    assert len(found.tried) > 1
 
 
 def test_preflight_looks_at_training_rows_by_itself_and_refuses_half_precision():

@@ -17,10 +17,11 @@ from attribution_core.magic import magic
 from attribution_core.neighbors import bm25, knn, representation_similarity
 from attribution_core.newton import NewtonDatamodel, newton
 from attribution_core.outputs import causal_lm_loss, cross_entropy, margin, squared_error
+from attribution_core.preflight import preflight
 from attribution_core.problem import Outputs, Problem
 from attribution_core.projection import project
 from attribution_core.retraining import RetrainingTable, random_subsets, retrain
-from attribution_core.smoothness import MetagradientWarning, preflight
+from attribution_core.smoothness import MetagradientWarning
 from attribution_core.training import SGD, Adam, AdamW, Recipe, Run, train
 from attribution_core.trak import trak
 from attribution_core.unrolling import source, tracin

@@ -14,7 +14,8 @@ order of `problem.params`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -46,6 +47,20 @@ Engine = Literal["auto", "ghost", "jvp", "rows"]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # tqdm fits
 SINGLY = 32  # outputs up to which each gets a backward pass of its own
 FEW = 24  # up to so many directions forward mode beats per-example rows (they break even near 27)
+
+
+@dataclass(frozen=True)
+class Sized:
+    """An iterable that knows its length, for progress bars."""
+
+    items: Iterable[Any]
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
 
 
 def directional(

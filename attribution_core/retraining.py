@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.gradients import Progress
+from attribution_core.gradients import Progress, Sized
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import from_first, sum_over_processes, wait, world
 from attribution_core.store import FORMAT, fingerprint, write_text
@@ -147,7 +147,7 @@ def retrain_pairs(
     mine = todo[rank::size]
     found = np.zeros((len(cells), len(outputs)))
     done = _trained(problem, recipe, outputs, [(k, *cells[k]) for k in mine], drop, jobs)
-    for k, values in progress(_Sized(done, len(mine))):
+    for k, values in progress(Sized(done, len(mine))):
         if cache is None:
             found[k] = values
         else:
@@ -238,17 +238,3 @@ def _trained(
     with parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1):
         pool = Parallel(return_as="generator_unordered")
         return pool(delayed(_train_one)(problem, recipe, outputs, *cell, drop) for cell in work)
-
-
-@dataclass(frozen=True)
-class _Sized:
-    """An iterable that knows its length, for progress bars."""
-
-    items: Iterable[Any]
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.items)

@@ -7,7 +7,6 @@ hyperparameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attribution_core.adjoint import Adjoint, Form, Owed, Wanted, pull
-from attribution_core.gradients import Progress, output_gradients
+from attribution_core.gradients import Progress, Sized, output_gradients
 from attribution_core.optimizers import stretches
 from attribution_core.problem import Outputs, Rows, take
 from attribution_core.processes import from_first, sum_over_processes, wait, world
@@ -102,7 +101,7 @@ def _walk(run: Run, outputs: Outputs, wanted: Wanted, how: Walk) -> Walked:
     total = _Total.of(run, wanted, how, len(outputs))
     held = [max(1, len(run.states))]
     walk = backwards(steps, how.held, run.states, run.digests, how.since, noted=held.append)
-    for k, state in how.progress(Counted(walk, len(steps) - how.since)):
+    for k, state in how.progress(Sized(walk, len(steps) - how.since)):
         try:
             at, owed = pull(shared, state, k, at, wanted, form, riding[k] if riding else None)
         except RuntimeError as error:
@@ -224,20 +223,6 @@ class _Total:
         """[segments, rows · numbers, K]."""
         sums = sum_over_processes(self.sums) if shared and self.shared else self.sums
         return sums.reshape(sums.shape[0], -1, sums.shape[3]).numpy()
-
-
-@dataclass(frozen=True)
-class Counted:
-    """An iterable whose length is known, for progress bars."""
-
-    items: Any
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.items)
 
 
 # --- finished chunks -------------------------------------------------------------------------------

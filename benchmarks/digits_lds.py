@@ -40,33 +40,19 @@ class Flags:
     """Folder for the retrainings (resumed), the table and the picture."""
 
 
-def mlp(seed: int) -> Any:
-    """64 pixels, 64 hidden units, 10 classes; weights from the seed."""
-    import torch
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        nn = torch.nn
-        return nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
-
-
 def setting(optimizer: str) -> tuple[Any, Any, Any]:
     """The problem, the recipe and the outputs."""
-    import torch
+    from attribution_core import SGD, AdamW, Recipe
+    from recipes.tasks import digits_task
 
-    from attribution_core import SGD, AdamW, Outputs, Problem, Recipe, cross_entropy, margin
-    from recipes.embedded import digits
-
-    data = digits(1500, 200)
-    x, test_x = (torch.tensor(a, dtype=torch.float32) for a in (data.x, data.test_x))
-    problem = Problem(mlp(0), cross_entropy, (x, torch.tensor(data.y)))
-    margins = Outputs(margin, (test_x[:20], torch.tensor(data.test_y[:20])))
+    task = digits_task()
     optimizers = {
         "sgd": SGD(0.1),
         "momentum": SGD(0.05, momentum=0.9),
         "adamw": AdamW(0.003, eps_root=0.0),
     }
-    return problem, Recipe(optimizers[optimizer], batch_size=50, epochs=15, init=mlp), margins
+    recipe = Recipe(optimizers[optimizer], batch_size=50, epochs=15, init=task.make)
+    return task.problem, recipe, task.outputs
 
 
 def main(flags: Flags) -> None:

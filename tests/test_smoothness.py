@@ -18,9 +18,9 @@ from attribution_core import (
     preflight,
     train,
 )
+from attribution_core.preflight import candidates
 from attribution_core.smoothness import (
     FiniteDifference,
-    candidates,
     compared,
     describe,
     finite_difference,

@@ -106,7 +106,8 @@ def magic(
             arguments that do not fit each other.
 
     Warns:
-        MetagradientWarning: kinked activations; an adjoint that grew; a check that failed.
+        MetagradientWarning: kinked activations; an adjoint that grew; a check that failed; rows that no batch
+            held; dropout masks held fixed.
 
     Source: Ilyas & Engstrom 2025 (MAGIC, arXiv 2504.16430); Engstrom et al. 2025 (arXiv 2503.13751); the
     exposure anchor and shadow rows are this project's, measured in benchmarks/RESULTS.md.
@@ -338,6 +339,13 @@ def _judged(
             f"{kinked:.0%} of the activations come from functions with kinks (ReLU, max pooling, ...): the "
             "derivatives are exact, but hold only until the first unit switches; GELU or average pooling "
             "predict further"
+        )
+    seen = np.bincount(np.concatenate(run.order), minlength=run.problem.n) > 0
+    unseen = int((~seen & (run.weights > 0)).sum())
+    if unseen and asked.wrt == "weights":
+        _warn(
+            f"{unseen} of {run.problem.n} rows are in no batch of the run, so their scores are 0: train for at "
+            "least one pass over the rows (epochs · exposure ≥ 1), or average more runs"
         )
     if run.steps.masks is not None:
         _warn(

@@ -117,7 +117,7 @@ class Run:
     def model(self) -> nn.Module:
         """A copy of the problem's model with the trained parameters, in eval mode."""
         model = copy.deepcopy(self.problem.model)
-        model.load_state_dict({**model.state_dict(), **self.params, **self.buffers})
+        model.load_state_dict({**self.params, **self.buffers}, strict=False)
         return model.eval()
 
     @property
@@ -209,7 +209,7 @@ def train(
         since: the weights act from this step on; before it every example counts once.
         states: which states along the way are kept for `magic`, which computes the others again: "all",
             "sqrt" (2⌈√T⌉ of T), a number, 0 for none; "auto": what fits into `memory` bytes, but none
-            with a folder. With a folder they are kept there, otherwise in memory.
+            with a folder. With a folder they are kept there, otherwise in memory with the run.
         checkpoints: keep the parameters and the optimizer's state at so many steps, each the middle of
             an equal stretch of the run; what `tracin` and `source` read.
         shard: under torchrun, share the rows of each batch between the processes, with one all-reduce a
@@ -308,8 +308,10 @@ def _descend(
     losses, digests = np.zeros(len(steps)), np.zeros(len(steps) + 1, np.int64)
     states: dict[int, TrainingState] = {}
     marks: list[Checkpoint] = []
-    if folder is not None and checkpoints == 0 and steps.shards == 1:
-        state, first, losses, digests = folder.resume(state, losses, digests)
+    # what a killed run goes on from; checkpoints and shared runs start again
+    snapshots = folder if checkpoints == 0 and steps.shards == 1 else None
+    if snapshots is not None:
+        state, first, losses, digests = snapshots.resume(state, losses, digests)
     by_name = steps.packing.unpack
     if held:
         digests[first] = state.digest()
@@ -329,8 +331,8 @@ def _descend(
         state = new
         if held:
             digests[step + 1] = state.digest()
-        if folder is not None and checkpoints == 0 and steps.shards == 1:
-            folder.snapshot(step + 1, state, losses, digests)
+        if snapshots is not None:
+            snapshots.snapshot(step + 1, state, losses, digests)
     return replace(
         run,
         params=by_name(state.params),

@@ -526,6 +526,25 @@ def test_an_unsmooth_recipe_is_told():
     assert "it does not hold" in describe(f)
 
 
+def test_rows_that_no_batch_holds_are_told():
+    problem = net(nn.Tanh())
+    run = train(problem, Recipe(SGD(0.1), 10, 1), exposure=0.5)
+    with pytest.warns(MetagradientWarning, match="20 of 40 rows are in no batch"):
+        f = magic(run, targets(problem))
+    assert int((f.scores == 0).all(1).sum()) == 20
+
+
+def test_a_run_hands_out_its_model_with_tied_weights_and_statistics():
+    for name in ("gpt2", "conv, batch norm"):
+        problem, how = setting(name, "momentum")
+        run = train(problem, how)
+        held = dict(run.model.state_dict())
+        for key, value in {**run.params, **run.buffers}.items():
+            assert torch.equal(held[key], value)
+        if name == "gpt2":
+            assert torch.equal(held["lm_head.weight"], held["transformer.wte.weight"])
+
+
 def test_masks_are_told():
     problem, how = setting("dropout", "momentum")
     with pytest.warns(MetagradientWarning, match="dropout masks are held fixed"):

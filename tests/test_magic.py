@@ -199,11 +199,11 @@ def test_accumulation_is_one_batch(model, parts):
     again = train(run.problem, replace(run.recipe, accumulate=parts))
     np.testing.assert_allclose(again.losses, run.losses, **SAME)
     found = magic(again, outputs)
-    np.testing.assert_allclose(found.scores, scores, rtol=1e-9, atol=1e-12 * abs(scores).max())
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-10, atol=1e-12 * abs(scores).max())
     groups = np.arange(N) % 2
     forward = magic(again, outputs, groups=groups, mode="forward").scores
     expected = np.stack([scores[groups == g].sum(0) for g in (0, 1)])
-    np.testing.assert_allclose(forward, expected, rtol=1e-9, atol=1e-12 * abs(scores).max())
+    np.testing.assert_allclose(forward, expected, rtol=1e-10, atol=1e-12 * abs(scores).max())
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -298,7 +298,7 @@ def test_a_window_counts_weights_from_its_step_on():
     groups = np.arange(N) % 2
     forward = magic(run, outputs, groups=groups, since=since, mode="forward").scores
     np.testing.assert_allclose(
-        forward, found.grouped(groups).scores, rtol=1e-9, atol=1e-12 * abs(scores).max()
+        forward, found.grouped(groups).scores, rtol=1e-10, atol=1e-12 * abs(scores).max()
     )
 
 

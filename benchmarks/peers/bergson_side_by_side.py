@@ -2,7 +2,7 @@
 
     python -m venv bergson
     bergson/bin/pip install -c constraints.txt torch==2.13.0 datasets transformers peft simple-parsing \
-        natsort ml_dtypes petname jaxtyping accelerate tqdm scipy optree
+        natsort ml_dtypes petname jaxtyping accelerate tqdm scipy optree graphviz
     bergson/bin/pip install --no-deps bergson==2.5.1 torchopt==0.7.3
     python benchmarks/peers/bergson_side_by_side.py --bergson-python bergson/bin/python
     python benchmarks/peers/bergson_side_by_side.py --bergson-python bergson/bin/python --kept sqrt
@@ -57,7 +57,7 @@ class Flags:
     layers: int = 2
     """Of the GPT-2."""
     tied: bool = False
-    """One matrix for the embeddings and the logits, as GPT-2 has it; bergson moves it twice a step."""
+    """One matrix for the embeddings and the logits, as GPT-2 has it; bergson's training then differs from ours."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of both sides."""
     check: bool = False

@@ -153,8 +153,11 @@ def resolved(optimizer: Optimizer, problem: Problem) -> Optimizer:
     """The optimizer with the weight decay in force: its own, or the problem's.
 
     Raises:
-        ValueError: both state one, and they differ; it is negative or names unknown parameters.
+        ValueError: both state one, and they differ; it is negative or names unknown parameters; a
+            learning rate that is negative or not finite.
     """
+    if not 0 <= optimizer.lr < math.inf:
+        raise ValueError(f"expected a finite learning rate of at least 0, got {optimizer.lr}")
     if optimizer.weight_decay is None:
         return replace(optimizer, weight_decay=problem.weight_decay)  # type: ignore[type-var]
     own = replace(problem, weight_decay=optimizer.weight_decay)  # checks names and signs

@@ -403,6 +403,12 @@ def test_a_weight_decay_of_the_optimizer_that_makes_no_sense(decay, message):
         train(menagerie.mlp(), Recipe(SGD(0.1, weight_decay=decay), 2, 1))
 
 
+@pytest.mark.parametrize("lr", [-0.1, np.inf, np.nan])
+def test_a_learning_rate_that_makes_no_sense(lr):
+    with pytest.raises(ValueError, match="expected a finite learning rate of at least 0, got"):
+        train(menagerie.mlp(), Recipe(AdamW(lr), 2, 1))
+
+
 def test_one_weight_decay_said_twice_is_one():
     problem = replace(menagerie.mlp(), weight_decay=0.1)
     by_name = dict.fromkeys(problem.params, 0.1)

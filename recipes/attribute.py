@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
 if TYPE_CHECKING:
     from recipes.tasks import Task
 
@@ -286,13 +284,11 @@ def write_report(
     print(f"written to {flags.out}/report.html")
 
 
-def run(arguments: list[str] | None = None) -> Any:
-    """Parse and run; what is wrong with the input is said in one line, without a traceback."""
-    flags = tyro.cli(Flags, args=arguments, description=__doc__)
-    try:
-        main(flags)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+def run(arguments: list[str] | None = None) -> None:
+    """Parse and run."""
+    from recipes.command import run_command
+
+    run_command(Flags, main, __doc__, arguments)
 
 
 if __name__ == "__main__":

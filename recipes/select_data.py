@@ -10,12 +10,9 @@ The same command again resumes: tokens, proxies, scores and trainings are read b
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from recipes.study import Study
@@ -96,13 +93,11 @@ def main(flags: Flags) -> None:
     write_report(study, datamodel, decision, evidence)
 
 
-def run(arguments: list[str] | None = None) -> Any:
-    """Parse and run; what is wrong with the input is said in one line, without a traceback."""
-    flags = tyro.cli(Flags, args=arguments, description=__doc__)
-    try:
-        main(flags)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+def run(arguments: list[str] | None = None) -> None:
+    """Parse and run."""
+    from recipes.command import run_command
+
+    run_command(Flags, main, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -6,22 +6,31 @@ Every method returns a `LinearDatamodel`; nothing here prints, parses arguments 
 random state.
 """
 
+from attribution_core.aumann_shapley import RemainderWarning, aumann_shapley
 from attribution_core.comparison import Comparison, compare
 from attribution_core.curvature import fit_curvature
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.evaluation import LDS, lds
-from attribution_core.groups import group_subsets, group_table, kmeans_groups, random_groups
+from attribution_core.groups import group_table, kmeans_groups, random_groups
 from attribution_core.influence import influence
 from attribution_core.leave_out import leave_one_out
 from attribution_core.magic import magic
-from attribution_core.neighbors import bm25, knn, representation_similarity
+from attribution_core.neighbors import bm25, knn, knn_values, representation_similarity
 from attribution_core.newton import NewtonDatamodel, newton
 from attribution_core.outputs import causal_lm_loss, cross_entropy, margin, squared_error
 from attribution_core.preflight import preflight
 from attribution_core.problem import Outputs, Problem
 from attribution_core.projection import project
-from attribution_core.retraining import RetrainingTable, random_subsets, retrain
+from attribution_core.retraining import RetrainingTable, retrain
 from attribution_core.smoothness import MetagradientWarning
+from attribution_core.subsets import (
+    all_subsets,
+    bernoulli_subsets,
+    group_subsets,
+    leave_out_subsets,
+    permutation_subsets,
+    random_subsets,
+)
 from attribution_core.training import SGD, Adam, AdamW, Recipe, Run, train
 from attribution_core.trak import trak
 from attribution_core.unrolling import source, tracin
@@ -38,9 +47,13 @@ __all__ = [
     "Outputs",
     "Problem",
     "Recipe",
+    "RemainderWarning",
     "RetrainingTable",
     "Run",
+    "all_subsets",
+    "aumann_shapley",
     "average",
+    "bernoulli_subsets",
     "bm25",
     "causal_lm_loss",
     "compare",
@@ -51,11 +64,14 @@ __all__ = [
     "influence",
     "kmeans_groups",
     "knn",
+    "knn_values",
     "lds",
     "leave_one_out",
+    "leave_out_subsets",
     "magic",
     "margin",
     "newton",
+    "permutation_subsets",
     "preflight",
     "project",
     "random_groups",

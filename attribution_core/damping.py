@@ -17,7 +17,8 @@ from attribution_core.evaluation import lds
 from attribution_core.gradients import Progress, directional, flatten, output_gradients
 from attribution_core.problem import Outputs, Rows
 from attribution_core.processes import collect, my_rows
-from attribution_core.retraining import random_subsets, retrain
+from attribution_core.retraining import retrain
+from attribution_core.subsets import random_subsets
 from attribution_core.trained import trained
 from attribution_core.training import Run
 

@@ -26,7 +26,7 @@ from attribution_core.problem import (
     take,
 )
 from attribution_core.processes import collect, my_rows
-from attribution_core.retraining import RetrainingTable, random_subsets
+from attribution_core.retraining import RetrainingTable
 
 BLOCK = 2**12  # parameters a product runs over: one long float32 product loses a digit
 
@@ -148,17 +148,6 @@ def kmeans_groups(features: ArrayLike | Tensor, groups: int, seed: int = 0) -> N
 
 
 # --- their truth -------------------------------------------------------------------------------
-
-
-def group_subsets(groups: ArrayLike, m: int, keep: float, seed: int = 0) -> NDArray[np.float64]:
-    """Weights [m, n] of m random subsets of whole groups, each of round(keep · g) of the g groups.
-
-    >>> group_subsets(["a", "b", "a", "b"], 3, keep=0.5).sum(axis=1).tolist()
-    [2.0, 2.0, 2.0]
-    """
-    labels = np.asarray(groups)
-    names, index = named(labels, len(labels))
-    return random_subsets(len(names), m, keep=keep, seed=seed)[:, index]
 
 
 def group_table(table: RetrainingTable, groups: ArrayLike) -> RetrainingTable:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import Progress, flatten, row_gradients
@@ -34,6 +34,7 @@ from attribution_core.representations import last_layer, representations
 from attribution_core.trained import several, trained
 from attribution_core.training import Run
 
+BLOCK = 2**20  # distances worked on at a time, 8 MiB
 HELD = 2**26  # numbers of per-row gradients held at once where signs are found (256 MiB in float32)
 Source = Problem | Run | Sequence[Run]
 
@@ -119,6 +120,49 @@ def knn(
     return _floor(source, outputs, similar, {"method": "knn", "k": k})
 
 
+def knn_values(
+    x: ArrayLike, y: ArrayLike, target_x: ArrayLike, target_y: ArrayLike, *, k: int = 5
+) -> LinearDatamodel:
+    """Exact Shapley values of a K-nearest-neighbour classifier on features, without any model.
+
+        v_j(S) = (1/K) · (how many of the K nearest to target j in S share its label), see `knn`
+
+    Args:
+        x, y: features [n, d] and labels [n] of the training examples.
+        target_x, target_y: [t, d] and [t] of the targets.
+        k: neighbours that vote; may exceed n.
+
+    Returns:
+        scores [n, t], base v_j(everyone), anchor 1: f̂(0) = 0 = v_j(nobody). `values` reads it.
+
+    Raises:
+        ValueError: shapes that do not fit, features that are not finite, k below 1.
+
+    Source: Jia et al. 2019, thm. 1; min(K, n)/(K n) for the last neighbour, which holds for n < K too.
+
+    >>> knn_values([[0.0], [1.0]], [1, 0], [[0.1]], [1], k=3).scores[:, 0].round(4).tolist()
+    [0.3333, 0.0]
+    """
+    from scipy.spatial.distance import cdist
+
+    own, theirs = np.asarray(x, dtype=float), np.asarray(target_x, dtype=float)
+    labels, wanted = np.asarray(y), np.asarray(target_y)
+    fit = own.ndim == theirs.ndim == 2 and own.shape[1] == theirs.shape[1]
+    if not fit or labels.shape != own.shape[:1] or wanted.shape != theirs.shape[:1]:
+        raise ValueError(
+            f"expected x [n, d], y [n], target_x [t, d], target_y [t], got {own.shape}, {labels.shape}, "
+            f"{theirs.shape}, {wanted.shape}"
+        )
+    if k < 1 or not (np.isfinite(own).all() and np.isfinite(theirs).all()):
+        raise ValueError(f"expected k of at least 1 and finite features, got k={k}")
+    scores = np.empty((len(own), len(theirs)))
+    for some in batches(len(theirs), max(1, BLOCK // len(own))):
+        distance = cdist(theirs[some], own, "sqeuclidean")  # by differences: ties stay ties
+        scores[:, some] = _ranked(distance, wanted[some, None] == labels, k).T
+    meta = {"method": "knn_values", "k": k}
+    return LinearDatamodel(scores, scores.sum(0), np.ones(len(own)), meta=meta)
+
+
 def knn_shapley(distance: NDArray[Any], match: NDArray[Any], k: int) -> NDArray[np.float64]:
     """Shapley values [n, t] of the K-nearest-neighbour game, from distances and label matches [n, t].
 
@@ -127,12 +171,19 @@ def knn_shapley(distance: NDArray[Any], match: NDArray[Any], k: int) -> NDArray[
     >>> knn_shapley(np.array([[0.0], [1.0]]), np.array([[True], [False]]), 1)[:, 0].tolist()
     [1.0, 0.0]
     """
-    order = np.argsort(distance, axis=0, kind="stable")
-    m = np.take_along_axis(match, order, axis=0).astype(float)
-    i = np.arange(1, len(m) + 1)[:, None]
-    steps = np.minimum(k, i) / (k * i) * (m - np.concatenate([m[1:], np.zeros_like(m[:1])]))
+    return _ranked(np.ascontiguousarray(distance.T), match.T, k).T
+
+
+def _ranked(distance: NDArray[Any], match: NDArray[Any], k: int) -> NDArray[np.float64]:
+    """The same for targets in rows, [t, n]."""
+    order = np.argsort(distance, axis=1, kind="stable")
+    m = np.take_along_axis(match, order, axis=1).astype(float)
+    i = np.arange(1, m.shape[1] + 1)
+    steps = m.copy()
+    steps[:, :-1] -= m[:, 1:]
+    steps *= np.minimum(k, i) / (k * i)
     values = np.empty_like(steps)
-    np.put_along_axis(values, order, np.cumsum(steps[::-1], axis=0)[::-1], axis=0)
+    np.put_along_axis(values, order, np.cumsum(steps[:, ::-1], axis=1)[:, ::-1], axis=1)
     return values
 
 

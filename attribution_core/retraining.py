@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from attribution_core.gradients import Progress, Sized
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import from_first, sum_over_processes, wait, world
+from attribution_core.stacked import Cell, Diverged, Stack, stack_size
 from attribution_core.store import FORMAT, fingerprint, write_text
 from attribution_core.training import Drop, Recipe, train
 
@@ -49,36 +51,121 @@ class RetrainingTable:
         return self.per_seed.mean(axis=1)
 
     def save(self, path: str | Path) -> None:
-        """Write one npz file (weights, per_seed, seeds)."""
+        """Write one file: parquet by that ending, with a line per training (weights, seed, outputs); else
+        npz (weights, per_seed, seeds)."""
         part = Path(path).with_name(Path(path).name + ".part")
-        with part.open("wb") as file:
-            np.savez_compressed(
-                file, weights=self.weights, per_seed=self.per_seed, seeds=np.array(self.seeds)
-            )
+        if Path(path).suffix == ".parquet":
+            _write_parquet(self, part)
+        else:
+            with part.open("wb") as file:
+                np.savez_compressed(
+                    file, weights=self.weights, per_seed=self.per_seed, seeds=np.array(self.seeds),
+                    meta=json.dumps(self.meta, default=str),
+                )  # fmt: skip
         part.replace(path)  # whole or not at all
 
     @classmethod
     def load(cls, path: str | Path) -> RetrainingTable:
-        """Read an npz file with weights [m, n], per_seed [m, s, t] and seeds [s]."""
+        """Read a table, also one that was made elsewhere.
+
+        An npz file holds weights [m, n] and per_seed [m, s, t] with seeds [s], or outputs [m, t] of one
+        training a row. A parquet file has a line per training: weights (a list of n), outputs (a list of t,
+        or a number) and, if there were several, seed.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: other columns; a row of weights that lacks one of the seeds.
+        """
+        if not Path(path).exists():
+            raise FileNotFoundError(f"no table at {path}")
+        if Path(path).suffix == ".parquet":
+            return cls(*_read_parquet(path))
         with np.load(path) as held:
-            seeds = tuple(int(seed) for seed in held["seeds"])
-            return cls(held["weights"], held["per_seed"], seeds)
+            if "weights" not in held or not {"per_seed", "outputs"} & set(held):
+                raise ValueError(
+                    f"expected arrays weights [m, n] and per_seed [m, s, t] (or outputs [m, t]) in {path}, "
+                    f"got {sorted(held)}"
+                )
+            if "per_seed" in held:
+                per_seed = held["per_seed"]
+            else:
+                outputs = held["outputs"]
+                per_seed = outputs.reshape(len(outputs), 1, -1)
+            seeds = held["seeds"] if "seeds" in held else np.arange(per_seed.shape[1])
+            meta = json.loads(str(held["meta"])) if "meta" in held else {}
+            weights = held["weights"].astype(float)
+            return cls(weights, per_seed, tuple(int(seed) for seed in seeds), meta)
+
+    def joined(self, *others: RetrainingTable) -> RetrainingTable:
+        """The rows of several tables of the same seeds, examples and outputs, one after the other.
+
+        Raises:
+            ValueError: tables that differ in one of them.
+        """
+        for other in others:
+            mine = (self.seeds, self.weights.shape[1], self.per_seed.shape[2])
+            theirs = (other.seeds, other.weights.shape[1], other.per_seed.shape[2])
+            if mine != theirs:
+                raise ValueError(
+                    f"expected tables of the same seeds, n and t, got {mine} and {theirs}"
+                )
+        tables = (self, *others)
+        return RetrainingTable(
+            np.concatenate([table.weights for table in tables]),
+            np.concatenate([table.per_seed for table in tables]),
+            self.seeds,
+            self.meta,
+        )
 
 
-def random_subsets(n: int, m: int, *, keep: float, seed: int = 0) -> NDArray[np.float64]:
-    """Weights [m, n] of m random subsets, each of round(keep · n) examples at weight 1.
+def _write_parquet(table: RetrainingTable, path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    >>> random_subsets(4, 3, keep=0.5).sum(axis=1).tolist()
-    [2.0, 2.0, 2.0]
-    """
-    if not 0 < keep <= 1:
-        raise ValueError(f"expected a keep fraction in (0, 1], got {keep}")
-    rng = np.random.default_rng(seed)
-    size = max(1, round(keep * n))
-    weights = np.zeros((m, n))
-    for row in weights:
-        row[rng.choice(n, size, replace=False)] = 1.0
-    return weights
+    m, s, t = table.per_seed.shape
+    columns = {
+        "weights": _lists(np.repeat(table.weights, s, axis=0)),
+        "seed": pa.array(np.tile(np.array(table.seeds, dtype=np.int64), m)),
+        "outputs": _lists(table.per_seed.reshape(m * s, t)),
+    }
+    made = pa.table(columns).replace_schema_metadata({"meta": json.dumps(table.meta, default=str)})
+    pq.write_table(made, path)
+
+
+def _lists(rows: NDArray[np.float64]) -> Any:
+    import pyarrow as pa
+
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
+
+
+def _read_parquet(path: str | Path) -> tuple[Any, Any, tuple[int, ...], dict[str, Any]]:
+    """(weights, per_seed, seeds, meta) of a parquet file with a line per training."""
+    import pyarrow.parquet as pq
+
+    held = pq.read_table(path)
+    if not {"weights", "outputs"} <= set(held.column_names):
+        raise ValueError(
+            f"expected columns weights and outputs (and seed) in {path}, got {held.column_names}"
+        )
+    weights = np.array(held["weights"].to_pylist(), dtype=float)
+    outputs = np.array(held["outputs"].to_pylist(), dtype=float).reshape(len(weights), -1)
+    column = held["seed"].to_pylist() if "seed" in held.column_names else [0] * len(weights)
+    seeds = sorted(set(column))
+    _, first, row = np.unique(weights, axis=0, return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))[row.ravel()]  # rows in the order of their first line
+    counts = np.zeros((len(first), len(seeds)), dtype=int)
+    place = np.searchsorted(seeds, column)
+    np.add.at(counts, (rank, place), 1)
+    if (counts != 1).any():
+        k, j = np.argwhere(counts != 1)[0]
+        raise ValueError(
+            f"expected every row of weights once with each of the seeds {seeds[:10]}, got row {k} "
+            f"{counts[k, j]} times with seed {seeds[j]} in {path}; number repeated rows by seed"
+        )
+    per_seed = np.empty((len(first), len(seeds), outputs.shape[1]))
+    per_seed[rank, place] = outputs
+    meta = json.loads((held.schema.metadata or {}).get(b"meta", b"{}"))
+    return weights[np.sort(first)], per_seed, tuple(int(seed) for seed in seeds), meta
 
 
 def retrain(
@@ -90,32 +177,45 @@ def retrain(
     seeds: int | Sequence[int],
     folder: str | Path | None = None,
     drop: Drop = "row",
-    jobs: int = 1,
+    stack: int | Literal["auto"] = "auto",
+    jobs: int | None = 1,
     progress: Progress = iter,
 ) -> RetrainingTable:
     """Train one model for every row of weights and every seed, and table its outputs.
+
+    Small models are trained in stacks (`stacked.py`): the same outputs to rounding, an order of magnitude
+    sooner. Where no row is left to train on, the outputs are the initial model's.
 
     Args:
         weights: [m, n] or [n], one training set a row.
         seeds: which seeds (the recipe's order and init), or how many, counted from 0.
         folder: keep every finished training there; the same call resumes, and a larger table of the
-            same problem and recipe trains only what is new.
+            same problem and recipe trains only what is new. A kill loses the stacks in flight, no more.
         drop: "row" removes examples of weight 0 and trains on the rest, with as many epochs: what
             happens when data are really taken away. "weight" keeps every batch and counts them as
             nothing: the counterfactual that a same-order metagradient predicts.
-        jobs: trainings side by side in worker processes; under torchrun, trainings are also split
-            over the launched processes.
+        stack: trainings that take their steps together; 1 trains one by one, "auto" decides by the
+            model (up to 2^15 parameters on a CPU, more on a GPU; no batch norm, dropout or augmentation).
+        jobs: stacks side by side in worker processes, each on one thread; None takes joblib's active
+            configuration, and with it any backend that joblib knows:
+
+                with joblib.parallel_config(backend="dask"):  # a cluster, after dask's own set-up
+                    retrain(..., jobs=None)
+
+            Under torchrun, stacks are also split over the launched processes.
         progress: wraps the loop over trainings (tqdm).
 
     Raises:
-        ValueError: weights that do not fit; a folder that belongs to another run; a failed training.
+        ValueError: weights that do not fit; a folder that belongs to another run; a failed training; a
+            problem that cannot be stacked, where a number asks for it.
     """
     table = np.atleast_2d(np.asarray(weights, dtype=float))
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
     pairs = [(row, seed) for row in table for seed in chosen]
     found = retrain_pairs(
-        problem, recipe, outputs, pairs, folder=folder, drop=drop, jobs=jobs, progress=progress
-    )
+        problem, recipe, outputs, pairs, folder=folder, drop=drop, stack=stack, jobs=jobs,
+        progress=progress,
+    )  # fmt: skip
     per_seed = found.reshape(len(table), len(chosen), -1)
     return RetrainingTable(table, per_seed, chosen, {"drop": drop})
 
@@ -128,10 +228,13 @@ def retrain_pairs(
     *,
     folder: str | Path | None = None,
     drop: Drop = "row",
-    jobs: int = 1,
+    stack: int | Literal["auto"] = "auto",
+    jobs: int | None = 1,
     progress: Progress = iter,
 ) -> NDArray[np.float64]:
     """Outputs [len(pairs), t] of trainings given as (weights [n], seed); see `retrain`."""
+    from joblib import effective_n_jobs
+
     cells = [(np.asarray(row, dtype=float), int(seed)) for row, seed in pairs]
     if not cells:
         raise ValueError("expected at least one training: a row of weights and a seed, got none")
@@ -140,25 +243,35 @@ def retrain_pairs(
             raise ValueError(
                 f"expected weights [n={problem.n}] for every training, got {row.shape}"
             )
+    names = [(row.tobytes(), seed) for row, seed in cells]
+    places = {name: k for k, name in reversed(list(enumerate(names)))}
+    first = [places[name] for name in names]  # a training that repeats is done once
     cache = None if folder is None else _Cache.open(folder, problem, recipe, outputs, drop)
     rank, size = world()
     # the first process's list for all: another may have finished some by the time one looks
-    todo = from_first([k for k in range(len(cells)) if cache is None or not cache.has(cells[k])])
-    mine = todo[rank::size]
+    done = from_first([cache is not None and cache.has(cell) for cell in cells])
+    chosen = sorted(set(first))
+    if stack == "auto":  # every worker of every process gets some
+        workers = size * (1 if jobs is None else effective_n_jobs(jobs))
+        width = min(stack_size(problem, recipe, len(chosen))[0], -(-len(chosen) // workers))
+    else:
+        width = stack
+    work = _Work(problem, recipe, outputs, drop, width, stack == "auto")
+    stacks = [[(k, *cells[k]) for k in some if not done[k]] for some in work.cut(cells, chosen)]
+    mine = [some for some in stacks if some][rank::size]
     found = np.zeros((len(cells), len(outputs)))
-    done = _trained(problem, recipe, outputs, [(k, *cells[k]) for k in mine], drop, jobs)
-    for k, values in progress(Sized(done, len(mine))):
+    for k, values in progress(Sized(work.results(mine, jobs), sum(map(len, mine)))):
         if cache is None:
             found[k] = values
         else:
             cache.put(cells[k], values)
     wait()
-    if cache is None:
-        return sum_over_processes(torch.from_numpy(found)).numpy()  # each process filled its own
+    if cache is None:  # each process filled its own
+        return sum_over_processes(torch.from_numpy(found)).numpy()[first]
     return np.stack([cache.get(cell) for cell in cells])
 
 
-Cell = tuple[NDArray[np.float64], int]
+Numbered = tuple[int, NDArray[np.float64], int]  # (place in the table, weights [n], seed)
 
 
 @dataclass(frozen=True)
@@ -206,35 +319,74 @@ class _Cache:
         part.replace(self._path(cell))  # whole or not at all
 
 
-def _train_one(
-    problem: Problem,
-    recipe: Recipe,
-    outputs: Outputs,
-    k: int,
-    row: NDArray[Any],
-    seed: int,
-    drop: Drop,
-) -> tuple[int, NDArray[np.float64]]:
-    try:
-        run = train(problem, replace(recipe, seed=seed), row, drop=drop, states=0)
-        return k, run.outputs(outputs).numpy()
-    except ValueError as error:
-        raise ValueError(f"retraining {k} (seed {seed}) failed: {error}") from None
+@dataclass(frozen=True)
+class _Work:
+    """What every training of a table shares, and how stacks of them are done."""
+
+    problem: Problem
+    recipe: Recipe
+    outputs: Outputs
+    drop: Drop
+    width: int  # trainings of a stack
+    either: bool  # train one by one what cannot be stacked
+
+    def cut(self, cells: list[Cell], chosen: list[int]) -> list[list[int]]:
+        """The chosen cells in stacks, longest trainings first; by all of them, finished or not."""
+        if self.width < 1:
+            raise ValueError(f"expected a stack of at least 1 training, got {self.width}")
+        if self.width > 1 and self.drop == "row":
+            chosen = sorted(chosen, key=lambda k: -np.count_nonzero(cells[k][0]))
+        return [chosen[start : start + self.width] for start in range(0, len(chosen), self.width)]
+
+    def results(
+        self, stacks: list[list[Numbered]], jobs: int | None
+    ) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """Finished trainings as they come, one stack at a time or `jobs` of them side by side."""
+        if jobs == 1 or (len(stacks) < 2 and jobs is not None):
+            return (one for some in stacks for one in self.done(some))
+        from joblib import Parallel, delayed, parallel_config
+
+        calls = (delayed(_list)(self, some) for some in stacks)
+        if jobs is None:
+            found = Parallel(return_as="generator_unordered")(calls)
+        else:
+            with parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1):
+                found = Parallel(return_as="generator_unordered")(calls)
+        return (one for some in found for one in some)
+
+    def done(self, stack: list[Numbered]) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """The results of one stack."""
+        if self.width > 1:
+            try:
+                cells = [(row, seed) for _, row, seed in stack]
+                values = Stack(self.problem, self.recipe, cells, self.drop).outputs(self.outputs)
+                yield from zip([k for k, _, _ in stack], values, strict=True)
+                return
+            except Diverged as error:
+                k, _, seed = stack[error.slice]
+                raise ValueError(f"retraining {k} (seed {seed}) failed: {error}") from None
+            except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+                if not self.either:
+                    raise ValueError(
+                        f"expected trainings that can be stacked, got {error}; use stack=1 or 'auto'"
+                    ) from error
+        for k, row, seed in stack:
+            yield k, self.alone(k, row, seed)
+
+    def alone(self, k: int, row: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+        """The outputs of one training by itself."""
+        recipe = replace(self.recipe, seed=seed)
+        try:
+            if self.drop == "row" and not row.any():  # nothing to train on: the initial model
+                made = self.problem.model if recipe.init is None else recipe.init(seed)
+                return self.outputs.evaluate(
+                    copy.deepcopy(made).to(self.problem.device).eval()
+                ).numpy()
+            run = train(self.problem, recipe, row, drop=self.drop, states=0)
+            return run.outputs(self.outputs).numpy()
+        except ValueError as error:
+            raise ValueError(f"retraining {k} (seed {seed}) failed: {error}") from None
 
 
-def _trained(
-    problem: Problem,
-    recipe: Recipe,
-    outputs: Outputs,
-    work: list[tuple[int, NDArray[Any], int]],
-    drop: Drop,
-    jobs: int,
-) -> Iterable[tuple[int, NDArray[np.float64]]]:
-    """Finished trainings as they come, one at a time or `jobs` side by side."""
-    if jobs == 1 or len(work) < 2:
-        return (_train_one(problem, recipe, outputs, *cell, drop) for cell in work)
-    from joblib import Parallel, delayed, parallel_config
-
-    with parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1):
-        pool = Parallel(return_as="generator_unordered")
-        return pool(delayed(_train_one)(problem, recipe, outputs, *cell, drop) for cell in work)
+def _list(work: _Work, stack: list[Numbered]) -> list[tuple[int, NDArray[np.float64]]]:
+    return list(work.done(stack))

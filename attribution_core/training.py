@@ -219,7 +219,7 @@ def train(
         progress: wraps the loop over steps (tqdm).
 
     Raises:
-        ValueError: weights that are not [n], finite and non-negative; nothing left to train on; an
+        ValueError: weights that are not [n], finite and non-negative; no rows left to train on; an
             exposure outside (0, 1]; dropout without `masks`, or a forward pass that draws random numbers
             or changes buffers in another way than batch norm; batch norm or dropout where a batch is
             cut into parts; more checkpoints than steps; a loss that is not finite (names step and rows).
@@ -229,6 +229,10 @@ def train(
         raise ValueError(f"expected an exposure in (0, 1], got {exposure}; .5 is half of the steps")
     if drop not in ("weight", "row"):
         raise ValueError(f"unknown drop {drop!r}; 'weight' keeps batches, 'row' removes examples")
+    if drop == "row" and not (w > 0).any():
+        raise ValueError(
+            "expected something to train on, got weight 0 for every example and drop='row'"
+        )
     if drop == "row" and recipe.order is not None and (w == 0).any():
         raise ValueError(
             "a recipe with an explicit order cannot be redrawn without rows; use drop='weight'"
@@ -378,6 +382,14 @@ def _watched(steps: Steps, state: TrainingState, step: int) -> tuple[TrainingSta
     return done
 
 
+def first_gradient(steps: Steps) -> Params:
+    """The gradient of step 0 by name, after the checks that every training begins with."""
+    _check_layers(steps)
+    state = steps.start()
+    _watched(steps, state, 0)
+    return steps.packing.unpack(steps.gradient(state, 0)[1])
+
+
 def _values(batch: Any) -> list[Tensor]:
     return list(batch.values() if isinstance(batch, dict) else batch)
 
@@ -393,6 +405,4 @@ def _checked_weights(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:
         raise ValueError(f"expected one weight per training example, [n={n}], got {w.shape}")
     if not np.isfinite(w).all() or (w < 0).any():
         raise ValueError("expected finite weights of at least 0, got others; 0 drops an example")
-    if not (w > 0).any():
-        raise ValueError("expected something to train on, got weight 0 for every example")
     return w

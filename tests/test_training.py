@@ -368,7 +368,7 @@ def test_checkpoints_are_kept_in_the_folder_and_their_number_is_part_of_it(tmp_p
         ({"weights": np.ones(3)}, r"expected one weight per training example, \[n=6\], got \(3,\)"),
         ({"weights": -np.ones(6)}, "expected finite weights of at least 0"),
         ({"weights": np.full(6, np.nan)}, "expected finite weights of at least 0"),
-        ({"weights": np.zeros(6)}, "expected something to train on"),
+        ({"weights": np.zeros(6), "drop": "row"}, "expected something to train on"),
         ({"exposure": 0.0}, r"expected an exposure in \(0, 1\], got 0"),
         ({"exposure": 1.5}, r"expected an exposure in \(0, 1\], got 1.5"),
         ({"drop": "both"}, "unknown drop 'both'"),

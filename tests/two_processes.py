@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from attribution_core import (
     AdamW,
     Outputs,
     Recipe,
+    aumann_shapley,
     influence,
     leave_one_out,
     magic,
@@ -112,6 +114,10 @@ def everything(folder: Path) -> dict[str, np.ndarray]:
     found["magic in a folder"] = magic(run, targets, folder=folder / "magic").scores
     kept = train(net, adam, shard=True, states=3, folder=folder / "shared")
     found["magic of a shared run on disk"] = magic(kept, few, states=2).scores
+    short = replace(recipe, epochs=1)
+    found["aumann shapley"] = aumann_shapley(
+        small, short, targets, points=2, folder=folder / "aumann"
+    ).scores
     found["trak"] = trak(run, targets, projection_dim=8).scores
     found["trak of fewer rows than processes"] = trak(
         single, Outputs(margin, single.train), ridge=1.0

@@ -1,0 +1,243 @@
+"""What to pay for data, and which to buy: values turned into money, by cvxpy.
+
+High is good here: of a loss, pass `-values`; values that add up to less than nothing are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from applied.recipe import SLACK, Decision
+from applied.worth import NORMAL, Values
+from attribution_core.groups import named
+
+
+@dataclass(frozen=True, eq=False)
+class Payments:
+    """Who gets what.
+
+    Args:
+        amounts: [k], they add up to the budget.
+        low, high: [k] what each would get at the ends of its value's 95 % interval, the others' values
+            as they are, before floors and caps; nan where no interval is known.
+        proportional: [k], shares of the budget by worth alone.
+        players: [k] names.
+        budget: what is paid out.
+    """
+
+    amounts: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    proportional: NDArray[np.float64]
+    players: NDArray[Any]
+    budget: float
+
+    def table(self) -> str:
+        """One line a player, the largest payment first."""
+        width = max([6, *(len(str(p)) for p in self.players)])
+        lines = [f"{'player':{width}}  {'payment':>10}  {'by worth':>10}  95 % interval by worth"]
+        for i in np.argsort(-self.amounts, kind="stable"):
+            lines.append(
+                f"{self.players[i]!s:{width}}  {self.amounts[i]:10.2f}  {self.proportional[i]:10.2f}  "
+                f"[{self.low[i]:.2f}, {self.high[i]:.2f}]"
+            )
+        return "\n".join([*lines, f"{'all':{width}}  {self.amounts.sum():10.2f}"])
+
+
+def pay(
+    values: Values,
+    budget: float,
+    *,
+    floors: ArrayLike = 0.0,
+    caps: ArrayLike | None = None,
+    discount: float = 0.0,
+) -> Payments:
+    """Share a budget in proportion to worth, within limits.
+
+        worth_i = max(value_i − discount · standard error_i, 0)
+        min Σ_i (x_i − s_i)² / s_i,  s_i = budget · worth_i / Σ worth     s.t.  Σ x = budget, floor ≤ x ≤ cap
+
+    Its optimum is x_i = clip(c · worth_i, floor_i, cap_i), one c for all: whoever is at no limit is paid in
+    proportion. Players without worth get their floor.
+
+    Args:
+        values: high is good; of a loss, pass `-values`.
+        budget: to be paid out in full.
+        floors, caps: one number, or [k]; payments are never negative.
+        discount: standard errors that are taken off: what is uncertain is paid less.
+
+    Raises:
+        ValueError: values that add up to less than nothing (a loss, whose sign was not turned); no player
+            with worth; standard errors that a discount needs; limits that the budget cannot meet.
+        RuntimeError: the solver found no optimum.
+
+    Source: Shapley shares as payments: Jia et al. 2019; Wang et al. 2024 (royalties).
+
+    >>> one = Values([3.0, 1.0, -1.0], [0.0, 0.0, 0.0], ["a", "b", "c"], [[3.0], [1.0], [-1.0]])
+    >>> pay(one, 100).amounts.round(3).tolist()
+    [75.0, 25.0, 0.0]
+    """
+    # rewrite: from what a player adds to what a player is worth
+    _good_is_high(values)
+    k = len(values)
+    if discount and not np.isfinite(values.standard_error).all():
+        raise ValueError(
+            "expected standard errors for a discount, got none; value with several seeds, runs or "
+            "permutations, or use discount=0"
+        )
+    off = discount * values.standard_error if discount else 0.0
+    worth = np.maximum(values.values - off, 0.0)
+    if not worth.sum() > 0:
+        raise ValueError(f"expected someone of positive worth at discount {discount:g}, got nobody")
+
+    # plug in: shares of the budget
+    if not 0 < budget < math.inf:
+        raise ValueError(f"expected a positive budget, got {budget}")
+    share = budget * worth / worth.sum()
+    floor = np.broadcast_to(np.asarray(floors, dtype=float), (k,))
+    cap = np.broadcast_to(np.asarray(budget if caps is None else caps, dtype=float), (k,))
+    _check_limits(floor, cap, share, budget)
+
+    # optimize
+    import cvxpy as cp
+
+    some = share > 0
+    x = cp.Variable(int(some.sum()))
+    left = (budget - floor[~some].sum()) / budget
+    unit = share[some] / budget
+    problem = cp.Problem(
+        cp.Minimize(cp.sum(cp.multiply(1 / unit, cp.square(x - unit)))),
+        [cp.sum(x) == left, x >= floor[some] / budget, x <= cap[some] / budget],
+    )
+    problem.solve(solver="CLARABEL")
+    if problem.status != cp.OPTIMAL:
+        raise RuntimeError(f"expected an optimum, got solver status {problem.status!r}")
+    amounts = floor.copy()
+    amounts[some] = np.clip(budget * np.asarray(x.value), floor[some], cap[some])
+    ends = []
+    for side in (-NORMAL, NORMAL):
+        end = np.maximum(values.values + side * values.standard_error, 0.0)
+        others = worth.sum() - worth
+        total = others + end
+        ends.append(np.divide(budget * end, total, out=np.zeros(k), where=~(total == 0)))
+    return Payments(amounts, ends[0], ends[1], share, np.asarray(values.players), float(budget))
+
+
+def _good_is_high(values: Values) -> None:
+    """Raise where the values look like those of a loss."""
+    total = float(values.values.sum())
+    if total <= 0:
+        raise ValueError(
+            f"expected values of which high is good, got a sum of {total:.4g}; if the outputs are losses, "
+            "data lower them: pass -values"
+        )
+
+
+def _check_limits(
+    floor: NDArray[Any], cap: NDArray[Any], share: NDArray[Any], budget: float
+) -> None:
+    if (floor < 0).any() or (floor > cap).any() or np.isnan([*floor, *cap]).any():
+        raise ValueError("expected 0 <= floors <= caps, got others")
+    if floor.sum() > budget * (1 + SLACK):
+        raise ValueError(f"expected floors within the budget {budget:g}, got {floor.sum():g}")
+    most = np.where(share > 0, cap, floor).sum()
+    if most < budget * (1 - SLACK):
+        raise ValueError(
+            f"expected caps that let the budget {budget:g} be paid, got at most {most:g} for those of worth; "
+            "raise the caps or lower the budget"
+        )
+
+
+def buy(
+    values: Values,
+    prices: ArrayLike,
+    budget: float,
+    *,
+    whole: bool = True,
+    discount: float = 0.0,
+) -> Decision:
+    """Choose the players whose data are worth most within a budget.
+
+        max Σ_i (value_i − discount · standard error_i) x_i    s.t.  Σ_i price_i x_i ≤ budget,  x_i in {0, 1}
+
+    Args:
+        values: high is good; of a loss, pass `-values`.
+        prices: [k], positive.
+        budget: the most that is spent; players of negative value are never bought.
+        whole: take a player or leave it; else fractions in [0, 1].
+        discount: standard errors that are taken off.
+
+    Returns:
+        A decision over examples (of players that are owners, over their examples; an owner's price is spread
+        evenly over them). Its one output is minus the utility, so that it is to become small: the loss
+        itself, for the values of a loss. Predicted from f(nobody), or from 0 where that is unknown.
+
+    Raises:
+        ValueError: values of the wrong sign; prices that do not fit; a budget that buys nobody.
+        RuntimeError: the solver found no optimum.
+
+    >>> one = Values([3.0, 2.0, 2.0], [0.0] * 3, [0, 1, 2], [[3.0], [2.0], [2.0]])
+    >>> buy(one, [3, 2, 2], budget=4).ids.tolist()
+    [1, 2]
+    """
+    # rewrite: gain of a choice x, in units of the output
+    _good_is_high(values)
+    price = np.asarray(prices, dtype=float)
+    if price.shape != values.values.shape or not (price > 0).all() or np.isinf(price).any():
+        raise ValueError(
+            f"expected one positive price per player [{len(values)}], got {price.shape}"
+        )
+    if not budget >= price.min():
+        raise ValueError(
+            f"expected a budget for the cheapest player, {price.min():g}, got {budget}"
+        )
+    if discount and not np.isfinite(values.standard_error).all():
+        raise ValueError("expected standard errors for a discount, got none; use discount=0")
+
+    # plug in: values add up, so the gain is linear
+    gain = values.values - (discount * values.standard_error if discount else 0.0)
+    scale = float(np.abs(gain).max())
+
+    # optimize
+    import cvxpy as cp
+
+    x = cp.Variable(len(gain), boolean=True) if whole else cp.Variable(len(gain), bounds=[0, 1])
+    problem = cp.Problem(
+        cp.Maximize((gain / scale) @ x), [(price / budget) @ x <= 1, x[gain <= 0] == 0]
+    )
+    problem.solve(solver="HIGHS")
+    if problem.status != cp.OPTIMAL:
+        raise RuntimeError(f"expected an optimum, got solver status {problem.status!r}")
+    chosen = np.asarray(x.value)
+    chosen = np.round(chosen) if whole else np.clip(chosen, 0.0, 1.0)
+    return _decision(values, chosen, price, budget)
+
+
+def _decision(values: Values, chosen: NDArray[Any], price: NDArray[Any], budget: float) -> Decision:
+    """The choice of players as weights of examples."""
+    start = 0.0 if math.isnan(values.empty) else values.empty
+    spent = float(price @ chosen)
+    even = spent / price.sum()  # of every player, at the same cost
+    players = np.asarray(values.players)
+    if values.labels is None:
+        weights, costs, ids = chosen, price, players
+    else:
+        index = named(values.labels, len(values.labels))[1]
+        weights = chosen[index]
+        costs = (price / np.bincount(index))[index]
+        ids = np.arange(len(index))
+    return Decision(
+        weights=weights, ids=ids[weights > 0], costs=costs,
+        predicted=np.array([-(start + values.values @ chosen)]),
+        baseline=np.array([-(start + even * values.values.sum())]),
+        targets=np.array(["minus the utility"]),
+        meta={
+            "application": "valuation", "budget": float(budget), "spent": spent,
+            "players": players[chosen > 0].tolist(), "kind": values.kind,
+        },
+    )  # fmt: skip

@@ -1,0 +1,132 @@
+"""What players are worth: values in units of the output, with intervals, by target and by slice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from applied.recipe import Interval
+from attribution_core.groups import named
+
+NORMAL = 1.959963984540054  # half-width of a 95 % interval, in standard errors
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """What each player adds to the output, in the output's units and sign.
+
+    Args:
+        values: [k], of the mean output (or of `utility`).
+        standard_error: [k]; 0 where the value is exact, nan where nothing tells it.
+        players: [k] names: ids, or owners.
+        per_target: [k, t] the values for each output by itself.
+        change: f(everyone) − f(nobody), what Shapley values add up to; nan where unknown.
+        empty: f(nobody); nan where unknown.
+        kind: how the players' marginal contributions were averaged.
+        targets: [t] names of the outputs.
+        labels: [n] the owner of each example, where players are owners.
+        meta: how it was made.
+    """
+
+    values: NDArray[Any]
+    standard_error: NDArray[Any]
+    players: NDArray[Any]
+    per_target: NDArray[Any]
+    change: float = math.nan
+    empty: float = math.nan
+    kind: str = "shapley"
+    targets: NDArray[Any] | None = None
+    labels: NDArray[Any] | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        k = np.size(self.values)
+        for name in ("values", "standard_error", "players"):
+            array = np.asarray(getattr(self, name))
+            if array.shape != (k,):
+                raise ValueError(f"expected {name} of shape ({k},), got {array.shape}")
+            object.__setattr__(self, name, array)
+        per_target = np.asarray(self.per_target, dtype=float)
+        if per_target.ndim != 2 or len(per_target) != k:
+            raise ValueError(f"expected per_target [k={k}, t], got {per_target.shape}")
+        if not np.isfinite(self.values).all():
+            raise ValueError("expected finite values, got NaN or infinity; look at the outputs")
+        object.__setattr__(self, "per_target", per_target)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __neg__(self) -> Values:
+        """The values of minus the output: of a loss, what a player is worth."""
+        return replace(
+            self, values=-self.values, per_target=-self.per_target, change=-self.change,
+            empty=-self.empty,
+        )  # fmt: skip
+
+    @property
+    def remainder(self) -> float:
+        """What the values do not explain: Σ values − (f(everyone) − f(nobody))."""
+        return float(self.values.sum() - self.change)
+
+    def interval(self, player: Any) -> Interval:
+        """The value of one player with its 95 % interval."""
+        place = np.flatnonzero(self.players == player)
+        if not len(place):
+            raise KeyError(
+                f"no player {player!r}; they look like {np.asarray(self.players)[:3].tolist()}"
+            )
+        mean, half = float(self.values[place[0]]), NORMAL * float(self.standard_error[place[0]])
+        return Interval(mean, mean - half, mean + half)
+
+    def slices(self, labels: ArrayLike) -> NDArray[np.float64]:
+        """Values [k, labels] for slices of the targets (classes, languages), in the order of np.unique.
+
+        By linearity: the value for a slice's mean output is the mean of its values.
+        """
+        names, index = named(labels, self.per_target.shape[1])
+        share = np.zeros((len(index), len(names)))
+        share[np.arange(len(index)), index] = 1.0
+        return self.per_target @ (share / share.sum(0))
+
+    def table(self, rows: int = 20) -> str:
+        """The players from the highest value to the lowest, with intervals; and the sum."""
+        order = np.argsort(-self.values, kind="stable")[:rows]
+        width = max([6, *(len(str(self.players[i])) for i in order)])
+        lines = [f"{'player':{width}}  value [95 % interval]"]
+        for i in order:
+            half = NORMAL * self.standard_error[i]
+            one = Interval(float(self.values[i]), self.values[i] - half, self.values[i] + half)
+            lines.append(f"{self.players[i]!s:{width}}  {one}")
+        if len(self) > rows:
+            lines.append(f"... and {len(self) - rows} more")
+        total = f"sum {self.values.sum():.4g}"
+        if math.isfinite(self.change):
+            total += (
+                f"; f(everyone) - f(nobody) = {self.change:.4g}, remainder {self.remainder:.2g}"
+            )
+        return "\n".join([*lines, total])
+
+    def save(self, path: Any) -> None:
+        """Write a parquet or csv file: player, value, standard_error."""
+        import pyarrow as pa
+
+        made = pa.table(
+            {
+                "player": pa.array(np.asarray(self.players).tolist()),
+                "value": pa.array(np.asarray(self.values, dtype=float)),
+                "standard_error": pa.array(np.asarray(self.standard_error, dtype=float)),
+            }
+        )
+        if str(path).endswith(".csv"):
+            from pyarrow import csv
+
+            csv.write_csv(made, path)
+        else:
+            from pyarrow import parquet
+
+            parquet.write_table(made, path)

@@ -1,0 +1,224 @@
+"""Semivalues of a table: what a player adds, on average over the sets that it joins.
+
+    value_i = Σ_{s=0}^{n−1} q_s E[ f(S ∪ i) − f(S) ],  S uniform over the sets of s players without i
+
+f is the output of a model trained on the players of S, read off a `RetrainingTable` of 0/1 weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Kind = Literal["shapley", "banzhaf", "beta", "leave_one_out"]
+Estimate = tuple[
+    NDArray[np.float64], NDArray[np.float64]
+]  # (values [n, t], standard errors [n, t])
+
+
+def semivalues(
+    inside: NDArray[np.bool_], outputs: NDArray[np.float64], kind: Kind, beta: tuple[float, float]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
+    """(values [n, t], standard errors [n, t], how they were found) from subsets that were trained on.
+
+    Exact where the table holds all subsets (the error is then that over seeds, 0 for one seed, whose game
+    is known exactly); marginal contributions where it is made of permutations; differences to everyone for
+    "leave_one_out"; else `by_size`.
+
+    Args:
+        inside: [m, n], who is in each row.
+        outputs: [m, s, t], under s seeds.
+        kind: which q; beta: (α, β) of kind "beta".
+
+    Raises:
+        ValueError: rows that a kind needs are missing.
+    """
+    n = inside.shape[1]
+    size = inside.sum(1)
+    q = size_weights(kind, n, beta)
+    if kind == "leave_one_out":
+        return *_left_out(inside, outputs, size), "left out one by one"
+    if len(inside) == 2.0**n and len(np.unique(inside, axis=0)) == len(inside):
+        return *_enumerated(inside, outputs, size, q), "all subsets"
+    if (orders := _orders(inside)) is not None:
+        return *_marginals(orders, outputs, q), f"{len(orders)} permutations"
+    return *_by_size(inside, outputs, size, q), "subsets by size"
+
+
+def size_weights(kind: str, n: int, beta: tuple[float, float]) -> NDArray[np.float64]:
+    """q_s [n]: how much the sets of s = 0 .. n − 1 other players count; they add up to 1."""
+    from scipy.stats import betabinom, binom
+
+    s = np.arange(n)
+    if kind == "shapley":
+        return np.full(n, 1.0 / n)
+    if kind == "banzhaf":
+        return binom.pmf(s, n - 1, 0.5)
+    if kind == "beta":
+        if min(beta) <= 0:
+            raise ValueError(f"expected beta=(α, β), both positive, got {beta}")
+        return betabinom.pmf(s, n - 1, beta[1], beta[0])
+    return (s == n - 1).astype(float)
+
+
+def _left_out(inside: NDArray[Any], outputs: NDArray[Any], size: NDArray[Any]) -> Estimate:
+    """f(everyone) − f(all but i), paired by seed."""
+    n = inside.shape[1]
+    whole = outputs[size == n].mean(0) if (size == n).any() else None
+    rows = [np.flatnonzero((size == n - 1) & ~inside[:, i]) for i in range(n)]
+    missing = [i for i, some in enumerate(rows) if not len(some)]
+    if whole is None or missing:
+        raise ValueError(
+            f"expected rows for everyone and for everyone but each player, got none for "
+            f"{'everyone' if whole is None else f'players {missing[:5]}'}; use leave_out_subsets"
+        )
+    differences = np.stack([whole - outputs[some].mean(0) for some in rows])  # [n, seeds, 1 + t]
+    return differences.mean(1), _over_seeds(differences)
+
+
+def _over_seeds(per_seed: NDArray[Any]) -> NDArray[Any]:
+    """Standard error of the mean over seeds of [n, s, t]; 0 for one seed, whose game is known exactly."""
+    s = per_seed.shape[1]
+    if s == 1:
+        return np.zeros((len(per_seed), per_seed.shape[2]))
+    return per_seed.std(1, ddof=1) / math.sqrt(s)
+
+
+def _orders(inside: NDArray[Any]) -> NDArray[np.intp] | None:
+    """The permutations [k, n] of a table made of chains from nobody to everyone, else None."""
+    m, n = inside.shape
+    if m % (n + 1):
+        return None
+    chains = inside.reshape(-1, n + 1, n)
+    added = np.diff(chains.astype(np.int8), axis=1)
+    if chains[:, 0].any() or (added < 0).any() or (added.sum(2) != 1).any():
+        return None
+    return added.argmax(2)
+
+
+def _marginals(
+    orders: NDArray[np.intp], outputs: NDArray[Any], q: NDArray[np.float64]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Mean marginal contributions along permutations, those after s others counted n q_s times."""
+    k, n = orders.shape
+    chains = outputs.mean(1).reshape(k, n + 1, -1)
+    steps = np.diff(chains, axis=1) * (n * q)[None, :, None]
+    each = np.empty_like(steps)
+    np.put_along_axis(each, np.broadcast_to(orders[:, :, None], steps.shape), steps, axis=1)
+    if k > 1 and k % 2 == 0 and (orders[::2] == orders[1::2, ::-1]).all():
+        each = (each[::2] + each[1::2]) / 2  # antithetic pairs are one draw
+    many = len(each)
+    error = each.std(0, ddof=1) / math.sqrt(many) if many > 1 else np.full(each.shape[1:], math.nan)
+    return each.mean(0), error
+
+
+def _enumerated(
+    inside: NDArray[Any], outputs: NDArray[Any], size: NDArray[Any], q: NDArray[np.float64]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Exact values from all 2^n subsets: Σ_S f(S) (i in S: q_{s−1}/C(n−1, s−1), else −q_s/C(n−1, s))."""
+    from scipy.special import comb
+
+    n = inside.shape[1]
+    padded = np.concatenate([[0.0], q, [0.0]])  # q_{s−1} stands at s
+    share = comb(n - 1, np.arange(-1, n + 1))
+    padded = np.divide(padded, share, out=np.zeros(n + 2), where=share > 0)
+    weight = np.where(inside, padded[size][:, None], -padded[size + 1][:, None])
+    per_seed = np.einsum("mi,mst->ist", weight, outputs)
+    return per_seed.mean(1), _over_seeds(per_seed)
+
+
+def _by_size(
+    inside: NDArray[Any], outputs: NDArray[Any], size: NDArray[Any], q: NDArray[np.float64]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Values from random subsets, by what a player makes among subsets of one size.
+
+        value_i = Σ_s q_s (μ_{s+1} − μ_s) + Σ_s [q_{s−1} (1 − s/n) + q_s s/n] D_i(s)
+
+    with μ_s the mean of f over sets of size s, and D_i(s) its mean over those with i less that over those
+    without. (Both lines are exact over all sets.) Sizes with too few rows are taken together, sizes
+    that were not drawn are interpolated. The D_i of a size add up to zero, and are made to.
+    """
+    n = inside.shape[1]
+    y = outputs.mean(1)
+    interior = (size > 0) & (size < n)
+    if not interior.any():
+        raise ValueError(
+            "expected subsets between nobody and everyone, got none; use random_subsets, "
+            "permutation_subsets or all_subsets"
+        )
+    centres, d, variance = _contrasts(inside[interior], y[interior], size[interior])
+    s = np.arange(1, n)
+    count = q[s - 1] * (1 - s / n) + q[s] * s / n
+    share = count @ np.stack([np.interp(s, centres, one) for one in np.eye(len(centres))], axis=1)
+    level, level_variance = _levels(y, size, q)
+    spread = np.tensordot(share**2, variance, axes=1)
+    return level + np.tensordot(share, d, axes=1), np.sqrt(spread + level_variance)
+
+
+def _levels(
+    y: NDArray[Any], size: NDArray[Any], q: NDArray[np.float64]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Σ_s q_s (μ_{s+1} − μ_s), [t], and its variance; μ is interpolated between the sizes there are."""
+    known, where, count = np.unique(size, return_inverse=True, return_counts=True)
+    share = np.array(
+        [q @ np.diff(np.interp(np.arange(len(q) + 1), known, one)) for one in np.eye(len(known))]
+    )
+    mu = np.stack([y[where == k].mean(0) for k in range(len(known))])
+    inner = (size > 0) & (size < len(q))  # there is one set of everyone, and one of nobody
+    free = max(1, inner.sum() - len(np.unique(size[inner])))
+    within = ((y - mu[where])[inner] ** 2).sum(0) / free
+    noisy = (known > 0) & (known < len(q))
+    return share @ mu, (share[noisy] ** 2 / count[noisy]).sum() * within
+
+
+def _contrasts(
+    inside: NDArray[Any], y: NDArray[Any], size: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """(mean size, D [bins, n, t], variance of D) of bins of sizes in which every player is twice in and
+    twice out."""
+    order = np.argsort(size, kind="stable")
+    sizes = size[order]
+    ends = [k for k in range(1, len(order) + 1) if k == len(order) or sizes[k] != sizes[k - 1]]
+    bins: list[NDArray[np.intp]] = []
+    start = 0
+    for end in ends:
+        rows = order[start:end]
+        if _enough(inside[rows]):
+            bins.append(rows)
+            start = end
+    if start < len(order):  # what is left joins the bin before it
+        rows = order[start:]
+        if not bins and not _enough(inside):
+            few = int(np.minimum(inside.sum(0), (~inside).sum(0)).min())
+            raise ValueError(
+                f"expected every player in at least two subsets and out of two, got one with {few}; "
+                "retrain on more subsets"
+            )
+        bins[-1:] = [np.concatenate([*bins[-1:], rows])]
+    found = [_contrast(inside[rows], y[rows], size[rows]) for rows in bins]
+    centres = np.array([size[rows].mean() for rows in bins])
+    return centres, np.stack([d for d, _ in found]), np.stack([v for _, v in found])
+
+
+def _enough(inside: NDArray[Any]) -> bool:
+    return bool((inside.sum(0) >= 2).all() and ((~inside).sum(0) >= 2).all())
+
+
+def _contrast(
+    inside: NDArray[Any], y: NDArray[Any], size: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Means with less means without each player [n, t], and their variances; y freed of a slope in size."""
+    x = size - size.mean()
+    if x.any():
+        y = y - np.outer(x, x @ y / (x @ x))
+    y = y - y.mean(0)
+    w = inside.astype(float)
+    k_in, k_out = w.sum(0)[:, None], (1 - w).sum(0)[:, None]
+    mean_in, mean_out = w.T @ y / k_in, (1 - w).T @ y / k_out
+    var_in = np.maximum(w.T @ y**2 / k_in - mean_in**2, 0) / (k_in - 1)
+    var_out = np.maximum((1 - w).T @ y**2 / k_out - mean_out**2, 0) / (k_out - 1)
+    d = mean_in - mean_out
+    return d - d.mean(0), var_in + var_out

@@ -1,0 +1,135 @@
+"""applied.payment: shares in proportion within limits, discounts, purchases; signs that are found out."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import brentq
+
+from applied.payment import buy, pay
+from applied.worth import Values
+
+SOLVED = 1e-6  # relative; Clarabel stops at 1e-8
+
+
+def worth(numbers, error=None, **more):
+    numbers = np.asarray(numbers, dtype=float)
+    error = np.zeros(len(numbers)) if error is None else error
+    names = np.array([f"owner {k}" for k in range(len(numbers))])
+    return Values(numbers, error, names, numbers[:, None], **more)
+
+
+def test_proportional_to_worth():
+    found = pay(worth([3.0, 1.0, -1.0, 0.0]), 80)
+    np.testing.assert_allclose(found.amounts, [60.0, 20.0, 0.0, 0.0], rtol=SOLVED)
+    np.testing.assert_allclose(found.proportional, [60.0, 20.0, 0.0, 0.0])
+
+
+limits = st.lists(
+    st.tuples(st.floats(0.05, 5), st.floats(0, 4), st.floats(0, 30)), min_size=2, max_size=6
+)
+
+
+@given(limits)
+@settings(max_examples=40, deadline=None)
+def test_limits_are_met_and_the_others_are_proportional(players):
+    """x = clip(c · worth, floor, cap), with the one c that spends the budget: found here by bisection."""
+    numbers, floor, width = (np.array(column) for column in zip(*players, strict=True))
+    cap = floor + width
+    budget = (floor.sum() + cap.sum()) / 2
+    if budget < 0.5 or width.sum() < 0.1:
+        return
+    found = pay(worth(numbers), budget, floors=floor, caps=cap)
+    c = brentq(lambda c: np.clip(c * numbers, floor, cap).sum() - budget, 0, 1e6)
+    np.testing.assert_allclose(
+        found.amounts, np.clip(c * numbers, floor, cap), atol=1e-4 * budget, rtol=1e-4
+    )
+    assert found.amounts.sum() == pytest.approx(budget, rel=1e-5)
+
+
+def test_a_discount_pays_uncertain_players_less():
+    found = pay(worth([2.0, 2.0], [0.0, 0.5]), 90, discount=2)
+    np.testing.assert_allclose(found.amounts, [60.0, 30.0], rtol=SOLVED)
+
+
+def test_intervals_of_payments():
+    found = pay(worth([2.0, 2.0], [0.5, 0.0]), 100)
+    low, high = (2 + side * 1.959964 * 0.5 for side in (-1, 1))
+    np.testing.assert_allclose(
+        [found.low[0], found.high[0]], [100 * low / (low + 2), 100 * high / (high + 2)], rtol=1e-6
+    )
+    np.testing.assert_allclose([found.low[1], found.high[1]], [50.0, 50.0])
+    assert "owner 0" in found.table()
+    assert "100.00" in found.table()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "budget", "more", "message"),
+    [
+        ([-1.0, -2.0], 10, {}, "if the outputs are losses, data lower them: pass -values"),
+        ([1.0, 2.0], 0, {}, "positive budget, got 0"),
+        ([1.0, 2.0], 10, {"floors": 6}, "floors within the budget 10, got 12"),
+        ([1.0, 2.0], 10, {"floors": 3, "caps": 2}, "0 <= floors <= caps"),
+        ([1.0, 2.0, -1.0], 10, {"caps": 4}, "got at most 8 for those of worth"),
+    ],
+)
+def test_what_cannot_be_paid(numbers, budget, more, message):
+    with pytest.raises(ValueError, match=message):
+        pay(worth(numbers), budget, **more)
+
+
+def test_discounts_need_errors():
+    unknown = worth([1.0, 2.0], np.full(2, np.nan))
+    assert pay(unknown, 3).amounts.sum() == pytest.approx(3)
+    for spend in (lambda: pay(unknown, 3, discount=1), lambda: buy(unknown, [1, 1], 1, discount=1)):
+        with pytest.raises(ValueError, match="expected standard errors for a discount"):
+            spend()
+    with pytest.raises(ValueError, match="someone of positive worth at discount 9"):
+        pay(worth([1.0, 2.0], [1.0, 1.0]), 3, discount=9)
+
+
+# --- buying ------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_purchases_are_best_of_all(seed):
+    rng = np.random.default_rng(seed)
+    numbers, prices = rng.normal(1, 1, 7), rng.uniform(1, 4, 7)
+    if numbers.sum() <= 0:
+        return
+    budget = prices.sum() / 2
+    found = buy(worth(numbers), prices, budget)
+    choices = np.array(list(itertools.product([0, 1], repeat=7)))
+    best = max(choices[choices @ prices <= budget] @ numbers)
+    assert numbers @ found.weights == pytest.approx(best, rel=1e-6)
+    assert found.cost <= budget * (1 + 1e-9)
+    part = buy(worth(numbers), prices, budget, whole=False)
+    assert numbers @ part.weights >= best - 1e-6
+
+
+def test_owners_become_weights_of_their_examples():
+    labels = np.array(["b", "a", "b", "c"])
+    found = buy(worth([1.0, 5.0, 2.0], labels=labels, empty=-9.0), [1.0, 2.0, 4.0], 3.5)
+    np.testing.assert_array_equal(found.weights, [1.0, 1.0, 1.0, 0.0])
+    assert found.cost == pytest.approx(3.0)  # owners a and b, whatever their sizes
+    np.testing.assert_array_equal(found.ids, [0, 1, 2])
+    # of a loss: 9 without data, lowered by 6
+    np.testing.assert_allclose(found.predicted, [3.0])
+    np.testing.assert_allclose(found.baseline, [9.0 - 8.0 * 3 / 7])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "prices", "budget", "message"),
+    [
+        ([-1.0, -2.0], [1, 1], 1, "pass -values"),
+        ([1.0, 2.0], [1, 0], 1, "one positive price per player"),
+        ([1.0, 2.0], [1, 1, 1], 1, "one positive price per player"),
+        ([1.0, 2.0], [2, 3], 1, "a budget for the cheapest player, 2, got 1"),
+    ],
+)
+def test_what_cannot_be_bought(numbers, prices, budget, message):
+    with pytest.raises(ValueError, match=message):
+        buy(worth(numbers), prices, budget)

@@ -1,0 +1,449 @@
+"""applied.valuation: games with known values, the axioms, estimates with honest intervals, controls."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from applied import valuation
+from applied.valuation import ValuationWarning, Values, held_out, self_confidence, values
+from attribution_core import (
+    LinearDatamodel,
+    RetrainingTable,
+    all_subsets,
+    average,
+    bernoulli_subsets,
+    leave_out_subsets,
+    permutation_subsets,
+    random_subsets,
+)
+from recipes.embedded import digits
+
+KINDS = ("shapley", "banzhaf", "beta")
+EXACT = 1e-10  # of a sum over at most 2^10 subsets of numbers near 1
+
+
+def table(weights, game, seeds=1):
+    """The table of a game, a function of who is in: [n] bools -> a number or [t]."""
+    rows = [np.atleast_1d(game(row > 0)) for row in np.asarray(weights)]
+    per_seed = np.repeat(np.asarray(rows, dtype=float)[:, None], seeds, axis=1)
+    return RetrainingTable(np.asarray(weights, dtype=float), per_seed, tuple(range(seeds)))
+
+
+def enumerated(n, game):
+    return table(all_subsets(n), game)
+
+
+def random_game(n, seed=0, t=1):
+    """Any numbers at all, one for each subset."""
+    drawn = np.random.default_rng(seed).normal(size=(2**n, t))
+    return lambda inside: drawn[int(inside @ (1 << np.arange(n)))]
+
+
+def shares(kind, n, beta=(16.0, 1.0)):
+    """q_s, by the formulas of the papers."""
+    a, b = beta
+
+    def log_beta(x, y):
+        return math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y)
+
+    return {
+        "shapley": [1 / n for s in range(n)],
+        "banzhaf": [math.comb(n - 1, s) / 2 ** (n - 1) for s in range(n)],
+        # Kwon & Zou 2022: ∫ p^s (1 − p)^{n−1−s} of the density of Beta(b, a)
+        "beta": [
+            math.comb(n - 1, s) * math.exp(log_beta(s + b, n - 1 - s + a) - log_beta(b, a))
+            for s in range(n)
+        ],
+        "leave_one_out": [float(s == n - 1) for s in range(n)],
+    }[kind]
+
+
+def brute(n, game, kind, beta=(16.0, 1.0)):
+    """The definition: every player, every set without it."""
+    q = shares(kind, n, beta)
+    found = []
+    for i in range(n):
+        total = 0.0
+        for s in range(n):
+            for others in itertools.combinations([j for j in range(n) if j != i], s):
+                before = np.isin(np.arange(n), others)
+                after = before | (np.arange(n) == i)
+                total = total + q[s] / math.comb(n - 1, s) * (game(after) - game(before))
+        found.append(np.atleast_1d(total))
+    return np.array(found)
+
+
+# --- known answers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "leave_one_out"])
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_random_games_by_brute_force(n, kind):
+    game = random_game(n, t=2)
+    found = values(enumerated(n, game), kind=kind)
+    np.testing.assert_allclose(found.per_target, brute(n, game, kind), atol=EXACT)
+    np.testing.assert_allclose(found.values, found.per_target.mean(1), atol=EXACT)
+    assert not found.standard_error.any()
+
+
+def test_ten_players_by_brute_force():
+    game = random_game(10)
+    np.testing.assert_allclose(
+        values(enumerated(10, game)).per_target, brute(10, game, "shapley"), atol=EXACT
+    )
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "leave_one_out"])
+def test_an_additive_game(kind):
+    own = np.array([1.0, -2.0, 0.5, 0.0, 3.0])
+    found = values(enumerated(5, lambda inside: 7 + own @ inside), kind=kind)
+    np.testing.assert_allclose(found.values, own, atol=EXACT)
+    assert found.empty == pytest.approx(7)
+    assert found.change == pytest.approx(2.5)
+
+
+def quadratic(n=6, seed=0):
+    """(β, symmetric interactions without diagonal, the game)."""
+    rng = np.random.default_rng(seed)
+    own, pairs = rng.normal(size=n), np.triu(rng.normal(size=(n, n)), 1)
+    pairs = pairs + pairs.T
+    return own, pairs, lambda inside: own @ inside + 0.5 * inside @ pairs @ inside
+
+
+def test_a_quadratic_game():
+    """Shapley and Banzhaf: β_i + ½ Σ_j β_ij; leave-one-out: β_i + Σ_j β_ij."""
+    own, pairs, game = quadratic()
+    for kind, share in (
+        ("shapley", 0.5),
+        ("banzhaf", 0.5),
+        ("leave_one_out", 1.0),
+        ("beta", 1 / 17),
+    ):
+        found = values(enumerated(6, lambda inside: game(inside.astype(float))), kind=kind)
+        np.testing.assert_allclose(found.values, own + share * pairs.sum(1), atol=EXACT)
+
+
+def test_the_airport_game():
+    """The cost of the longest runway that is needed, shared (Littlechild & Owen 1973)."""
+    cost = np.array([1.0, 2.0, 2.0, 5.0, 9.0])
+    found = values(enumerated(5, lambda inside: max(cost[inside], default=0.0)))
+    steps = np.diff(cost, prepend=0.0) / np.arange(5, 0, -1)
+    np.testing.assert_allclose(found.values, np.cumsum(steps), atol=EXACT)
+
+
+def test_a_voting_game():
+    """Three big and four small parties: Shapley–Shubik's index by all 7! orders, Banzhaf's by all swings."""
+    seats, quota = np.array([4, 3, 3, 1, 1, 1, 1]), 8
+
+    def game(inside):
+        return float(seats[inside].sum() >= quota)
+
+    pivots = np.zeros(7)
+    for order in itertools.permutations(range(7)):
+        pivots[order[int(np.argmax(np.cumsum(seats[list(order)]) >= quota))]] += 1
+    found = values(enumerated(7, game))
+    np.testing.assert_allclose(found.values, pivots / math.factorial(7), atol=EXACT)
+    swings = brute(7, game, "banzhaf")[:, 0]
+    np.testing.assert_allclose(
+        values(enumerated(7, game), kind="banzhaf").values, swings, atol=EXACT
+    )
+
+
+# --- axioms ------------------------------------------------------------------------------------------
+
+games = arrays(np.float64, 2**5, elements=st.floats(-100, 100))
+
+
+def at(numbers):
+    return lambda inside: numbers[int(inside @ (1 << np.arange(len(inside))))]
+
+
+@given(games)
+def test_efficiency(numbers):
+    found = values(enumerated(5, at(numbers)))
+    assert found.values.sum() == pytest.approx(numbers[-1] - numbers[0], abs=1e-9)
+    assert found.remainder == pytest.approx(0, abs=1e-9)
+
+
+@given(games, games, st.floats(-3, 3), st.sampled_from(KINDS))
+def test_linearity(one, two, factor, kind):
+    a, b, both = (
+        values(enumerated(5, at(game)), kind=kind).values for game in (one, two, one + factor * two)
+    )
+    np.testing.assert_allclose(both, a + factor * b, atol=1e-9)
+
+
+@given(games, st.sampled_from(KINDS))
+def test_a_player_who_adds_nothing(numbers, kind):
+    found = values(
+        enumerated(5, lambda inside: at(numbers)(inside & (np.arange(5) != 3))), kind=kind
+    )
+    assert found.values[3] == pytest.approx(0, abs=1e-9)
+
+
+@given(games, st.sampled_from(KINDS))
+def test_symmetry(numbers, kind):
+    """Players 1 and 4 exchanged make the same game: they get the same."""
+    swap = np.array([0, 4, 2, 3, 1])
+    found = values(enumerated(5, lambda x: at(numbers)(x) + at(numbers)(x[swap])), kind=kind)
+    assert found.values[1] == pytest.approx(found.values[4], abs=1e-9)
+
+
+@given(st.permutations(range(32)), st.sampled_from(KINDS))
+def test_the_order_of_rows_is_nothing(order, kind):
+    whole = enumerated(5, random_game(5))
+    mixed = RetrainingTable(whole.weights[order], whole.per_seed[order], (0,))
+    np.testing.assert_allclose(
+        values(mixed, kind=kind).values, values(whole, kind=kind).values, atol=EXACT
+    )
+
+
+# --- estimates ---------------------------------------------------------------------------------------
+
+
+def covered(kind, weights_of, game, n, draws=40):
+    """How often the 95 % interval of a player holds the true value."""
+    true = brute(n, game, kind)[:, 0]
+    hits = []
+    for seed in range(draws):
+        found = values(table(weights_of(seed), game), kind=kind)
+        hits.append(np.abs(found.values - true) <= 1.96 * found.standard_error)
+    return np.mean(hits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_permutations_have_honest_intervals(kind):
+    rate = covered(kind, lambda s: permutation_subsets(5, 200, seed=s), random_game(5), 5)
+    # players of a draw share its noise: 40 draws at .95 have a standard error of .034 at most
+    assert rate > 0.95 - 2.5 * 0.034
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_subsets_by_size_have_honest_intervals(kind):
+    def weights(seed):
+        some = bernoulli_subsets(5, 300, keep=[0.1, 0.3, 0.5, 0.7, 0.9], seed=seed)
+        return np.concatenate([some, np.ones((1, 5)), np.zeros((1, 5))])
+
+    rate = covered(kind, weights, random_game(5), 5)
+    assert rate > 0.95 - 2.5 * 0.034
+
+
+def test_permutations_add_up_exactly():
+    found = values(table(permutation_subsets(8, 3), random_game(8)))
+    assert found.remainder == pytest.approx(0, abs=EXACT)
+    assert found.meta["from"] == "3 permutations"
+
+
+def test_one_permutation_has_no_interval():
+    assert np.isnan(values(table(permutation_subsets(4, 1), random_game(4))).standard_error).all()
+    pair = values(table(permutation_subsets(4, 2), random_game(4)))
+    assert np.isnan(pair.standard_error).all()  # an order and its reverse are one draw
+
+
+def test_all_subsets_twice_are_exact_by_size():
+    game = random_game(5)
+    twice = np.concatenate([all_subsets(5), all_subsets(5)])
+    for kind in KINDS:
+        found = values(table(twice, game), kind=kind)
+        assert found.meta["from"] == "subsets by size"
+        np.testing.assert_allclose(found.per_target, brute(5, game, kind), atol=EXACT)
+
+
+def test_sizes_that_were_not_drawn_are_interpolated():
+    """In a quadratic game the contrast of a size is linear in it: three sizes tell all."""
+    own, pairs, game = quadratic(8)
+    every = all_subsets(8)
+    some = every[np.isin(every.sum(1), (0, 2, 4, 6, 8))]
+    found = values(table(some, lambda inside: game(inside.astype(float))))
+    np.testing.assert_allclose(found.values, own + 0.5 * pairs.sum(1), atol=0.02 * np.ptp(own))
+
+
+def test_without_everyone_or_nobody_the_level_is_open():
+    own = np.arange(6.0)
+    weights = random_subsets(6, 400, keep=0.5)
+    with pytest.warns(ValuationWarning, match="no row for everyone and nobody"):
+        found = values(table(weights, lambda inside: own @ inside))
+    # a standard error of about .15 for each
+    np.testing.assert_allclose(found.values - found.values.mean(), own - own.mean(), atol=0.8)
+    assert math.isnan(found.change)
+
+
+def test_seeds_give_the_error_of_exact_values():
+    rng = np.random.default_rng(0)
+    weights = all_subsets(4)
+    per_seed = (weights @ [1.0, 2.0, 3.0, 4.0])[:, None, None] + rng.normal(size=(16, 5, 1))
+    found = values(RetrainingTable(weights, per_seed, tuple(range(5))))
+    by_seed = [values(RetrainingTable(weights, per_seed[:, [s]], (s,))).values for s in range(5)]
+    np.testing.assert_allclose(found.values, np.mean(by_seed, axis=0))
+    np.testing.assert_allclose(found.standard_error, np.std(by_seed, axis=0, ddof=1) / 5**0.5)
+
+
+def test_left_out_one_by_one():
+    own = np.array([1.0, -2.0, 0.5])
+    found = values(table(leave_out_subsets(3), lambda inside: own @ inside), kind="leave_one_out")
+    np.testing.assert_allclose(found.values, own, atol=EXACT)
+    with pytest.raises(ValueError, match=r"got none for players \[2\]; use leave_out_subsets"):
+        values(table(leave_out_subsets(3)[:3], lambda inside: 0.0), kind="leave_one_out")
+
+
+# --- datamodels, predictors, owners ------------------------------------------------------------------
+
+
+class Squares:
+    """A predictor that is no linear one: the square of a sum."""
+
+    anchor = np.ones(6)
+    base = np.zeros(1)
+
+    def predict(self, weights):
+        return (np.atleast_2d(weights) @ np.arange(1.0, 7.0))[:, None] ** 2
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "leave_one_out"])
+def test_a_linear_datamodel_is_its_scores(kind):
+    rng = np.random.default_rng(0)
+    f = LinearDatamodel(rng.normal(size=(6, 3)), rng.normal(size=3), 1.0, ids=list("abcdef"))
+    found = values(f, kind=kind)
+    np.testing.assert_allclose(found.values, f.scores.mean(1))
+    assert found.players.tolist() == list("abcdef")
+    # the same by all 2^6 predictions
+    np.testing.assert_allclose(
+        found.values, values(table(all_subsets(6), f.predict), kind=kind).values, atol=EXACT
+    )
+    assert found.remainder == pytest.approx(0, abs=EXACT)
+
+
+OWNERS = np.array(["b", "a", "b", "c", "a", "b"])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "leave_one_out"])
+def test_owners_of_any_predictor_are_exact(kind):
+    found = values(Squares(), kind=kind, owners=OWNERS)
+    own = np.array([2.0 + 5.0, 1.0 + 3.0 + 6.0, 4.0])
+    np.testing.assert_allclose(
+        found.values, brute(3, lambda inside: (own @ inside) ** 2.0, kind)[:, 0], atol=EXACT
+    )
+    assert found.players.tolist() == ["a", "b", "c"]
+
+
+def test_many_players_of_a_predictor_by_permutations():
+    class Wide(Squares):
+        anchor = np.ones(16)
+
+        def predict(self, weights):
+            return (np.atleast_2d(weights) @ np.arange(1.0, 17.0))[:, None] ** 2
+
+    own = np.arange(1.0, 17.0)
+    found = values(Wide(), permutations=100)
+    # of a square, antithetic pairs leave no noise: i's contributions average i² + i Σ others
+    np.testing.assert_allclose(found.values, own**2 + own * (own.sum() - own), rtol=1e-12)
+    assert found.meta["from"] == "100 permutations"
+
+
+def test_owners_of_datamodels_and_tables():
+    rng = np.random.default_rng(0)
+    f = LinearDatamodel(rng.normal(size=(6, 2)), rng.normal(size=2), rng.uniform(size=6))
+    found = values(f, owners=OWNERS)
+    retrained = values(table(all_subsets(OWNERS), f.predict), owners=OWNERS)
+    np.testing.assert_allclose(found.per_target, retrained.per_target, atol=EXACT)
+    assert found.players.tolist() == retrained.players.tolist() == ["a", "b", "c"]
+
+
+def test_several_runs_have_an_error():
+    rng = np.random.default_rng(0)
+    runs = [LinearDatamodel(rng.normal(size=(4, 2)), np.zeros(2), 1.0) for _ in range(3)]
+    found = values(runs)
+    each = np.array([f.scores.mean(1) for f in runs])
+    np.testing.assert_allclose(found.values, each.mean(0))
+    np.testing.assert_allclose(found.standard_error, each.std(0, ddof=1) / 3**0.5)
+    # the spread of their average bounds it from above, whatever goes together
+    assert (values(average(runs)).standard_error >= found.standard_error - 1e-12).all()
+
+
+def test_utilities_slices_and_signs():
+    f = LinearDatamodel([[1.0, 2.0, 6.0], [0.0, -1.0, 1.0]], base=np.zeros(3), anchor=1.0)
+    np.testing.assert_allclose(values(f, utility=[1.0, 0.0, -1.0]).values, [-5.0, -1.0])
+    found = values(f)
+    np.testing.assert_allclose(found.slices(["x", "y", "x"]), [[3.5, 2.0], [0.5, -1.0]])
+    np.testing.assert_allclose((-found).values, -found.values)
+    assert (-found).change == -found.change
+
+
+def test_tables_and_files(tmp_path):
+    import pyarrow.parquet as pq
+
+    found = values(table(all_subsets(3), lambda inside: inside @ [1.0, 2.0, 3.0]))
+    assert "sum 6; f(everyone) - f(nobody) = 6" in found.table()
+    assert str(found.interval(2)) == "3 [3, 3]"
+    found.save(tmp_path / "values.parquet")
+    held = pq.read_table(tmp_path / "values.parquet").to_pydict()
+    assert held["player"] == [0, 1, 2]
+    np.testing.assert_allclose(held["value"], [1.0, 2.0, 3.0], atol=EXACT)
+    found.save(tmp_path / "values.csv")
+    assert (tmp_path / "values.csv").read_text().startswith('"player","value","standard_error"')
+
+
+# --- controls ----------------------------------------------------------------------------------------
+
+
+def test_held_out_by_hand():
+    weights = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    outputs = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 8.0]])
+    found = held_out(RetrainingTable(weights, outputs[:, None], (0,)))
+    np.testing.assert_allclose(found.values, [4.0, 5.0])
+    np.testing.assert_allclose(found.standard_error, [1.0, 3.0])  # sd √2 and √18, over √2
+    with pytest.raises(ValueError, match="outputs of the n=2 training examples themselves, got 1"):
+        held_out(RetrainingTable(weights, outputs[:, None, :1], (0,)))
+    with pytest.raises(ValueError, match=r"left out of some row, got \[0\] in all"):
+        held_out(RetrainingTable(np.array([[1.0, 0.0]]), outputs[:1, None], (0,)))
+
+
+def test_self_confidence_finds_wrong_labels():
+    data = digits(300, mislabel=0.1)
+    found = self_confidence(data.x, data.y)
+    wrong, right = found.values[data.mislabelled], found.values[~data.mislabelled]
+    # research figure: AUC .997 on 1,000 digits; far above chance here
+    assert np.mean(wrong[:, None] < right) > 0.95
+
+
+# --- refusals ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        (table(all_subsets(2), lambda i: 0.0), {"kind": "core"}, "unknown kind 'core'"),
+        (table(all_subsets(2) / 2, lambda i: 0.0), {}, "weights 0 or 1, got others"),
+        (table(all_subsets(2), lambda i: 0.0), {"utility": [1.0, 2.0]}, r"finite utility \[t=1\]"),
+        (table(all_subsets(2), lambda i: 0.0), {"kind": "beta", "beta": (0, 1)}, "both positive"),
+        (table(np.ones((3, 2)), lambda i: 0.0), {}, "expected subsets between nobody and everyone"),
+        (table(random_subsets(6, 3, keep=0.5), lambda i: 0.0), {}, "in at least two subsets"),
+        ([], {}, "at least one source"),
+    ],
+)
+def test_what_cannot_be_valued(source, settings, message):
+    with pytest.raises(ValueError, match=message):
+        values(source, **settings)
+
+
+def test_values_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"expected players of shape \(2,\), got \(3,\)"):
+        Values([1.0, 2.0], [0.0, 0.0], [1, 2, 3], [[1.0], [2.0]])
+    with pytest.raises(ValueError, match="expected finite values"):
+        Values([1.0, np.nan], [0.0, 0.0], [1, 2], [[1.0], [2.0]])
+    with pytest.raises(KeyError, match="no player 7"):
+        Values([1.0], [0.0], [1], [[1.0]]).interval(7)
+
+
+def test_everything_is_found_under_one_name():
+    for name in valuation.__all__:
+        assert hasattr(valuation, name)
+
+
+settings.register_profile("quick", max_examples=40, deadline=None)
+settings.load_profile("quick")

@@ -21,6 +21,12 @@ from attribution_core.outputs import causal_lm_loss, cross_entropy, margin, squa
 from attribution_core.preflight import preflight
 from attribution_core.problem import Outputs, Problem
 from attribution_core.projection import project
+from attribution_core.regression import (
+    NotConverged,
+    PairDatamodel,
+    Underdetermined,
+    fit_datamodel,
+)
 from attribution_core.retraining import RetrainingTable, retrain
 from attribution_core.smoothness import MetagradientWarning
 from attribution_core.subsets import (
@@ -44,12 +50,15 @@ __all__ = [
     "LinearDatamodel",
     "MetagradientWarning",
     "NewtonDatamodel",
+    "NotConverged",
     "Outputs",
+    "PairDatamodel",
     "Problem",
     "Recipe",
     "RemainderWarning",
     "RetrainingTable",
     "Run",
+    "Underdetermined",
     "all_subsets",
     "aumann_shapley",
     "average",
@@ -59,6 +68,7 @@ __all__ = [
     "compare",
     "cross_entropy",
     "fit_curvature",
+    "fit_datamodel",
     "group_subsets",
     "group_table",
     "influence",

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from applied.recipe import SLACK, Decision
-from applied.worth import NORMAL, Values
+from applied.worth import Values
 from attribution_core.groups import named
 
 
@@ -120,8 +120,8 @@ def pay(
     amounts = floor.copy()
     amounts[some] = np.clip(budget * np.asarray(x.value), floor[some], cap[some])
     ends = []
-    for side in (-NORMAL, NORMAL):
-        end = np.maximum(values.values + side * values.standard_error, 0.0)
+    for end in (values.values - values.half, values.values + values.half):
+        end = np.maximum(end, 0.0)
         others = worth.sum() - worth
         total = others + end
         ends.append(np.divide(budget * end, total, out=np.zeros(k), where=~(total == 0)))

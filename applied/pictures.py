@@ -53,7 +53,7 @@ def _any_name(figure: Any) -> Iterator[None]:
         yield
 
 
-def _axes(height: float, xlabel: str, ylabel: str = "", title: str = "") -> tuple[Any, Any]:
+def axes(height: float, xlabel: str, ylabel: str = "", title: str = "") -> tuple[Any, Any]:
     """A figure and its axes in the common style."""
     from matplotlib.figure import Figure
 
@@ -115,7 +115,7 @@ def calibration(
     kinds = ["subsets"] * len(x) if kinds is None else [str(kind) for kind in kinds]
     slope = np.polyfit(x, y, 1)[0] if len(x) > 1 and np.ptp(x) > 0 else math.nan
     words = f"Spearman {_plain(rho, '.2f')}, slope {_plain(slope, '.2f')}, {len(x)} subset{'s'[: len(x) != 1]}"
-    figure, ax = _axes(4.6, f"predicted ({unit})", f"actual ({unit})", words)
+    figure, ax = axes(4.6, f"predicted ({unit})", f"actual ({unit})", words)
     near = _limits(ax, x, y)
     for kind, (colour, marker) in _styles(kinds).items():
         mine = np.array(kinds) == kind
@@ -210,7 +210,7 @@ def arms(
     unknown = np.full(len(middle), math.nan)
     ends = [unknown if end is None else np.asarray(end, dtype=float) for end in (low, high)]
     order = np.argsort(-middle, kind="stable")
-    figure, ax = _axes(1.1 + 0.36 * len(order), xlabel)
+    figure, ax = axes(1.1 + 0.36 * len(order), xlabel)
     ax.set_yticks(range(len(order)), [names[i] for i in order], fontsize=TEXT)
     listed = []
     for row, (i, tick) in enumerate(zip(order, ax.get_yticklabels(), strict=True)):
@@ -232,7 +232,7 @@ def arms(
 def composition(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     """What every arm is made of: share by domain, one stacked bar per arm, the first arm on top."""
     domains = list(dict.fromkeys(domain for arm in shares.values() for domain in arm))
-    figure, ax = _axes(1.2 + 0.4 * len(shares) + 0.25 * math.ceil(len(domains) / 4), "share")
+    figure, ax = axes(1.2 + 0.4 * len(shares) + 0.25 * math.ceil(len(domains) / 4), "share")
     ax.set_yticks(range(len(shares)), list(shares), fontsize=TEXT)
     handles, left, edge = [], np.zeros(len(shares)), {"ec": "white", "lw": 0.8}
     for j, domain in enumerate(domains):
@@ -276,7 +276,7 @@ def histogram(
     power = 3 * math.floor(math.log10(size) / 3) if size > 0 else 0
     unit = f" in 1e{power}" if power else ""
     folded = f"; {outside:,} beyond the ends" if outside else ""
-    figure, ax = _axes(3.0, f"{xlabel}{unit}{folded}", "examples")
+    figure, ax = axes(3.0, f"{xlabel}{unit}{folded}", "examples")
     shown = np.clip(values, low, high) / 10.0**power
     bins = np.histogram_bin_edges(shown, min(50, max(5, round(2 * len(values) ** (1 / 3)))))
     names = [f"chosen ({mask.sum():,})", f"left out ({(~mask).sum():,})"]
@@ -303,7 +303,7 @@ def lds_against_compute(comparison: Comparison, keep: float | None = None) -> Fi
         raise ValueError(f"no rows at keep {keep}; the comparison has {comparison.keeps}")
     first = rows[0]
     words = f"{first.lds.rows} retrainings on {first.keep:.0%} of the data, {first.lds.seeds} seeds each"
-    figure, ax = _axes(
+    figure, ax = axes(
         5.0, "seconds, after training", "LDS (rank correlation with retraining)", words
     )
     x, y = np.array([row.seconds for row in rows]), np.array([row.lds.mean for row in rows])

@@ -145,14 +145,15 @@ def _of_linear(
     u = _utility(utility, f.scores.shape[1])
     members = _members(owners, len(f.scores))
     per_target = members @ f.scores
-    error = np.full(len(members), math.nan)
+    error, runs = np.full(len(members), math.nan), f.meta.get("averaged", 1)
     if f.spread is not None:
         # errors of different examples and targets may go together: their sum is the safe bound
-        error = members @ (f.spread @ np.abs(u)) / math.sqrt(f.meta.get("averaged", 1))
+        error = members @ (f.spread @ np.abs(u)) / math.sqrt(runs)
     change = f.meta.get("change")
     nobody = f.predict(np.zeros(len(f.scores)))
     return Values(
-        values=per_target @ u, standard_error=error, players=np.asarray(f.ids) if owners is None else np.unique(np.asarray(owners)),
+        values=per_target @ u, standard_error=error, freedom=runs - 1 if runs > 1 else math.inf,
+        players=np.asarray(f.ids) if owners is None else np.unique(np.asarray(owners)),
         per_target=per_target, empty=float(nobody @ u), kind=kind, targets=f.targets,
         change=float(per_target.sum(0) @ u if change is None else np.asarray(change) @ u),
         labels=None if owners is None else np.asarray(owners), meta={"datamodel": dict(f.meta)},
@@ -182,9 +183,11 @@ def _averaged(found: list[Values]) -> Values:
             raise ValueError("expected sources of the same players, got different ones")
     stacked = np.stack([one.values for one in found])
     many = len(found)
-    error = stacked.std(0, ddof=1) / math.sqrt(many) if many > 1 else first.standard_error
+    error, freedom = first.standard_error, first.freedom
+    if many > 1:
+        error, freedom = stacked.std(0, ddof=1) / math.sqrt(many), many - 1
     return replace(
-        first, values=stacked.mean(0), standard_error=error,
+        first, values=stacked.mean(0), standard_error=error, freedom=freedom,
         per_target=np.mean([one.per_target for one in found], axis=0),
         change=float(np.mean([one.change for one in found])),
         empty=float(np.mean([one.empty for one in found])), meta={**first.meta, "averaged": many},
@@ -212,7 +215,7 @@ def _of_table(
     u = _utility(utility, t)
     # column 0 is f itself, the others its outputs one by one
     outputs = np.concatenate([folded.per_seed @ u[:, None], folded.per_seed], axis=2)
-    found, error, how = semivalues(inside, outputs, kind, beta)
+    (found, error, freedom), how = semivalues(inside, outputs, kind, beta)
     size = inside.sum(1)
     everyone, nobody = (
         float(outputs[size == s, :, 0].mean()) if (size == s).any() else math.nan for s in (n, 0)
@@ -229,7 +232,7 @@ def _of_table(
     return Values(
         values=found[:, 0], standard_error=error[:, 0], per_target=found[:, 1:],
         players=np.arange(n) if owners is None else np.unique(np.asarray(owners)), kind=kind,
-        change=everyone - nobody, empty=nobody,
+        change=everyone - nobody, empty=nobody, freedom=freedom,
         labels=None if owners is None else np.asarray(owners),
         meta={"from": how, "rows": len(inside), "seeds": len(table.seeds)},
     )  # fmt: skip

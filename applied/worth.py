@@ -13,8 +13,6 @@ from numpy.typing import ArrayLike, NDArray
 from applied.recipe import Interval
 from attribution_core.groups import named
 
-NORMAL = 1.959963984540054  # half-width of a 95 % interval, in standard errors
-
 
 @dataclass(frozen=True, eq=False)
 class Values:
@@ -27,6 +25,7 @@ class Values:
         per_target: [k, t] the values for each output by itself.
         change: f(everyone) − f(nobody), what Shapley values add up to; nan where unknown.
         empty: f(nobody); nan where unknown.
+        freedom: degrees of freedom of the standard errors (draws − 1), for intervals.
         kind: how the players' marginal contributions were averaged.
         targets: [t] names of the outputs.
         labels: [n] the owner of each example, where players are owners.
@@ -39,6 +38,7 @@ class Values:
     per_target: NDArray[Any]
     change: float = math.nan
     empty: float = math.nan
+    freedom: float = math.inf
     kind: str = "shapley"
     targets: NDArray[Any] | None = None
     labels: NDArray[Any] | None = None
@@ -69,6 +69,15 @@ class Values:
         )  # fmt: skip
 
     @property
+    def half(self) -> NDArray[np.float64]:
+        """Half-widths [k] of 95 % t intervals."""
+        from scipy.stats import t as student
+
+        return float(student.ppf(0.975, self.freedom)) * np.asarray(
+            self.standard_error, dtype=float
+        )
+
+    @property
     def remainder(self) -> float:
         """What the values do not explain: Σ values − (f(everyone) − f(nobody))."""
         return float(self.values.sum() - self.change)
@@ -80,7 +89,7 @@ class Values:
             raise KeyError(
                 f"no player {player!r}; they look like {np.asarray(self.players)[:3].tolist()}"
             )
-        mean, half = float(self.values[place[0]]), NORMAL * float(self.standard_error[place[0]])
+        mean, half = float(self.values[place[0]]), float(self.half[place[0]])
         return Interval(mean, mean - half, mean + half)
 
     def slices(self, labels: ArrayLike) -> NDArray[np.float64]:
@@ -99,7 +108,7 @@ class Values:
         width = max([6, *(len(str(self.players[i])) for i in order)])
         lines = [f"{'player':{width}}  value [95 % interval]"]
         for i in order:
-            half = NORMAL * self.standard_error[i]
+            half = self.half[i]
             one = Interval(float(self.values[i]), self.values[i] - half, self.values[i] + half)
             lines.append(f"{self.players[i]!s:{width}}  {one}")
         if len(self) > rows:

@@ -12,6 +12,7 @@ from attribution_core.curvature import fit_curvature
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.evaluation import LDS, lds
 from attribution_core.groups import group_table, kmeans_groups, random_groups
+from attribution_core.in_run import InRun, in_run
 from attribution_core.influence import influence
 from attribution_core.leave_out import leave_one_out
 from attribution_core.magic import magic
@@ -47,6 +48,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Comparison",
+    "InRun",
     "LinearDatamodel",
     "MetagradientWarning",
     "NewtonDatamodel",
@@ -71,6 +73,7 @@ __all__ = [
     "fit_datamodel",
     "group_subsets",
     "group_table",
+    "in_run",
     "influence",
     "kmeans_groups",
     "knn",

@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.gradients import Progress, Sized
+from attribution_core.groups import named
 from attribution_core.magic import magic
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import from_first, wait, world
 from attribution_core.retraining import retrain
+from attribution_core.smoothness import MetagradientWarning
 from attribution_core.store import FORMAT, fingerprint, write_text
 from attribution_core.training import Adam, Recipe, Run, train
 
@@ -54,6 +56,7 @@ def aumann_shapley(
     *,
     points: int = 8,
     path: Literal["auto", "weight", "exposure"] = "auto",
+    groups: ArrayLike | None = None,
     method: Method | None = None,
     folder: str | Path | None = None,
     progress: Progress = iter,
@@ -76,12 +79,14 @@ def aumann_shapley(
         points: metagradients taken, one training each. Error falls quickly with their number where training is
             smooth; 8 leave about 1 % of the change.
         path: "auto" is "exposure" for Adam and AdamW, "weight" for others.
+        groups: [n] labels of owners: values [g, t] of owners, by one tangent each pushed forward through
+            training where there are fewer owners than outputs, else summed over their rows.
         method: (run, outputs) -> datamodel of derivatives where the run stands; by default `magic`.
         folder: keep looks and points there; the same call resumes.
         progress: wraps the loop over points (tqdm).
 
     Returns:
-        scores [n, t], base f(1), anchor 1, so that f̂(1) = f(1) and f̂(0) is f(0) but for the remainder. `.meta`:
+        scores [n, t] (or [g, t]), base f(1), anchor 1, so that f̂(1) = f(1) and f̂(0) is f(0) but for the remainder. `.meta`:
         change f(1) − f(0) [t], remainder (Σ scores − change) / |change| [t] (0 along "exposure", which shares
         all that is left), path, points, trainings.
 
@@ -100,10 +105,14 @@ def aumann_shapley(
         raise ValueError(f"unknown path {path!r}; auto, weight or exposure")
     if path == "auto":
         path = "exposure" if isinstance(recipe.optimizer, Adam) else "weight"
+    labels = np.arange(problem.n) if groups is None else np.asarray(groups)
+    names, index = named(labels, problem.n)
+    size = np.bincount(index)[:, None] / problem.n
     where = None
     if folder is not None:
-        where = _opened(Path(folder), fingerprint(problem, recipe, outputs, points, path))
-    point = partial(_point, problem, recipe, outputs, method or partial(magic, check=False), where)
+        where = _opened(Path(folder), fingerprint(problem, recipe, outputs, points, path, labels))
+    method = method or partial(_derivatives, groups=groups)
+    point = partial(_point, problem, recipe, outputs, method, where, index)
     f: NDArray[np.float64]
     if path == "weight":
         s, f = _looked(problem, recipe, outputs, where)
@@ -112,13 +121,13 @@ def aumann_shapley(
     else:
         f = _ends(problem, recipe, outputs)
         at, weight = _gauss_legendre(points)
-        each = (_centred(point(x, np.ones(problem.n), x)) for x in at)
+        each = (_centred(point(x, np.ones(problem.n), x), size) for x in at)
     scores: Any = sum(
         w * found for w, found in progress(Sized(zip(weight, each, strict=True), points))
     )
     change = f[-1] - f[0]
     if path == "exposure":
-        scores = scores + change / problem.n
+        scores = scores + change * size
     remainder = (scores.sum(0) - change) / np.maximum(np.abs(change), np.finfo(float).tiny)
     if np.abs(remainder).max() > TOLD:
         warnings.warn(
@@ -132,12 +141,20 @@ def aumann_shapley(
         "change": change.tolist(), "remainder": remainder.tolist(), "seeds": [recipe.seed],
         "trainings": len(f) + points,
     }  # fmt: skip
-    names = np.asarray(outputs.names) if outputs.names else None
-    return LinearDatamodel(scores, f[-1], np.ones(problem.n), targets=names, meta=meta)
+    targets = np.asarray(outputs.names) if outputs.names else None
+    return LinearDatamodel(scores, f[-1], np.ones(len(names)), names, targets, meta)
 
 
-def _centred(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    return scores - scores.mean(0)
+def _derivatives(run: Run, outputs: Outputs, groups: ArrayLike | None) -> LinearDatamodel:
+    """`magic` without its warnings: whether first order holds is told by the remainder here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MetagradientWarning)
+        return magic(run, outputs, groups=groups, check=False)
+
+
+def _centred(scores: NDArray[np.float64], size: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Less what a row of the mean would have, for as many rows as each player brings."""
+    return scores - scores.sum(0) * size
 
 
 def _gauss_legendre(points: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -210,16 +227,21 @@ def _point(
     outputs: Outputs,
     method: Method,
     folder: Path | None,
+    index: NDArray[np.intp],
     at: float,
     weights: NDArray[np.float64],
     exposure: float,
 ) -> NDArray[np.float64]:
-    """∂f/∂w at one point of the path, [n, t]; read back where it was kept."""
+    """∂f/∂w at one point of the path, [g, t]; read back where it was kept."""
     kept = None if folder is None else folder / f"point-{at:.12f}.npy"
     if kept is not None and from_first(kept.exists()):
         return np.load(kept)
     run = train(problem, recipe, weights, exposure)
     scores = np.asarray(method(run, outputs).scores, dtype=float)
+    if len(scores) == len(index) > index.max() + 1:  # rows, of a method that knows no groups
+        total = np.zeros((index.max() + 1, scores.shape[1]))
+        np.add.at(total, index, scores)
+        scores = total
     if kept is not None and world()[0] == 0:
         part = kept.with_suffix(".part.npy")
         np.save(part, scores)

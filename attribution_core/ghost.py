@@ -77,8 +77,8 @@ def outer(left: Tensor, right: Tensor, vectors: Tensor) -> Tensor:
     c = right.shape[2]
     if len(vectors) == 1:
         v = vectors[0]
-        product = (left @ v) * right if c < r else (right @ v.T) * left
-        return product.sum((1, 2))[:, None]
+        product = (left @ v).mul_(right) if c < r else (right @ v.T).mul_(left)
+        return product.flatten(1).sum(1)[:, None]
     size = max(1, LAYER_ELEMENTS // (b * c))
     total = vectors.new_zeros(b, len(vectors))
     for x, v in zip(left.split(size, dim=2), vectors.split(size, dim=1), strict=True):

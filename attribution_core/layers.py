@@ -63,11 +63,14 @@ def watched(
                 output, source = (x.expand(b, *x.shape[1:]) for x in (output, source))
             if not output.requires_grad:
                 leaves.append(output.detach().requires_grad_())
-                output = leaves[-1]
-            output = output.clone()  # so that an in-place successor leaves the hook alone
+                output = leaves[-1].clone()  # a leaf has no in-place successors
+            output, whole = _whole(output)
             if called is not None:
                 called(module, own, source, output)
-            output.register_hook(lambda gradient: arrive(module, own, source, gradient.detach()))
+            shape = output.shape
+            whole.register_hook(
+                lambda gradient: arrive(module, own, source, gradient.detach().reshape(shape))
+            )
             return output
 
         return hook
@@ -83,6 +86,22 @@ def watched(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _whole(output: Tensor) -> tuple[Tensor, Tensor]:
+    """(output, the tensor whose hook sees its gradient, whatever in-place successors do).
+
+    An in-place successor leaves the hooks of a tensor alone, but not those of a view, whose place in
+    the graph it takes. The view's base keeps its own; a view of a part is copied.
+    """
+    base = output._base
+    if base is None:
+        return output, output
+    same = base.numel() == output.numel() and base.requires_grad
+    if same and base.is_contiguous() and output.is_contiguous():
+        return output, base
+    copy = output.clone()
+    return copy, copy
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int, int] | None:

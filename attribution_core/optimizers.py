@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -69,10 +69,10 @@ class SGD:
         """One step; nothing is changed in place."""
         new, buffers = {}, {}
         for name, theta in params.items():
-            g = grads[name] + decay_of(self.weight_decay, name) * theta
-            buffers[name] = self.momentum * state["momentum"][name] + g
-            g = g + self.momentum * buffers[name] if self.nesterov else buffers[name]
-            new[name] = theta - self.lr * lr_factor * g
+            g = plus(grads[name], theta, decay_of(self.weight_decay, name))
+            buffers[name] = plus(g, state["momentum"][name], self.momentum)
+            g = plus(g, buffers[name], self.momentum) if self.nesterov else buffers[name]
+            new[name] = plus(theta, g, -self.lr * lr_factor)
         return new, {"momentum": buffers}
 
     def reach(self, state: State, steps: int) -> Params:
@@ -135,6 +135,13 @@ class AdamW(Adam):
     """torch.optim.AdamW: as Adam, with the decay decoupled, θ ← (1 − lr weight_decay) θ − ..."""
 
     decoupled: ClassVar[bool] = True
+
+
+def plus(a: Tensor, b: Tensor, factor: Any) -> Tensor:
+    """a + factor · b in one pass where the factor is a number, and in none where it is 0."""
+    if isinstance(factor, Tensor):
+        return a + factor * b
+    return a if factor == 0 else torch.add(a, b, alpha=factor)
 
 
 def root(v: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class RetrainingTable:
         return self.per_seed.mean(axis=1)
 
     def save(self, path: str | Path) -> None:
-        """Write one file: parquet by that ending, with a line per training (weights, seed, outputs); else
+        """Write one file: parquet by that ending, with a line per training (row, weights, seed, outputs); else
         npz (weights, per_seed, seeds)."""
         part = Path(path).with_name(Path(path).name + ".part")
         if Path(path).suffix == ".parquet":
@@ -70,7 +70,7 @@ class RetrainingTable:
 
         An npz file holds weights [m, n] and per_seed [m, s, t] with seeds [s], or outputs [m, t] of one
         training a row. A parquet file has a line per training: weights (a list of n), outputs (a list of t,
-        or a number) and, if there were several, seed.
+        or a number); seed if there were several, and row (a number) if rows of weights repeat.
 
         Raises:
             FileNotFoundError: no such file.
@@ -124,6 +124,7 @@ def _write_parquet(table: RetrainingTable, path: Path) -> None:
 
     m, s, t = table.per_seed.shape
     columns = {
+        "row": pa.array(np.repeat(np.arange(m), s)),
         "weights": _lists(np.repeat(table.weights, s, axis=0)),
         "seed": pa.array(np.tile(np.array(table.seeds, dtype=np.int64), m)),
         "outputs": _lists(table.per_seed.reshape(m * s, t)),
@@ -151,7 +152,11 @@ def _read_parquet(path: str | Path) -> tuple[Any, Any, tuple[int, ...], dict[str
     outputs = np.array(held["outputs"].to_pylist(), dtype=float).reshape(len(weights), -1)
     column = held["seed"].to_pylist() if "seed" in held.column_names else [0] * len(weights)
     seeds = sorted(set(column))
-    _, first, row = np.unique(weights, axis=0, return_index=True, return_inverse=True)
+    if "row" in held.column_names:
+        key = np.array(held["row"].to_pylist())
+    else:  # lines of equal weights are one row, under several seeds; without seeds every line is one
+        key = weights if "seed" in held.column_names else np.arange(len(weights))
+    _, first, row = np.unique(key, axis=0, return_index=True, return_inverse=True)
     rank = np.argsort(np.argsort(first))[row.ravel()]  # rows in the order of their first line
     counts = np.zeros((len(first), len(seeds)), dtype=int)
     place = np.searchsorted(seeds, column)
@@ -160,7 +165,7 @@ def _read_parquet(path: str | Path) -> tuple[Any, Any, tuple[int, ...], dict[str
         k, j = np.argwhere(counts != 1)[0]
         raise ValueError(
             f"expected every row of weights once with each of the seeds {seeds[:10]}, got row {k} "
-            f"{counts[k, j]} times with seed {seeds[j]} in {path}; number repeated rows by seed"
+            f"{counts[k, j]} times with seed {seeds[j]} in {path}; number repeated rows in a column row"
         )
     per_seed = np.empty((len(first), len(seeds), outputs.shape[1]))
     per_seed[rank, place] = outputs

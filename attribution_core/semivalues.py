@@ -14,15 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 Kind = Literal["shapley", "banzhaf", "beta", "leave_one_out"]
-Estimate = tuple[
-    NDArray[np.float64], NDArray[np.float64]
-]  # (values [n, t], standard errors [n, t])
+Estimate = tuple[NDArray[np.float64], NDArray[np.float64], float]  # see `semivalues`
 
 
 def semivalues(
     inside: NDArray[np.bool_], outputs: NDArray[np.float64], kind: Kind, beta: tuple[float, float]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
-    """(values [n, t], standard errors [n, t], how they were found) from subsets that were trained on.
+) -> tuple[Estimate, str]:
+    """((values [n, t], standard errors [n, t], degrees of freedom), how) from subsets that were trained on.
 
     Exact where the table holds all subsets (the error is then that over seeds, 0 for one seed, whose game
     is known exactly); marginal contributions where it is made of permutations; differences to everyone for
@@ -40,12 +38,12 @@ def semivalues(
     size = inside.sum(1)
     q = size_weights(kind, n, beta)
     if kind == "leave_one_out":
-        return *_left_out(inside, outputs, size), "left out one by one"
+        return _left_out(inside, outputs, size), "left out one by one"
     if len(inside) == 2.0**n and len(np.unique(inside, axis=0)) == len(inside):
-        return *_enumerated(inside, outputs, size, q), "all subsets"
+        return _enumerated(inside, outputs, size, q), "all subsets"
     if (orders := _orders(inside)) is not None:
-        return *_marginals(orders, outputs, q), f"{len(orders)} permutations"
-    return *_by_size(inside, outputs, size, q), "subsets by size"
+        return _marginals(orders, outputs, q), f"{len(orders)} permutations"
+    return _by_size(inside, outputs, size, q), "subsets by size"
 
 
 def size_weights(kind: str, n: int, beta: tuple[float, float]) -> NDArray[np.float64]:
@@ -76,15 +74,15 @@ def _left_out(inside: NDArray[Any], outputs: NDArray[Any], size: NDArray[Any]) -
             f"{'everyone' if whole is None else f'players {missing[:5]}'}; use leave_out_subsets"
         )
     differences = np.stack([whole - outputs[some].mean(0) for some in rows])  # [n, seeds, 1 + t]
-    return differences.mean(1), _over_seeds(differences)
+    return _over(differences.swapaxes(0, 1), alone=0.0)
 
 
-def _over_seeds(per_seed: NDArray[Any]) -> NDArray[Any]:
-    """Standard error of the mean over seeds of [n, s, t]; 0 for one seed, whose game is known exactly."""
-    s = per_seed.shape[1]
+def _over(draws: NDArray[Any], alone: float) -> Estimate:
+    """Mean of draws [s, n, t], its standard error (`alone` where there is but one) and s − 1."""
+    s = len(draws)
     if s == 1:
-        return np.zeros((len(per_seed), per_seed.shape[2]))
-    return per_seed.std(1, ddof=1) / math.sqrt(s)
+        return draws[0], np.full(draws.shape[1:], alone), math.inf
+    return draws.mean(0), draws.std(0, ddof=1) / math.sqrt(s), s - 1
 
 
 def _orders(inside: NDArray[Any]) -> NDArray[np.intp] | None:
@@ -99,9 +97,7 @@ def _orders(inside: NDArray[Any]) -> NDArray[np.intp] | None:
     return added.argmax(2)
 
 
-def _marginals(
-    orders: NDArray[np.intp], outputs: NDArray[Any], q: NDArray[np.float64]
-) -> tuple[NDArray[Any], NDArray[Any]]:
+def _marginals(orders: NDArray[np.intp], outputs: NDArray[Any], q: NDArray[np.float64]) -> Estimate:
     """Mean marginal contributions along permutations, those after s others counted n q_s times."""
     k, n = orders.shape
     chains = outputs.mean(1).reshape(k, n + 1, -1)
@@ -110,14 +106,12 @@ def _marginals(
     np.put_along_axis(each, np.broadcast_to(orders[:, :, None], steps.shape), steps, axis=1)
     if k > 1 and k % 2 == 0 and (orders[::2] == orders[1::2, ::-1]).all():
         each = (each[::2] + each[1::2]) / 2  # antithetic pairs are one draw
-    many = len(each)
-    error = each.std(0, ddof=1) / math.sqrt(many) if many > 1 else np.full(each.shape[1:], math.nan)
-    return each.mean(0), error
+    return _over(each, alone=math.nan)
 
 
 def _enumerated(
     inside: NDArray[Any], outputs: NDArray[Any], size: NDArray[Any], q: NDArray[np.float64]
-) -> tuple[NDArray[Any], NDArray[Any]]:
+) -> Estimate:
     """Exact values from all 2^n subsets: Σ_S f(S) (i in S: q_{s−1}/C(n−1, s−1), else −q_s/C(n−1, s))."""
     from scipy.special import comb
 
@@ -126,13 +120,12 @@ def _enumerated(
     share = comb(n - 1, np.arange(-1, n + 1))
     padded = np.divide(padded, share, out=np.zeros(n + 2), where=share > 0)
     weight = np.where(inside, padded[size][:, None], -padded[size + 1][:, None])
-    per_seed = np.einsum("mi,mst->ist", weight, outputs)
-    return per_seed.mean(1), _over_seeds(per_seed)
+    return _over(np.einsum("mi,mst->sit", weight, outputs), alone=0.0)
 
 
 def _by_size(
     inside: NDArray[Any], outputs: NDArray[Any], size: NDArray[Any], q: NDArray[np.float64]
-) -> tuple[NDArray[Any], NDArray[Any]]:
+) -> Estimate:
     """Values from random subsets, by what a player makes among subsets of one size.
 
         value_i = Σ_s q_s (μ_{s+1} − μ_s) + Σ_s [q_{s−1} (1 − s/n) + q_s s/n] D_i(s)
@@ -155,7 +148,7 @@ def _by_size(
     share = count @ np.stack([np.interp(s, centres, one) for one in np.eye(len(centres))], axis=1)
     level, level_variance = _levels(y, size, q)
     spread = np.tensordot(share**2, variance, axes=1)
-    return level + np.tensordot(share, d, axes=1), np.sqrt(spread + level_variance)
+    return level + np.tensordot(share, d, axes=1), np.sqrt(spread + level_variance), math.inf
 
 
 def _levels(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import grad, vmap
+from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attribution_core.optimizers import clipped
@@ -35,7 +35,7 @@ from attribution_core.problem import (
     take,
     trainable,
 )
-from attribution_core.training import Drop, Recipe, first_gradient, steps_of
+from attribution_core.training import Drop, Recipe, checked_weights, first_gradient, steps_of
 
 Cell = tuple[NDArray[np.float64], int]  # (weights [n], seed)
 
@@ -107,6 +107,9 @@ class Stack:
         """The batches of each training; none where every row is gone."""
         found = []
         for w, seed in self.cells:
+            checked_weights(w, self.problem.n)
+            if self.drop == "row" and self.recipe.order is not None and (w == 0).any():
+                raise ValueError("an explicit order cannot be redrawn without rows")
             rows = np.flatnonzero(w > 0) if self.drop == "row" else np.arange(len(w))
             found.append(replace(self.recipe, seed=seed).draw(rows) if len(rows) else [])
         return found
@@ -123,14 +126,11 @@ class Stack:
                 made[seed] = init(seed).to(self.problem.device)
         return [made[seed] for _, seed in self.cells]
 
-    def outputs(self, outputs: Outputs, columns: Batch | None = None) -> NDArray[np.float64]:
+    def outputs(self, outputs: Outputs) -> NDArray[np.float64]:
         """Outputs [k, t] of the trained models.
 
-        Args:
-            columns: the training data as one batch, where several stacks share it.
-
         Raises:
-            ValueError: initial models that differ in more than their trainable parameters; a loss or an
+            ValueError: weights that `train` refuses; initial models that differ in more than their trainable parameters; a loss or an
                 output that vmap cannot stack, or computes otherwise than a training by itself would;
                 losses that are not finite (names the training and the step).
         """
@@ -138,7 +138,7 @@ class Stack:
         if (np.diff(length) > 0).any():
             raise ValueError("expected the longest trainings first; sort the cells by kept rows")
         self._check_initial()
-        data = take(self.problem.train, np.arange(self.problem.n)) if columns is None else columns
+        data = take(self.problem.train, np.arange(self.problem.n), self.problem.device)
         with (
             one_thread(self.problem.device),
             _no_fallback(),
@@ -166,7 +166,6 @@ class Stack:
         """The trained parameters, name -> [k, *shape]."""
         device = self.problem.device
         model = self.initial[0]
-        data = _map(data, lambda column: column.to(device))
         finished = {name: value.clone() for name, value in params.items()}
         factors = [[self.recipe.lr_factor(k, n) for k in range(n)] for n in length]
         weights = torch.from_numpy(np.stack([w for w, _ in self.cells])).to(device)
@@ -176,26 +175,31 @@ class Stack:
             for name, held in steps.optimizer.init(trainable(model)).items()
         }
 
-        def loss(slice_: Params, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor]:
-            losses = call(model, self.problem.loss, slice_, batch)
-            return (losses * w.to(losses)).sum(), losses.detach()
+        def one(slice_: Params, batch: Batch) -> Tensor:
+            return call(model, self.problem.loss, slice_, batch)
 
-        gradient = vmap(grad(loss, has_aux=True), randomness="error")
+        losses_of = vmap(one, randomness="error")
         for step in range(max(length, default=0)):
             alive = int((length > step).sum())
             params = {name: value[:alive] for name, value in params.items()}
             state = {key: {n: v[:alive] for n, v in held.items()} for key, held in state.items()}
             rows, w = self._batch(step, alive, weights)
             batch = _map(data, lambda column, rows=rows: column[rows])
-            grads, losses = gradient(params, batch, w)
-            self._check(losses, w, step)
+            leaf = {name: value.detach().requires_grad_() for name, value in params.items()}
+            losses = losses_of(leaf, batch)
+            self._check(losses.detach(), w, step)
+            # slices do not touch each other: the gradient of their sum is that of each
+            total = (losses * w.to(losses)).sum()
+            found = torch.autograd.grad(total, list(leaf.values()), materialize_grads=True)
+            grads = dict(zip(leaf, found, strict=True))
             if step == 0:
                 self._agrees({name: g[0] for name, g in grads.items()})
             params, state = self._updated(
                 steps.optimizer, params, state, grads, step, [f[step] for f in factors[:alive]]
             )
+            through = int((length > step + 1).sum())  # slices before it go on
             for name, value in params.items():
-                finished[name][:alive] = value
+                finished[name][through:alive] = value[through:]
         return finished
 
     def _batch(self, step: int, alive: int, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,6 +223,8 @@ class Stack:
             return optimizer.update(params, state, grads, step, factor)
 
         with torch.no_grad():
+            if len(set(lr)) == 1 and clip is None and getattr(optimizer, "elementwise", False):
+                return optimizer.update(params, state, grads, step, lr[0])
             if len(set(lr)) == 1:  # a number, as optimizers expect
                 return vmap(one, in_dims=(0, 0, 0, None))(params, state, grads, lr[0])
             some = next(iter(params.values()))

@@ -169,7 +169,7 @@ class Run:
             weights: [n].
             since: the step from which they act; by default this run's.
         """
-        w = _checked_weights(weights, self.problem.n)
+        w = checked_weights(weights, self.problem.n)
         start = self.since if since is None else since
         steps = steps_of(self.problem, self.recipe, self.order, w, start, self.shards)
         return _descend(replace(self, weights=w, since=start), steps, 0, 0, progress)
@@ -224,7 +224,7 @@ def train(
             or changes buffers in another way than batch norm; batch norm or dropout where a batch is
             cut into parts; more checkpoints than steps; a loss that is not finite (names step and rows).
     """
-    w = _checked_weights(weights, problem.n)
+    w = checked_weights(weights, problem.n)
     if not 0 < exposure <= 1:
         raise ValueError(f"expected an exposure in (0, 1], got {exposure}; .5 is half of the steps")
     if drop not in ("weight", "row"):
@@ -326,7 +326,7 @@ def _descend(
             elif world()[0] == 0:
                 folder.keep(step, state)
         try:
-            new, losses[step] = (_watched if step == first else Steps.step)(steps, state, step)
+            new, losses[step] = (watched_step if step == first else Steps.step)(steps, state, step)
         except ValueError as error:
             raise ValueError(f"training stopped at step {step} of {len(steps)}: {error}") from None
         if step in middles:
@@ -349,7 +349,7 @@ def _descend(
     )
 
 
-def _watched(steps: Steps, state: TrainingState, step: int) -> tuple[TrainingState, float]:
+def watched_step(steps: Steps, state: TrainingState, step: int) -> tuple[TrainingState, float]:
     """A step during which nothing but its result may change: no random draws, no buffers."""
     model, device = steps.problem.model, steps.problem.device
     cuda = device.type == "cuda"
@@ -386,7 +386,7 @@ def first_gradient(steps: Steps) -> Params:
     """The gradient of step 0 by name, after the checks that every training begins with."""
     _check_layers(steps)
     state = steps.start()
-    _watched(steps, state, 0)
+    watched_step(steps, state, 0)
     return steps.packing.unpack(steps.gradient(state, 0)[1])
 
 
@@ -399,7 +399,7 @@ def detached(params: Params) -> Params:
     return {name: value.detach() for name, value in params.items()}
 
 
-def _checked_weights(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:
+def checked_weights(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:
     w = np.ones(n) if weights is None else np.asarray(weights, dtype=float)
     if w.shape != (n,):
         raise ValueError(f"expected one weight per training example, [n={n}], got {w.shape}")

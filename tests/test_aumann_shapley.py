@@ -83,6 +83,20 @@ def test_any_method_that_differentiates():
     assert (rough.scores != one.scores).any()
 
 
+@pytest.mark.filterwarnings("ignore::attribution_core.MetagradientWarning")  # short runs miss rows
+@pytest.mark.parametrize("path", ["weight", "exposure"])
+@pytest.mark.parametrize("method", [None, partial(magic, check=False)])
+def test_owners_by_tangents_are_sums_over_their_rows(path, method):
+    problem, outputs = small()
+    labels = np.array(["c", "a", "b", "a"] * 5)  # three owners, five outputs: pushed forward
+    settings = {"points": 4, "path": path}
+    rows = aumann_shapley(problem, RECIPE, outputs, **settings)
+    owners = aumann_shapley(problem, RECIPE, outputs, groups=labels, method=method, **settings)
+    assert owners.ids.tolist() == ["a", "b", "c"]
+    np.testing.assert_allclose(owners.scores, rows.grouped(labels).scores, atol=1e-10)
+    np.testing.assert_allclose(owners.meta["remainder"], rows.meta["remainder"], atol=1e-9)
+
+
 def owners_of_digits(n=240, groups=6):
     """Digits in owners of unequal sizes; one owner's labels are all wrong."""
     x, y = (array[:n].copy() for array in menagerie.digits_arrays())
@@ -129,7 +143,7 @@ def test_rows_agree_with_a_large_permutation_sample():
     assert correlation(values(aumann_shapley(problem, recipe, outputs)), sampled) > 0.98
 
 
-@pytest.mark.filterwarnings("ignore::attribution_core.MetagradientWarning")
+@pytest.mark.filterwarnings("ignore::attribution_core.MetagradientWarning")  # of magic at w = 1
 @pytest.mark.filterwarnings("ignore::attribution_core.RemainderWarning")
 def test_adam_is_valued_along_exposure():
     """Adam's updates do not depend on the scale of weights: derivatives add up to nothing anywhere but near

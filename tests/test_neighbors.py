@@ -9,14 +9,19 @@ import pytest
 import torch
 from torch import nn
 
+from applied.valuation import values
 from attribution_core import (
     SGD,
     Outputs,
     Problem,
     Recipe,
+    RetrainingTable,
+    all_subsets,
     average,
     cross_entropy,
+    knn_values,
     margin,
+    neighbors,
     squared_error,
     train,
 )
@@ -357,3 +362,57 @@ def test_rows_of_other_data_have_labels_too():
     data = Rows(menagerie.mlp().train, np.array([2, 0]))
     np.testing.assert_array_equal(class_labels(data), menagerie.mlp().train.columns[1][[2, 0]])
     assert class_labels({"input_ids": torch.ones(2, 3).long()}) is None
+
+
+# --- values on features ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 4, 7])
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_knn_values_are_shapley_values(n, k):
+    """Every subset of the training rows votes; K may exceed their number, which pyDVL 0.10 gets wrong."""
+    rng = np.random.default_rng(n)
+    x, y = rng.normal(size=(n, 2)), rng.integers(0, 2, n)
+    target_x, target_y = rng.normal(size=(3, 2)), rng.integers(0, 2, 3)
+    distance = ((x[:, None] - target_x) ** 2).sum(2)
+
+    def vote(inside):
+        nearest = [np.flatnonzero(inside)[np.argsort(distance[inside, j])[:k]] for j in range(3)]
+        return [(y[near] == target_y[j]).sum() / k for j, near in enumerate(nearest)]
+
+    rows = all_subsets(n)
+    table = RetrainingTable(rows, np.array([vote(row > 0) for row in rows])[:, None], (0,))
+    found = knn_values(x, y, target_x, target_y, k=k)
+    np.testing.assert_allclose(found.scores, values(table).per_target, atol=1e-12)
+    np.testing.assert_allclose(found.base, vote(np.ones(n, dtype=bool)), atol=1e-12)
+
+
+def test_knn_values_by_blocks_of_targets(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(50, 3)), rng.integers(0, 3, 50)
+    target_x, target_y = rng.normal(size=(20, 3)), rng.integers(0, 3, 20)
+    whole = knn_values(x, y, target_x, target_y).scores
+    monkeypatch.setattr(neighbors, "BLOCK", 150)  # three targets at a time
+    np.testing.assert_array_equal(knn_values(x, y, target_x, target_y).scores, whole)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "k", "message"),
+    [
+        (
+            (np.ones((3, 2)), np.ones(2), np.ones((1, 2)), np.ones(1)),
+            1,
+            r"expected x \[n, d\], y \[n\]",
+        ),
+        (
+            (np.ones((3, 2)), np.ones(3), np.ones((1, 1)), np.ones(1)),
+            1,
+            r"expected x \[n, d\], y \[n\]",
+        ),
+        ((np.ones((3, 2)), np.ones(3), np.ones((1, 2)), np.ones(1)), 0, "k of at least 1"),
+        ((np.full((3, 2), np.nan), np.ones(3), np.ones((1, 2)), np.ones(1)), 1, "finite features"),
+    ],
+)
+def test_arrays_that_make_no_knn_values(arrays, k, message):
+    with pytest.raises(ValueError, match=message):
+        knn_values(*arrays, k=k)

@@ -8,12 +8,16 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_code_blocks_run_in_order():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     # a third of the labels are wrong: leaving out half of the rows by their scores beats chance
     assert names["verified"].difference("random").high < 0
+    # exact values add up; those of a few metagradients nearly
+    worth, rows = names["worth"], names["rows"]
+    assert abs(worth.remainder) < 1e-9 * abs(worth.change)
+    assert abs(rows.remainder) < 0.05 * abs(rows.change)
     exact, run, tests = names["exact"], names["run"], names["tests"]
     predicted = exact.without([0]) - exact.base
     actual = run.again([0.0] + [1.0] * 499).outputs(tests).numpy() - exact.base

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -197,3 +199,81 @@ def test_retraining_leaves_the_model_alone():
     before = menagerie.flat_params(problem)
     retrain(problem, recipe, outputs, weights, seeds=1)
     assert torch.equal(menagerie.flat_params(problem), before)
+
+
+# --- tables from elsewhere -----------------------------------------------------------------------
+
+
+def made(rows=4, seeds=(3, 1), t=2):
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 2, (rows, 5)).astype(float)
+    weights[:, 0] = np.arange(rows)  # rows that differ
+    per_seed = rng.normal(size=(rows, len(seeds), t))
+    return RetrainingTable(weights, per_seed, seeds, {"drop": "row"})
+
+
+def test_parquet_holds_a_line_per_training(tmp_path):
+    table = made()
+    table.save(tmp_path / "table.parquet")
+    held = pq.read_table(tmp_path / "table.parquet").to_pydict()
+    assert held["seed"] == [3, 1] * 4
+    np.testing.assert_array_equal(held["weights"][2], table.weights[1])
+    np.testing.assert_array_equal(held["outputs"][3], table.per_seed[1, 1])
+    loaded = RetrainingTable.load(tmp_path / "table.parquet")
+    np.testing.assert_array_equal(loaded.weights, table.weights)
+    assert loaded.seeds == (1, 3)
+    np.testing.assert_array_equal(loaded.per_seed, table.per_seed[:, ::-1])
+    assert loaded.meta == table.meta
+    again = table.joined(table)  # rows that repeat, as permutations have them
+    again.save(tmp_path / "again.parquet")
+    np.testing.assert_array_equal(
+        RetrainingTable.load(tmp_path / "again.parquet").weights, again.weights
+    )
+
+
+def test_tables_made_elsewhere(tmp_path):
+    table = made(seeds=(0,))
+    np.savez(tmp_path / "plain.npz", weights=table.weights > 0, outputs=table.per_seed[:, 0, 0])
+    loaded = RetrainingTable.load(tmp_path / "plain.npz")
+    assert loaded.seeds == (0,)
+    np.testing.assert_array_equal(loaded.outputs, table.outputs[:, :1])
+    lines = {"weights": table.weights.tolist(), "outputs": table.outputs[:, 0].tolist()}
+    pq.write_table(pa.table(lines), tmp_path / "plain.parquet")
+    np.testing.assert_array_equal(
+        RetrainingTable.load(tmp_path / "plain.parquet").outputs, table.outputs[:, :1]
+    )
+
+
+def test_tables_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no table at"):
+        RetrainingTable.load(tmp_path / "none.npz")
+    np.savez(tmp_path / "masks.npz", masks=np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"expected arrays weights .* got \['masks'\]"):
+        RetrainingTable.load(tmp_path / "masks.npz")
+    pq.write_table(pa.table({"outputs": [1.0]}), tmp_path / "some.parquet")
+    with pytest.raises(ValueError, match="expected columns weights and outputs"):
+        RetrainingTable.load(tmp_path / "some.parquet")
+    twice = {"weights": [[1.0, 0.0]] * 3, "outputs": [1.0, 2.0, 3.0], "seed": [0, 1, 1]}
+    pq.write_table(pa.table(twice), tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match="got row 0 2 times with seed 1"):
+        RetrainingTable.load(tmp_path / "twice.parquet")
+
+
+def test_tables_are_joined():
+    table = made()
+    both = table.joined(table, table)
+    assert both.weights.shape == (12, 5)
+    np.testing.assert_array_equal(both.per_seed[4:8], table.per_seed)
+    with pytest.raises(ValueError, match="expected tables of the same seeds, n and t"):
+        table.joined(made(seeds=(0,)))
+
+
+def test_joblibs_own_configuration_is_taken():
+    """jobs=None: any backend that joblib knows, here its threads; a cluster's is set up in the same way."""
+    from joblib import parallel_config
+
+    problem, recipe, outputs, weights = world()
+    one = retrain(problem, recipe, outputs, weights, seeds=SEEDS, stack=2)
+    with parallel_config(backend="threading", n_jobs=1):
+        other = retrain(problem, recipe, outputs, weights, seeds=SEEDS, stack=2, jobs=None)
+    np.testing.assert_array_equal(one.per_seed, other.per_seed)

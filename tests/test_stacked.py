@@ -189,7 +189,7 @@ def test_another_function_when_stacked_is_found_out():
     """A loss that looks at where it is: under vmap it would train on something else."""
 
     def loss(model, batch):
-        inside = torch._C._functorch.is_gradtrackingtensor(model.linear.weight)
+        inside = torch._C._functorch.is_batchedtensor(model.linear.weight)
         return cross_entropy(model, batch) * (2 if inside else 1)
 
     problem, outputs = odd(ByRow())
@@ -211,6 +211,22 @@ def test_recipes_that_are_not_stacked(settings, reason):
     problem = menagerie.softmax()
     recipe = replace(RECIPES["SGD"], **settings)
     assert stack_size(problem, recipe, 100) == (1, reason)
+
+
+def test_weights_and_orders_that_train_refuses():
+    problem, outputs = odd(ByRow())
+    recipe = Recipe(SGD(0.1), 4, 2)
+    weights = np.ones((5, 12))
+    weights[3, 2] = -1.0
+    with pytest.raises(
+        ValueError, match=r"retraining 3 \(seed 0\) failed: expected finite weights"
+    ):
+        retrain(problem, recipe, outputs, weights, seeds=1)
+    fixed = replace(recipe, order=[[0, 1], [2, 3]])
+    halves = random_subsets(12, 5, keep=0.5)
+    with pytest.raises(ValueError, match="explicit order cannot be redrawn"):
+        retrain(problem, fixed, outputs, halves, seeds=1)
+    compared(problem, fixed, outputs, halves, "weight", seeds=(0,))
 
 
 def test_sizes():

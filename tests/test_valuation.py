@@ -212,7 +212,7 @@ def covered(kind, weights_of, game, n, draws=40):
     hits = []
     for seed in range(draws):
         found = values(table(weights_of(seed), game), kind=kind)
-        hits.append(np.abs(found.values - true) <= 1.96 * found.standard_error)
+        hits.append(np.abs(found.values - true) <= found.half)
     return np.mean(hits)
 
 

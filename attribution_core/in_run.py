@@ -1,0 +1,286 @@
+"""Values read off during one training: what each example's steps did to the outputs (in-run data Shapley).
+
+A segment of steps moves the parameters by θ_b − θ_a, a sum of one movement for each example. Therefore
+
+    f(θ_b) − f(θ_a) = ⟨θ_b − θ_a, ĝ⟩,    ĝ = ∫₀¹ ∇f(θ_a + s (θ_b − θ_a)) ds
+
+splits over the examples by itself, and the share of an example is its Aumann-Shapley value in the game
+whose players are the segment's movements: for a quadratic f its Shapley value, what it does alone plus
+half of its interactions, without a Hessian. z counts a gradient's later movements at once (`reach`). The
+products of ĝ with per-example gradients wait for the end of their segment; what they are made of is kept
+from the very passes that train (`passes`).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from attribution_core.datamodel import LinearDatamodel
+from attribution_core.gradients import Engine, Progress, choose_engine, output_gradients
+from attribution_core.optimizers import SGD, Adam, AdamW
+from attribution_core.passes import Pass, Passes
+from attribution_core.problem import Outputs, Params, Problem, decay_of, refuse_random_layers
+from attribution_core.reach import Reach, Segment, mean_of
+from attribution_core.steps import Steps, TrainingState
+from attribution_core.training import Drop, Recipe, Run, checked_weights, steps_of, watched_step
+
+Order = Literal[1, 2]
+PLACE = {1: 0.0, 2: 0.5}  # along the straight line of a segment, where ∇f stands for ĝ
+SHARE = 0.03  # of the rows that a run passes through the model, those for gradients of the outputs
+SHORT = (8, 4, 2)  # the first segments are so many times shorter: outputs move most at the start
+MEMORY = 2**30  # bytes that the steps of a segment may hold unless told otherwise
+
+
+@dataclass(frozen=True, eq=False)
+class InRun:
+    """A training and the values read off during it."""
+
+    datamodel: LinearDatamodel
+    run: Run
+
+
+def in_run(
+    problem: Problem,
+    recipe: Recipe,
+    outputs: Outputs,
+    weights: ArrayLike | None = None,
+    *,
+    drop: Drop = "weight",
+    order: Order = 2,
+    every: int | Literal["auto"] = "auto",
+    engine: Engine = "auto",
+    batch_size: int = 256,
+    memory: int = MEMORY,
+    progress: Progress = iter,
+) -> InRun:
+    """Train once and say what each example contributed to the outputs' change on the way.
+
+        scores[i] = Σ_k −(1/B) total_k ⟨∇ℓ_i(θ_k), P ĝ⟩  over the steps k whose batch holds i
+
+    total_k is how far a gradient of step k moves the parameters, then and later: lr_k for plain SGD, near
+    lr / (1 − momentum) with momentum. P is 1, or Adam's 1 / (√v̂ + eps) at the segment's end. Weight decay
+    moves the outputs too and is nobody's; it stands apart. Σ_i w_i scores[i] + decay = f(θ_end) −
+    f(θ_start) up to the remainder.
+
+    Args:
+        weights: [n] training weights, 1 if not given; drop: what 0 means, as in `train`.
+        order: the rule for ĝ. 1: ∇f at the segment's start. 2: ∇f in its middle, exact where f is quadratic
+            along the line; with SGD and every=1 the second order of In-Run Data Shapley.
+        every: steps of a segment; the first three are shorter (/8, /4, /2). "auto": so many that the rows passed
+            for the outputs' gradients are some 3 % of the training's.
+        engine: "ghost", "jvp" or "rows", as in `directional`; "auto" takes ghost where it covers every
+            parameter. The others pass every batch through the model a second time.
+        batch_size: rows of outputs per pass; changes memory and time, never the result.
+        memory: bytes of layer inputs and output gradients that wait for a segment's end; where they would
+            be more, the segment ends (more often, at more cost).
+        progress: wraps the loop over steps (tqdm).
+
+    Returns:
+        The run, the same as `train`'s, and a datamodel: scores [n, t] in output units per unit of weight
+        (0 for rows that the training never weighed), base f(θ_end) [t], anchor `weights`. meta: "change"
+        [t] f(θ_end) − f(θ_start); "weight_decay" [t], its part of it; "remainder" [t], Σ w scores + decay − change, and
+        "relative_remainder", that over |change|, never scaled away.
+
+    Raises:
+        ValueError: dropout or batch norm in training mode, accumulate above 1, an optimizer other than
+            SGD, Adam and AdamW; ghost asked for where it cannot cover; see also `train`.
+
+    Source: Wang et al. 2024 (arXiv 2406.11011), its first and second order, with the sign of the change;
+    Aumann & Shapley 1974, the diagonal formula, for the rest.
+    """
+    w = checked_weights(weights, problem.n)
+    _check(recipe, order, every, drop, bool((w == 0).any()))
+    model = problem.model if recipe.init is None else recipe.init(recipe.seed).to(problem.device)
+    refuse_random_layers(model)
+    started = replace(problem, model=model)
+    batches = recipe.draw(np.flatnonzero(w > 0) if drop == "row" else np.arange(problem.n))
+    steps = steps_of(started, recipe, batches, w)
+    length = every_auto(outputs, len(batches[0])) if every == "auto" else every
+    chosen = choose_engine(started, len(outputs), batches[0], engine)
+    reading = _Reading(steps, outputs, PLACE[order], Passes(steps, chosen), batch_size)
+    state, losses = reading.train(ends_of(len(steps), length), memory, progress)
+    by_name = steps.packing.unpack
+    moments = {name: by_name(held) for name, held in state.moments.items()}
+    run = Run(started, recipe, by_name(state.params), moments, batches, w, 1.0, losses)
+    meta: dict[str, object] = {
+        "method": "in_run",
+        "order": order,
+        "every": length,
+        "engine": chosen,
+    }
+    return InRun(reading.datamodel(run, meta), run)
+
+
+def every_auto(outputs: Outputs, size: int) -> int:
+    """Steps of a segment at which the outputs' gradients pass `SHARE` of the training's rows."""
+    passes = 1.0 if outputs.matrix is None else (1 + 2 * len(outputs)) / 3  # backward costs double
+    return max(1, round(passes * len(outputs.data) / (SHARE * size)))
+
+
+def ends_of(steps: int, every: int) -> set[int]:
+    """The steps after which segments end.
+
+    >>> sorted(ends_of(100, 32))
+    [4, 12, 28, 60, 92, 100]
+    """
+    lengths = [max(1, every // part) for part in SHORT]
+    first = np.cumsum(lengths)
+    return {*first[first < steps].tolist(), *range(int(first[-1]) + every, steps, every), steps}
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A training that is read, and what has been read so far."""
+
+    steps: Steps
+    outputs: Outputs
+    place: float  # along a segment, where the outputs' gradients are taken
+    passes: Passes
+    batch_size: int
+    segments: int = 0
+
+    def __post_init__(self) -> None:
+        problem, t = self.steps.problem, len(self.outputs)
+        self.still: nn.Module = copy.deepcopy(problem.model).eval()  # for outputs
+        self.reach = Reach.of(self.steps)
+        self.open: list[Segment] = []  # whose steps still move the parameters
+        self.scores = torch.zeros(problem.n, t, dtype=torch.float64)  # what each example did
+        self.decay = torch.zeros(t, dtype=torch.float64)  # what weight decay did
+        decays = replace(problem, weight_decay=self.steps.optimizer.weight_decay or 0.0).decay
+        self.decays = bool((decays != 0).any())
+
+    def train(
+        self, ends: set[int], memory: int, progress: Progress
+    ) -> tuple[TrainingState, NDArray[np.float64]]:
+        """The steps of the training, read segment by segment: (the state at the end, losses)."""
+        steps = self.steps
+        state, losses = steps.start(), np.zeros(len(steps))
+        watched_step(steps, state, 0)  # a function of its state and number alone?
+        begin = state.params
+        held: list[Pass] = []
+        room, lag = 0, self.reach.lag
+        with self.passes.hooks:
+            for step in progress(range(len(steps))):
+                try:
+                    state, losses[step], kept = self.step(state, step)
+                except ValueError as error:
+                    raise ValueError(
+                        f"training stopped at step {step} of {len(steps)}: {error}"
+                    ) from None
+                held.append(kept)
+                if room == 0:
+                    room = max(1, memory // max(1, kept.bytes))
+                    lag = min(lag, room // 2)
+                waiting = len(held) + sum(len(of.passes) for of in self.open)
+                if step + 1 in ends or waiting >= room:
+                    known = len(steps) if step + 1 == len(steps) else step + 1 - lag
+                    self.close(held, begin, state.params, known)
+                    begin, held = state.params, []
+        return state, losses
+
+    def step(self, state: TrainingState, step: int) -> tuple[TrainingState, float, Pass]:
+        """(the next state, the loss, what waits for the segment's end)."""
+        steps, rows, clip = self.steps, self.steps.order[step], 1.0
+        self.passes.watch(len(rows))
+        loss, grads, buffers = steps.gradient(state, step)
+        with torch.no_grad():
+            params, moments = steps.update(state.params, state.moments, grads, step)
+            pace = self.reach.pace(moments, step)
+        if steps.clip is not None:
+            norm = torch.stack([g.norm() for g in grads.values()]).norm()
+            clip = min(1.0, steps.clip / (float(norm) + 1e-6))
+        before = {} if self.passes.stateless and not self.decays else state.params
+        kept = Pass(step, rows, clip, before, pace, self.passes.taken())
+        return TrainingState(params, moments, buffers), loss, kept
+
+    @torch.no_grad()
+    def close(self, held: list[Pass], begin: Params, end: Params, known: int) -> None:
+        """End a segment; read the steps before `known`, whose movements are known well enough."""
+        middle = {name: begin[name].lerp(theta, self.place) for name, theta in end.items()}
+        self.open.append(Segment(self.slopes(middle), held))
+        self.segments += 1
+        directions = self.reach.directions(self.open)
+        for segment in self.open:
+            self.read(segment, [of for of in segment.passes if of.step < known], directions)
+        left = [(of.slope, [at for at in of.passes if at.step >= known]) for of in self.open]
+        self.open = [Segment(slope, passes) for slope, passes in left if passes]
+
+    def read(self, segment: Segment, passes: list[Pass], directions: dict[int, Params]) -> None:
+        """Take the products of some passes of a segment."""
+        for block in self.passes.joined(passes, self.reach.alike):
+            along = mean_of([directions[of.step] for of in block])
+            moved = [np.full(len(of.rows), of.clip * self.reach.moved(of.step)) for of in block]
+            parts = self.passes.products(block, self.steps.packing.unpack(along)).double().cpu()
+            parts *= -torch.from_numpy(np.concatenate(moved))[:, None]
+            rows = torch.from_numpy(np.concatenate([of.rows for of in block]))
+            self.scores.index_add_(0, rows, parts)
+            if self.decays:
+                self.decay += self.decayed(block, segment.slope, along)
+
+    def slopes(self, params: Params) -> Params:
+        """Gradients of the outputs at packed parameters, packed [t, p]."""
+        pack = self.steps.packing
+        with torch.enable_grad():
+            found = output_gradients(self.still, self.outputs, self.batch_size, pack.unpack(params))
+        return pack.pack({name: found[name].detach() for name in self.steps.problem.params})
+
+    def decayed(self, held: list[Pass], slope: Params, along: Params) -> Tensor:
+        """What weight decay did to the outputs, [t]."""
+        optimizer, lr = self.reach.optimizer, self.reach.lr
+        decoupled = isinstance(optimizer, Adam) and optimizer.decoupled
+        moved = [float(lr[of.step]) if decoupled else self.reach.moved(of.step) for of in held]
+        parts = []
+        for name, v in (slope if decoupled else along).items():
+            theta = sum(far * of.params[name] for far, of in zip(moved, held, strict=True))
+            parts.append(v @ (decay_of(optimizer.weight_decay, name) * theta))
+        return -torch.stack(parts).double().sum(0).cpu()
+
+    def datamodel(self, run: Run, meta: dict[str, object]) -> LinearDatamodel:
+        """What was read, beside what happened."""
+        before, base = (
+            self.outputs.evaluate(self.still, params, self.batch_size).numpy()
+            for params in (self.steps.problem.params, run.params)
+        )
+        change, parts, w = base - before, self.scores.numpy(), run.weights[:, None]
+        remainder = parts.sum(0) + self.decay.numpy() - change
+        pairs = zip(remainder, change, strict=True)
+        meta = {
+            **meta,
+            "segments": self.segments,
+            "change": change.tolist(),
+            "weight_decay": self.decay.tolist(),
+            "remainder": remainder.tolist(),
+            "relative_remainder": [float(abs(r / c)) if c else None for r, c in pairs],
+        }
+        scores = np.divide(parts, w, out=np.zeros_like(parts), where=w > 0)
+        names = np.asarray(self.outputs.names) if self.outputs.names else None
+        return LinearDatamodel(scores, base, run.weights, targets=names, meta=meta)
+
+
+def _check(recipe: Recipe, order: int, every: int | str, drop: str, zeros: bool) -> None:
+    """Raise what cannot be read."""
+    if drop not in ("weight", "row"):
+        raise ValueError(f"unknown drop {drop!r}; 'weight' keeps batches, 'row' removes examples")
+    if drop == "row" and recipe.order is not None and zeros:
+        raise ValueError("a recipe with an explicit order cannot be redrawn; use drop='weight'")
+    if order not in PLACE:
+        raise ValueError(f"expected order 1 or 2, got {order!r}; 2 takes ∇f in a segment's middle")
+    if every != "auto" and (isinstance(every, (bool, str)) or every < 1):
+        raise ValueError(f"expected segments of at least one step or 'auto', got every={every!r}")
+    if type(recipe.optimizer) not in (SGD, Adam, AdamW):
+        raise ValueError(
+            f"expected SGD, Adam or AdamW, whose movements are shared out here, got "
+            f"{type(recipe.optimizer).__name__}; use one of them, or magic, which takes any optimizer"
+        )
+    if recipe.accumulate != 1:
+        raise ValueError(
+            f"expected batches in one part, got accumulate={recipe.accumulate}; a segment's passes are kept "
+            "whole anyway: use accumulate=1 (the same gradient) and a smaller `memory`"
+        )

@@ -1,0 +1,170 @@
+"""The report of value_data.py: what each method finds, what retraining says, who is paid what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from applied import report, value_pictures
+from applied.recipe import paired_interval
+from recipes.valuing import Owned, Study, Valued
+
+INSPECTED = np.linspace(0, 0.5, 51)  # shares of the rows, worst first
+
+
+def write_report(
+    study: Study, valued: Valued, removed: dict[str, Any], owned: Owned | None
+) -> None:
+    """report.html and metrics.json; the same table is printed."""
+    sections, metrics = rows_of(study, valued, removed)
+    if owned is not None:
+        more, numbers = owners_of(study, owned)
+        sections, metrics = {**sections, **more}, {**metrics, **numbers}
+    facts = facts_of(study)
+    sections["How this was made"] = [report.facts(facts)]
+    out = study.flags.out
+    report.Page("What the data are worth", study.data.name, sections).save(out / "report.html")
+    report.write_metrics(out / "metrics.json", {**metrics, **facts})
+    print(f"written to {out}/report.html")
+
+
+def rows_of(
+    study: Study, valued: Valued, removed: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(sections, metrics) of single rows."""
+    from sklearn.metrics import roc_auc_score
+
+    bad, shares = study.data.bad, study.flags.remove
+    last = min(len(shares), 2)  # the share shown in the table: the second, usually a tenth
+    rows: list[Any] = []
+    metrics: dict[str, Any] = {}
+    for name, values in valued.found.items():
+        change = paired_interval(removed[name][:, last], removed[name][:, 0])
+        row: list[Any] = [name, valued.needs[name] or "nothing clean"]
+        if bad is not None and 0 < bad.sum() < len(bad):
+            auc = float(roc_auc_score(bad, -values.values))
+            row += [auc, float(found_by(values.values, bad)[10])]
+            metrics[name] = {"auc": auc}
+        rows.append((*row, change))
+        metrics.setdefault(name, {})["removal"] = change
+    head = ["method", "needs", *(["AUC", "found in a tenth"] if len(rows[0]) > 3 else [])]
+    head.append(f"test loss without the worst {shares[last - 1]:.0%}, change")
+    sections: dict[str, list[str]] = {
+        "What each method finds": [
+            report.table(
+                rows, head, best={head[-1]: "low", **({"AUC": "high"} if "AUC" in head else {})}
+            ),
+            report.paragraph(
+                "AUC: how well low values tell the rows with planted wrong labels; found in a tenth: their share "
+                "among the 10 % of rows with the lowest values. Last column: retrained without the lowest rows, less "
+                f"retrained on all, {study.flags.seeds} seeds, paired, 95 % t interval."
+                if bad is not None
+                else "Last column: retrained without the lowest rows, less retrained on all, paired by seed."
+            ),
+        ]
+    }
+    print(text_table(rows, head))
+    if "AUC" in head and bad is not None:
+        curves = {name: found_by(v.values, bad) for name, v in valued.found.items()}
+        one, two = "held-out margin", "Aumann–Shapley"
+        sections["Wrong labels found"] = [
+            report.picture(value_pictures.curves(
+                INSPECTED, curves, xlabel="share of rows looked at, lowest values first",
+                ylabel="share of wrong labels found", grey=("random (control)",),
+            )),
+            report.picture(value_pictures.marked(valued.found[one].values, bad, xlabel=one + ", nats")),
+            report.picture(value_pictures.marked(valued.found[two].values, bad, xlabel=two + " worth, nats")),
+        ]  # fmt: skip
+    at = [0.0, *shares]
+    sections["Without the worst rows"] = [
+        report.picture(value_pictures.curves(
+            at, removed, xlabel="share of rows taken away, lowest values first",
+            ylabel="test loss after retraining, nats", grey=("random (control)",),
+        ))
+    ]  # fmt: skip
+    return sections, {"rows": metrics, "remainder": float(valued.found["Aumann–Shapley"].remainder)}
+
+
+def found_by(values: Any, bad: Any) -> Any:
+    """Share of the bad rows among the lowest values, at each of INSPECTED."""
+    order = np.argsort(values, kind="stable")
+    count = np.concatenate([[0], np.cumsum(bad[order])])
+    return count[np.round(INSPECTED * len(bad)).astype(int)] / max(1, bad.sum())
+
+
+def owners_of(study: Study, owned: Owned) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(sections, metrics) of owners."""
+    exact, pay = owned.found["retraining"], owned.payments
+    agree = {
+        name: float(np.corrcoef(v.values, exact.values)[0, 1])
+        for name, v in owned.found.items()
+        if name != "retraining"
+    }
+    names, size = np.unique(study.data.owners, return_counts=True)
+    order = np.argsort(-pay.amounts, kind="stable")
+    rows = [
+        (str(names[i]), int(size[i]), exact.interval(names[i]), float(pay.amounts[i]), f"{pay.low[i]:.0f} to {pay.high[i]:.0f}")
+        for i in order
+    ]  # fmt: skip
+    bought = owned.bought
+    print(exact.table(), pay.table(), bought.table(), sep="\n\n")
+    how = exact.meta["from"]
+    words = (
+        f"Shapley values of owners, from {exact.meta['rows']} retrainings ({how}) with rows really removed, {study.flags.seeds} seeds. "
+        f"They add up to {exact.values.sum():.4g}, the test targets' loss without data less that with all. "
+        + "; ".join(f"{name}: correlation {value:.3f}" for name, value in agree.items())
+        + "."
+    )
+    sections = {
+        "Owners": [
+            report.picture(
+                value_pictures.owners(owned.found, xlabel="worth: loss taken away, nats")
+            ),
+            report.paragraph(words),
+        ],
+        f"Sharing {pay.budget:g}": [
+            report.table(rows, ("owner", "rows", "worth", "payment", "by the interval of worth"))
+        ],
+        "Buying half": [
+            report.paragraph(
+                f"At one a row and half of the price of all, the best purchase is "
+                f"{', '.join(str(p) for p in bought.decision.meta['players'])}. Retrained on it, the test loss is "
+                f"{paired_interval(bought.actual[:, 0])} (predicted for the targets: "
+                f"{float(bought.predicted[0]):.4g}); on random rows of the same price "
+                f"{paired_interval(bought.control['random'][:, 0])}."
+            )
+        ],
+    }
+    return sections, {
+        "owners": {
+            "correlation": agree, "worth": dict(zip(names.tolist(), exact.values.tolist(), strict=True)),
+            "payments": dict(zip(names.tolist(), pay.amounts.tolist(), strict=True)),
+            "bought": bought.decision.meta["players"], "bought_less_random": bought.difference(),
+        }
+    }  # fmt: skip
+
+
+def text_table(rows: list[Any], head: list[str]) -> str:
+    """The same rows for a terminal."""
+    cells = [head, *([f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def facts_of(study: Study) -> dict[str, str]:
+    """What the numbers stand on."""
+    data, flags = study.data, study.flags
+    spoiled = "unknown" if data.bad is None else f"{int(data.bad.sum())}"
+    p = sum(value.numel() for value in study.problem.params.values())
+    return {
+        "data": f"{data.name}: {len(data.x):,} rows, {len(data.target_x):,} targets, {len(data.test_x):,} to judge",
+        "wrong labels planted": spoiled,
+        "model": f"{p:,} parameters, hidden layer of {flags.width}",
+        "training": f"{study.recipe.optimizer}, batches of {study.recipe.batch_size}, {flags.epochs:g} epochs, "
+        f"weight decay {flags.weight_decay:g}",
+        "random halves": f"{flags.retrainings}, one seed each",
+    }

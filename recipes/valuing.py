@@ -1,0 +1,215 @@
+"""The work of value_data.py: rows and owners valued in several ways, and what retraining says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from applied import valuation
+from applied.recipe import Verified, verify
+from applied.valuation import Payments, Values
+from attribution_core import (
+    SGD,
+    LinearDatamodel,
+    Outputs,
+    Recipe,
+    RetrainingTable,
+    all_subsets,
+    aumann_shapley,
+    cross_entropy,
+    fit_datamodel,
+    in_run,
+    influence,
+    knn_values,
+    margin,
+    permutation_subsets,
+    random_subsets,
+    retrain,
+    train,
+)
+from recipes.classification import Classification, problem_of
+from recipes.value_data import bar
+
+if TYPE_CHECKING:
+    from recipes.value_data import Flags
+
+CLEAN = "held-out targets"  # what some methods need and others do not
+NEIGHBOURS = 5
+PERMUTATIONS = 64  # of owners, where there are too many to list all sets
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What all steps share: the data, how it is trained on, what is predicted and what judges."""
+
+    flags: Flags
+    data: Classification
+    problem: Any
+    recipe: Recipe
+    target: Outputs  # mean loss of the target rows
+    test: Outputs  # mean loss of the test rows
+
+    def retrain(self, weights: Any, **settings: Any) -> RetrainingTable:
+        """On rows really removed, judged by the test rows; kept in the folder."""
+        given = {
+            "folder": self.flags.out / "retraining", "jobs": self.flags.jobs,
+            "progress": bar("retraining"), **settings,
+        }  # fmt: skip
+        outputs = given.pop("outputs", self.test)
+        return retrain(self.problem, self.recipe, outputs, weights, **given)
+
+
+@dataclass(frozen=True, eq=False)
+class Valued:
+    """Rows valued: name -> values of which high is good; whether a method needs held-out targets."""
+
+    found: dict[str, Values]
+    needs: dict[str, str]
+    datamodel: LinearDatamodel  # of the mean target loss, by retrainings and influence
+
+
+@dataclass(frozen=True, eq=False)
+class Owned:
+    """Owners valued: by real retraining first, then by datamodels; what they are paid, who is bought."""
+
+    found: dict[str, Values]
+    payments: Payments
+    bought: Verified
+
+
+def start(flags: Flags, data: Classification) -> Study:
+    """The problem, the recipe and the outputs."""
+    import torch
+
+    problem, make = problem_of(data, flags.width, flags.weight_decay)
+    size = min(flags.batch_size, problem.n)
+    optimizer = SGD(flags.lr, momentum=0.9)
+    recipe = Recipe(optimizer, size, flags.epochs, schedule="linear", init=make)
+    held = [
+        Outputs(cross_entropy, (torch.tensor(x), torch.tensor(y))).mean()
+        for x, y in ((data.target_x, data.target_y), (data.test_x, data.test_y))
+    ]
+    return Study(flags, data, problem, recipe, *held)
+
+
+def margin_or_loss(model: Any, batch: Any) -> Any:
+    """A training row's own margin, a target row's loss: both are read off the same trainings."""
+    x, y, own = batch
+    import torch
+
+    return torch.where(own, margin(model, (x, y)), cross_entropy(model, (x, y)))
+
+
+def readings(study: Study) -> tuple[RetrainingTable, RetrainingTable]:
+    """Retrainings on random halves: (margins of the training rows themselves, mean target loss)."""
+    import torch
+
+    flags, data = study.flags, study.data
+    x = torch.tensor(np.concatenate([data.x, data.target_x]))
+    y = torch.tensor(np.concatenate([data.y, data.target_y]))
+    n = len(data.x)
+    subsets = random_subsets(n, flags.retrainings, keep=0.5, seed=flags.seed)
+    table = study.retrain(
+        subsets, seeds=[0], outputs=Outputs(margin_or_loss, (x, y, torch.arange(len(x)) < n)),
+        folder=flags.out / "halves", progress=bar("random halves"),
+    )  # fmt: skip
+    own = replace(table, per_seed=table.per_seed[:, :, :n])
+    return own, replace(table, per_seed=table.per_seed[:, :, n:].mean(2, keepdims=True))
+
+
+def value_rows(study: Study) -> Valued:
+    """Every row by every method; of losses the values are turned, so that high is good."""
+    flags, data = study.flags, study.data
+    own, losses = readings(study)
+    prior = influence(train(study.problem, study.recipe, exposure=0.5), study.target)
+    fitted = fit_datamodel(losses, prior=prior)
+    path = aumann_shapley(
+        study.problem, study.recipe, study.target, points=flags.points,
+        folder=flags.out / "aumann_shapley", progress=bar("metagradients"),
+    )  # fmt: skip
+    during = in_run(study.problem, study.recipe, study.target, progress=bar("in-run"))
+    neighbours = knn_values(data.x, data.y, data.target_x, data.target_y, k=NEIGHBOURS)
+    rng = np.random.default_rng([flags.seed, 7])
+    nothing = Values(rng.normal(size=len(data.x)), *_unknown(len(data.x)), kind="random")
+    found = {
+        "held-out margin": (valuation.held_out(own), ""),
+        "self-confidence (control)": (
+            valuation.self_confidence(data.x, data.y, seed=flags.seed),
+            "",
+        ),
+        "Aumann–Shapley": (-valuation.values(path), CLEAN),
+        "retrainings + influence": (-valuation.values(fitted), CLEAN),
+        "influence": (-valuation.values(prior), CLEAN),
+        "in-run": (-valuation.values(during.datamodel), CLEAN),
+        "kNN-Shapley": (valuation.values(neighbours), CLEAN),
+        "random (control)": (nothing, ""),
+    }
+    for name, (values, _) in found.items():
+        file = "".join(c if c.isalnum() else "-" for c in name.split(" (")[0].lower())
+        values.save(flags.out / f"rows-{file}.parquet")
+    return Valued(
+        {k: v for k, (v, _) in found.items()}, {k: w for k, (_, w) in found.items()}, fitted
+    )
+
+
+def _unknown(n: int) -> tuple[Any, Any, Any]:
+    return np.full(n, np.nan), np.arange(n), np.zeros((n, 1))
+
+
+def judge(study: Study, valued: Valued) -> dict[str, NDArray[np.float64]]:
+    """Test loss [seeds, 1 + shares] without the worst rows, by method; the first column is the whole set."""
+    flags, n = study.flags, study.problem.n
+    rows = [np.ones(n)]
+    for values in valued.found.values():
+        order = np.argsort(values.values, kind="stable")
+        for share in flags.remove:
+            weights = np.ones(n)
+            weights[order[: round(share * n)]] = 0.0
+            rows.append(weights)
+    table = study.retrain(rows, seeds=flags.seeds, progress=bar("without the worst"))
+    losses = table.per_seed[:, :, 0].T  # [seeds, rows]
+    many = len(flags.remove)
+    return {
+        name: np.concatenate([losses[:, :1], losses[:, 1 + k * many : 1 + (k + 1) * many]], axis=1)
+        for k, name in enumerate(valued.found)
+    }
+
+
+def value_owners(study: Study, valued: Valued) -> Owned | None:
+    """Owners by retraining on sets of them, by the two datamodels; payments and a purchase."""
+    flags, labels = study.flags, study.data.owners
+    count = len(np.unique(labels))
+    if count < 2:
+        return None
+    exact = count <= flags.exact
+    sets = (
+        all_subsets(labels) if exact else permutation_subsets(labels, PERMUTATIONS, seed=flags.seed)
+    )
+    table = study.retrain(
+        sets,
+        seeds=2,
+        outputs=study.target,
+        folder=flags.out / "owners",
+        progress=bar("sets of owners"),
+    )
+    path = LinearDatamodel(
+        -valued.found["Aumann–Shapley"].per_target, np.zeros(1), np.ones(study.problem.n)
+    )
+    found = {
+        "retraining": -valuation.values(table, owners=labels),
+        "Aumann–Shapley": -valuation.values(path, owners=labels),
+        "retrainings + influence": -valuation.values(valued.datamodel, owners=labels),
+    }
+    worth = found["retraining"]
+    payments = valuation.pay(
+        worth, flags.budget, floors=flags.floor, caps=flags.cap, discount=flags.discount
+    )
+    prices = np.unique(labels, return_counts=True)[1].astype(float)  # one a row
+    best = valuation.buy(worth, prices, prices.sum() / 2)
+    bought = verify(best, partial(study.retrain, progress=iter), seeds=flags.seeds)
+    worth.save(flags.out / "owners.csv")
+    return Owned(found, payments, bought)

@@ -1,0 +1,163 @@
+"""recipes/value_data.py as a user meets it: one command, the same again, a file of one's own, wrong input."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from sklearn.datasets import load_breast_cancer
+
+from recipes.classification import embedded, from_file
+from recipes.value_data import run
+
+QUICK = [
+    "--retrainings",
+    "30",
+    "--points",
+    "3",
+    "--epochs",
+    "4",
+    "--seeds",
+    "2",
+    "--remove",
+    "0.1",
+    "--jobs",
+    "1",
+    "--width",
+    "8",
+]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::attribution_core.RemainderWarning"),
+    pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
+]
+
+
+def test_embedded_data_from_start_to_report(tmp_path, capsys):
+    flags = [
+        *QUICK,
+        "--data",
+        "breast_cancer",
+        "--owners",
+        "4",
+        "--mislabel",
+        "0.2",
+        "--out",
+        str(tmp_path),
+    ]
+    run(flags)
+    said = capsys.readouterr().out
+    for words in (
+        "held-out margin",
+        "self-confidence (control)",
+        "payment",
+        "actual - random",
+        "written to",
+    ):
+        assert words in said
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["rows"]["held-out margin"]["auc"] > 0.8
+    assert 0.3 < metrics["rows"]["random (control)"]["auc"] < 0.7
+    assert sum(metrics["owners"]["payments"].values()) == pytest.approx(1000)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img") == 5
+    for heading in (
+        "What each method finds",
+        "Wrong labels found",
+        "Owners",
+        "Sharing 1000",
+        "Buying half",
+    ):
+        assert heading in page
+    held = pq.read_table(tmp_path / "rows-held-out-margin.parquet")
+    assert held.column_names == ["player", "value", "standard_error"]
+    assert held.num_rows == 300
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.npy")}
+    assert len(before) > 50
+    run(flags)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.npy")} == before
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+
+
+def written(tmp_path, rows=160, **more):
+    """A user's table: two numbers, a word, a label in words, an owner."""
+    x, y = load_breast_cancer(return_X_y=True)
+    frame = pd.DataFrame({
+        "radius": x[:rows, 0], "texture": x[:rows, 1], "side": np.where(x[:rows, 4] > 0.1, "left", "right"),
+        "outcome": np.where(y[:rows] == 1, "benign", "malignant"), "hospital": [f"h{i % 12}" for i in range(rows)],
+        **more,
+    })  # fmt: skip
+    path = tmp_path / "mine.csv"
+    frame.to_csv(path, index=False)
+    return path, frame
+
+
+def test_a_file_of_ones_own_with_many_owners(tmp_path, capsys):
+    path, frame = written(tmp_path)
+    frame.iloc[:40].to_parquet(tmp_path / "held.parquet")
+    run(
+        [*QUICK, "--data", str(path), "--label", "outcome", "--owner", "hospital", "--test", str(tmp_path / "held.parquet"),
+         "--exact", "4", "--budget", "500", "--floor", "5", "--out", str(tmp_path / "out")]
+    )  # fmt: skip
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert len(metrics["owners"]["payments"]) == 12  # by permutations: more than --exact
+    assert min(metrics["owners"]["payments"].values()) >= 5 - 1e-6
+    assert sum(metrics["owners"]["payments"].values()) == pytest.approx(500)
+    assert "auc" not in metrics["rows"]["held-out margin"]  # nobody knows which labels are wrong
+    assert ">AUC<" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_tables_are_made_ready(tmp_path):
+    path, frame = written(tmp_path)
+    data = from_file(str(path), "outcome", "hospital", None, 0)
+    assert data.x.shape == (96, 4)  # two numbers, two indicators
+    assert data.classes == ["benign", "malignant"]
+    assert len(data.target_y) + len(data.test_y) == 64
+    np.testing.assert_allclose(data.x[:, :2].mean(0), 0, atol=1e-5)
+    assert set(data.owners) == set(frame["hospital"])
+    assert data.bad is None
+
+
+def test_embedded_owners_are_unequal_and_spoiled():
+    data = embedded("digits", 0.0, 10, 0)
+    names, size = np.unique(data.owners, return_counts=True)
+    assert len(names) == 10
+    assert size.max() > 8 * size.min()
+    share = [data.bad[data.owners == name].mean() for name in names]
+    assert share[1] == 1.0
+    np.testing.assert_allclose([share[3], share[6]], [0.5, 0.3], atol=0.02)
+    assert sum(share) == pytest.approx(share[1] + share[3] + share[6])
+    none = embedded("digits", 0.1, 0, 0)
+    assert len(np.unique(none.owners)) == 1
+    assert none.bad.sum() == 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data", "nothing.csv"], "no file nothing.csv"),
+        (["--data", "MINE", "--label", "result"], "expected columns ['result']"),
+        (
+            ["--data", "MINE", "--label", "outcome", "--owner", "clinic"],
+            "expected columns ['clinic']",
+        ),
+        (
+            ["--data", "HOLES", "--label", "outcome"],
+            "expected no empty cells, got some in ['radius']",
+        ),
+        (["--data", "SMALL", "--label", "outcome"], "expected at least 20 training rows"),
+    ],
+)
+def test_wrong_input_is_said_in_one_line(tmp_path, flags, words):
+    path, frame = written(tmp_path)
+    frame.loc[3, "radius"] = np.nan
+    frame.to_csv(tmp_path / "holes.csv", index=False)
+    frame.iloc[4:20].to_csv(tmp_path / "small.csv", index=False)
+    files = {
+        "MINE": str(path),
+        "HOLES": str(tmp_path / "holes.csv"),
+        "SMALL": str(tmp_path / "small.csv"),
+    }
+    with pytest.raises(SystemExit) as stopped:
+        run([*(files.get(flag, flag) for flag in flags), "--out", str(tmp_path / "out")])
+    assert words in str(stopped.value)

@@ -1,0 +1,55 @@
+"""applied.value_pictures: what is drawn is what was given, and the alt text says it."""
+
+import numpy as np
+import pytest
+
+from applied import value_pictures as pictures
+from applied.pictures import png
+from applied.worth import Values
+
+
+def line(ax, label):
+    return next(one for one in ax.lines if one.get_label() == label)
+
+
+def test_curves_draw_means_and_bands_over_seeds():
+    rows = np.array([[1.0, 2.0, 4.0], [3.0, 4.0, 8.0]])
+    figure = pictures.curves(
+        [0, 1, 2], {"a": rows, "random": [1.0, 1.0, 1.0]}, xlabel="x", ylabel="y"
+    )
+    ax = figure.axes[0]
+    np.testing.assert_allclose(line(ax, "a").get_ydata(), rows.mean(0))
+    assert line(ax, "random").get_linestyle() == "--"
+    assert len(ax.collections) == 1  # a band for the one with seeds
+    assert figure.get_label() == "y against x: a from 2 to 6; random from 1 to 1."
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_marked_counts_both_kinds():
+    rng = np.random.default_rng(0)
+    values, bad = rng.normal(size=200), np.arange(200) < 20
+    figure = pictures.marked(values, bad, xlabel="value")
+    heights = sum(patch.get_height() for patch in figure.axes[0].patches)
+    assert heights == 200
+    assert "20 of 200 with a wrong label" in figure.get_label()
+
+
+def test_owners_are_sorted_by_the_first_method():
+    names = np.array(["a", "b", "c"])
+    one = Values([1.0, 3.0, 2.0], [0.1, 0.1, 0.1], names, np.zeros((3, 1)), freedom=4)
+    two = Values([2.0, 1.0, 0.0], [np.nan] * 3, names, np.zeros((3, 1)))
+    figure = pictures.owners({"exact": one, "fast": two}, xlabel="worth")
+    ax = figure.axes[0]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a", "c", "b"]
+    widths = [patch.get_width() for patch in ax.patches]
+    assert widths == [1.0, 2.0, 3.0, 2.0, 0.0, 1.0]
+    assert figure.get_label() == "worth by exact: b 3, c 2, a 1."
+
+
+def test_frontier_and_the_axis_of_p():
+    figure = pictures.frontier([1, 2, 3], [0.0, 2.0, 3.0], xlabel="spent", ylabel="gain")
+    assert figure.get_label() == "gain against spent: from 0 at 1 to 3 at 3."
+    p = np.linspace(0, 1, 11)
+    figure = pictures.along_p(p, np.stack([p, 1 - p], axis=1), ["i", "j"], ylabel="worth")
+    flat = [one for one in figure.axes[0].lines if one.get_linestyle() == ":"]
+    assert [one.get_ydata()[0] for one in flat] == pytest.approx([0.5, 0.5])  # the means over p

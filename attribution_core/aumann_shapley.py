@@ -46,7 +46,7 @@ TOLD = 0.05  # remainder beyond which a user is warned
 
 
 class RemainderWarning(UserWarning):
-    """Values that do not add up to the change of the output; the message says by how much."""
+    """Points that find too little or too much of the output's change; the message says how much."""
 
 
 def aumann_shapley(
@@ -65,6 +65,8 @@ def aumann_shapley(
 
         scores_i = ∫₀¹ ∂f/∂w_i (s·1) ds ≈ Σ_k ω_k ∂f/∂w_i (s_k·1)                           path "weight"
         scores_i = (f(1) − f(0))/n + ∫₀¹ [ ∂f/∂w_i (α) − mean_j ∂f/∂w_j (α) ] dα            path "exposure"
+
+    What the points leave of f(1) − f(0) is shared equally by all rows, so that accounts balance, and stated.
 
     Along "weight" every loss counts s-fold, in the same batches (as `drop="weight"` has it). Points gather
     where f changes: it is first looked at by some 15–25 plain trainings (stacked where the model is small).
@@ -86,9 +88,9 @@ def aumann_shapley(
         progress: wraps the loop over points (tqdm).
 
     Returns:
-        scores [n, t] (or [g, t]), base f(1), anchor 1, so that f̂(1) = f(1) and f̂(0) is f(0) but for the remainder. `.meta`:
-        change f(1) − f(0) [t], remainder (Σ scores − change) / |change| [t] (0 along "exposure", which shares
-        all that is left), path, points, trainings.
+        scores [n, t] (or [g, t]), base f(1), anchor 1, so that f̂(1) = f(1) and f̂(0) = f(0). `.meta`: change
+        f(1) − f(0) [t]; remainder [t], what the points found less the change, over |change|, before it was
+        shared (along "exposure" by design all of it); path, points, trainings.
 
     Raises:
         ValueError: fewer than 1 point; a training that diverges; a folder of another run.
@@ -125,14 +127,13 @@ def aumann_shapley(
     scores: Any = sum(
         w * found for w, found in progress(Sized(zip(weight, each, strict=True), points))
     )
-    change = f[-1] - f[0]
-    if path == "exposure":
-        scores = scores + change * size
-    remainder = (scores.sum(0) - change) / np.maximum(np.abs(change), np.finfo(float).tiny)
-    if np.abs(remainder).max() > TOLD:
+    change, total = f[-1] - f[0], scores.sum(0)
+    scores = scores + (change - total) * size  # what is left over is everyone's
+    remainder = (total - change) / np.maximum(np.abs(change), np.finfo(float).tiny)
+    if path == "weight" and np.abs(remainder).max() > TOLD:
         warnings.warn(
-            f"values add up to {100 * (1 + remainder[np.abs(remainder).argmax()]):.1f} % of f(1) − f(0); raise "
-            f"points (now {points}), or smooth the training (smaller learning rate, clipping)",
+            f"{points} points find {100 * (1 + remainder[np.abs(remainder).argmax()]):.1f} % of f(1) − f(0); the rest "
+            "is shared equally: raise points, or smooth the training (smaller learning rate, clipping)",
             RemainderWarning,
             stacklevel=2,
         )

@@ -83,7 +83,7 @@ def rows_of(
             ylabel="test loss after retraining, nats", grey=("random (control)",),
         ))
     ]  # fmt: skip
-    return sections, {"rows": metrics, "remainder": float(valued.found["Aumann–Shapley"].remainder)}
+    return sections, {"rows": metrics, "remainder": valued.remainder}
 
 
 def found_by(values: Any, bad: Any) -> Any:

@@ -70,6 +70,7 @@ class Valued:
     found: dict[str, Values]
     needs: dict[str, str]
     datamodel: LinearDatamodel  # of the mean target loss, by retrainings and influence
+    remainder: float  # of f(1) − f(0), what the metagradients' points left to be shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,9 +152,9 @@ def value_rows(study: Study) -> Valued:
     for name, (values, _) in found.items():
         file = "".join(c if c.isalnum() else "-" for c in name.split(" (")[0].lower())
         values.save(flags.out / f"rows-{file}.parquet")
-    return Valued(
-        {k: v for k, (v, _) in found.items()}, {k: w for k, (_, w) in found.items()}, fitted
-    )
+    needs = {name: what for name, (_, what) in found.items()}
+    best = {name: values for name, (values, _) in found.items()}
+    return Valued(best, needs, fitted, path.meta["remainder"][0])
 
 
 def _unknown(n: int) -> tuple[Any, Any, Any]:

@@ -67,9 +67,20 @@ def test_it_is_exact_at_both_ends():
     nothing = train(problem, RECIPE, np.zeros(problem.n)).outputs(outputs).numpy()
     np.testing.assert_allclose(found.predict(np.ones(20)), whole, rtol=1e-9)
     np.testing.assert_allclose(found.meta["change"], whole - nothing, rtol=1e-9)
-    # within the remainder it states
-    gap = found.predict(np.zeros(20)) - nothing
-    np.testing.assert_allclose(-gap, found.meta["remainder"] * np.abs(whole - nothing), atol=1e-12)
+    np.testing.assert_allclose(found.predict(np.zeros(20)), nothing, rtol=1e-9)
+
+
+def test_what_the_points_leave_is_shared_equally():
+    problem, outputs = small()
+    exact = aumann_shapley(problem, RECIPE, outputs, points=12)
+    with pytest.warns(RemainderWarning, match=r"1 points find .* the rest is shared equally"):
+        rough = aumann_shapley(problem, RECIPE, outputs, points=1)
+    change, left = np.array(rough.meta["change"]), np.array(rough.meta["remainder"])
+    np.testing.assert_allclose(rough.scores.sum(0), change, rtol=1e-9)
+    found = derivative(problem, outputs, RECIPE, 0.5)
+    np.testing.assert_allclose(found.sum(0) - change, left * np.abs(change), atol=1e-12)
+    np.testing.assert_allclose(rough.scores, found - left * np.abs(change) / 20, atol=1e-12)
+    assert np.abs(exact.meta["remainder"]).max() < 1e-6
 
 
 def test_any_method_that_differentiates():
@@ -78,7 +89,7 @@ def test_any_method_that_differentiates():
     one = aumann_shapley(problem, RECIPE, outputs, points=3)
     two = aumann_shapley(problem, RECIPE, outputs, points=3, method=by_domain)
     np.testing.assert_array_equal(one.scores, two.scores)
-    with pytest.warns(RemainderWarning, match=r"values add up to .* % of f\(1\) − f\(0\)"):
+    with pytest.warns(RemainderWarning, match=r"3 points find .* % of f\(1\) − f\(0\)"):
         rough = aumann_shapley(problem, RECIPE, outputs, points=3, method=influence)
     assert (rough.scores != one.scores).any()
 
@@ -125,8 +136,10 @@ def test_owners_agree_with_exact_shapley_by_retraining():
     recipe = Recipe(SGD(0.05, 0.9), batch_size=20, epochs=6)
     table = retrain(problem, recipe, outputs, all_subsets(owners), seeds=1, drop="weight")
     exact = values(table, owners=owners)
-    found = values(aumann_shapley(problem, recipe, outputs), owners=owners)
-    assert abs(found.remainder) < 0.02 * abs(found.change)
+    path = aumann_shapley(problem, recipe, outputs)
+    assert abs(path.meta["remainder"][0]) < 0.02
+    found = values(path, owners=owners)
+    assert abs(found.remainder) < 1e-9
     assert found.change == pytest.approx(exact.change, rel=1e-6)
     assert correlation(found, exact) > 0.99
     alone = values(magic(train(problem, recipe), outputs, check=False), owners=owners)

@@ -10,7 +10,6 @@ many small rows it is the limit of their Shapley values (Aumann & Shapley 1974).
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +27,7 @@ from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import from_first, wait, world
 from attribution_core.retraining import retrain
 from attribution_core.smoothness import MetagradientWarning
-from attribution_core.store import FORMAT, fingerprint, write_text
+from attribution_core.store import claim, fingerprint
 from attribution_core.training import Adam, Recipe, Run, train
 
 Method = Callable[[Run, Outputs], LinearDatamodel]
@@ -112,7 +111,8 @@ def aumann_shapley(
     size = np.bincount(index)[:, None] / problem.n
     where = None
     if folder is not None:
-        where = _opened(Path(folder), fingerprint(problem, recipe, outputs, points, path, labels))
+        made_of = fingerprint(problem, recipe, outputs, points, path, labels)
+        where = claim(folder, "aumann_shapley.json", "values", made_of)
     method = method or partial(_derivatives, groups=groups)
     point = partial(_point, problem, recipe, outputs, method, where, index)
     f: NDArray[np.float64]
@@ -249,19 +249,3 @@ def _point(
         part.replace(kept)  # whole or not at all
     wait()
     return scores
-
-
-def _opened(folder: Path, made_of: str) -> Path:
-    """The folder, if it is empty or of this run."""
-    head = json.dumps({"format": FORMAT, "fingerprint": made_of})
-    path = folder / "aumann_shapley.json"
-    if world()[0] == 0 and not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, head)
-    wait()
-    if path.read_text(encoding="utf-8") != head:
-        raise ValueError(
-            f"{folder} holds values of another run; the model, the data, the recipe, the outputs, the path or "
-            "the number of points have changed: choose another folder or delete this one"
-        )
-    return folder

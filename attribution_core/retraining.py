@@ -17,7 +17,7 @@ from attribution_core.gradients import Progress, Sized
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import from_first, sum_over_processes, wait, world
 from attribution_core.stacked import Cell, Diverged, Stack, stack_size
-from attribution_core.store import FORMAT, fingerprint, write_text
+from attribution_core.store import claim, fingerprint
 from attribution_core.training import Drop, Recipe, train
 
 
@@ -289,20 +289,8 @@ class _Cache:
     def open(
         cls, folder: str | Path, problem: Problem, recipe: Recipe, outputs: Outputs, drop: Drop
     ) -> _Cache:
-        folder = Path(folder)
-        print_ = fingerprint(problem, replace(recipe, seed=0), outputs, drop)
-        head = json.dumps({"format": FORMAT, "fingerprint": print_})
-        path = folder / "retraining.json"
-        if world()[0] == 0 and not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(path, head)
-        wait()
-        if path.read_text(encoding="utf-8") != head:
-            raise ValueError(
-                f"{folder} holds trainings of another run; the model, the data, the recipe or the "
-                "outputs have changed: choose another folder or delete this one"
-            )
-        return cls(folder)
+        made_of = fingerprint(problem, replace(recipe, seed=0), outputs, drop)
+        return cls(claim(folder, "retraining.json", "trainings", made_of))
 
     def _path(self, cell: Cell) -> Path:
         return self.folder / f"{fingerprint(*cell)[:24]}.npy"

@@ -161,6 +161,28 @@ def write_text(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def claim(folder: str | Path, name: str, what: str, made_of: str) -> Path:
+    """A folder for `what` of a run with this fingerprint, which `name` in it keeps: an empty folder is
+    taken, the run's own goes on.
+
+    Raises:
+        ValueError: it holds `what` of another run.
+    """
+    folder = Path(folder)
+    head = json.dumps({"format": FORMAT, "fingerprint": made_of})
+    path = folder / name
+    if world()[0] == 0 and not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, head)
+    wait()
+    if path.read_text(encoding="utf-8") != head:
+        raise ValueError(
+            f"{folder} holds {what} of another run; the model, the data, the recipe, the outputs or a setting "
+            "have changed: choose another folder or delete this one"
+        )
+    return folder
+
+
 def fingerprint(*parts: Any) -> str:
     """sha256 of models, tensors, arrays, data, functions and settings: equal content, equal print."""
     digest = hashlib.sha256()

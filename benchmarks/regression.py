@@ -165,13 +165,13 @@ def speed(flags: Flags, fit: RetrainingTable) -> None:
 
     Own path: four fifths of the rows, the Gram included, validation included. Own fit: the same with its
     early stop, then the refit on all rows. lasso_path: all rows, the Gram given for nothing, at its default
-    tolerance and at 1e-7, which is needed for an equal objective.
+    tolerance and at 1e-7, which is needed for the objective of our fit.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import lasso_path
 
-    print("\n| m | own path | own fit, KKT | lasso_path | lasso_path, tol 1e-7 | paths | paths, equal "
-          "objective | objective own / sklearn − 1: mean, worst (default tol) | (1e-7) |")  # fmt: skip
+    print("\n| m | own path | own fit, KKT | lasso_path | lasso_path, tol 1e-7 | paths | paths, tol 1e-7 | "
+          "objective own / sklearn − 1: mean, worst (default tol) | (1e-7) |")  # fmt: skip
     print("|" + "---|" * 9)
     warnings.simplefilter("ignore", ConvergenceWarning)
     for m in flags.timed:

@@ -129,12 +129,13 @@ def pay(
 
 
 def _good_is_high(values: Values) -> None:
-    """Raise where the values look like those of a loss."""
-    total = float(values.values.sum())
-    if total <= 0:
+    """Raise where the values look like those of a loss, or are known up to a constant only."""
+    total, size = float(values.values.sum()), float(np.abs(values.values).sum())
+    if total <= 1e-6 * size:
         raise ValueError(
             f"expected values of which high is good, got a sum of {total:.4g}; if the outputs are losses, "
-            "data lower them: pass -values"
+            "data lower them: pass -values. A sum of 0 means values up to a common constant: retrain on "
+            "everyone and on nobody, too"
         )
 
 

@@ -69,6 +69,7 @@ def test_intervals_of_payments():
     ("numbers", "budget", "more", "message"),
     [
         ([-1.0, -2.0], 10, {}, "if the outputs are losses, data lower them: pass -values"),
+        ([1.0, 2.0, -3.0], 10, {}, "A sum of 0 means values up to a common constant"),
         ([1.0, 2.0], 0, {}, "positive budget, got 0"),
         ([1.0, 2.0], 10, {"floors": 6}, "floors within the budget 10, got 12"),
         ([1.0, 2.0], 10, {"floors": 3, "caps": 2}, "0 <= floors <= caps"),

@@ -51,7 +51,7 @@ def stack_size(problem: Problem, recipe: Recipe, trainings: int) -> tuple[int, s
     """How many trainings to stack, and why no more: by the problem alone, so that a resumed table is cut
     as the killed one was."""
     cuda = problem.device.type == "cuda"
-    p = sum(value.numel() for value in problem.params.values())
+    p = sum(value.numel() for value in problem.model.parameters())  # frozen ones are work, too
     room = LARGEST * (MOST if cuda else 1)
     row = sum(value.nbytes for value in _values(take(problem.train, [0])))
     reasons = {

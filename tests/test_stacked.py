@@ -235,6 +235,9 @@ def test_sizes():
     assert stack_size(problem, recipe, 100)[0] == 128
     wide = Problem(nn.Linear(64, 1000), cross_entropy, (torch.zeros(4, 64), torch.zeros(4).long()))
     assert stack_size(wide, recipe, 100)[0] == 1
+    frozen = nn.Sequential(nn.Linear(64, 1000).requires_grad_(False), nn.Linear(1000, 2))
+    adapter = Problem(frozen, cross_entropy, (torch.zeros(4, 64), torch.zeros(4).long()))
+    assert stack_size(adapter, recipe, 100)[0] == 1  # few are trained, but all are computed
     normed = Problem(nn.BatchNorm1d(3), cross_entropy, (torch.zeros(4, 3), torch.zeros(4).long()))
     assert stack_size(normed, recipe, 100) == (1, "batch norm in training mode")
 

@@ -34,7 +34,9 @@ from attribution_core.training import Drop, Recipe, Run, checked_weights, steps_
 Order = Literal[1, 2]
 PLACE = {1: 0.0, 2: 0.5}  # along the straight line of a segment, where ∇f stands for ĝ
 SHARE = 0.03  # of the rows that a run passes through the model, those for gradients of the outputs
-SHORT = (8, 4, 2)  # the first segments are so many times shorter: outputs move most at the start
+GROWTH = (
+    6  # a segment is at most such a part of the steps before it: outputs move most at the start
+)
 MEMORY = 2**30  # bytes that the steps of a segment may hold unless told otherwise
 
 
@@ -73,8 +75,9 @@ def in_run(
         weights: [n] training weights, 1 if not given; drop: what 0 means, as in `train`.
         order: the rule for ĝ. 1: ∇f at the segment's start. 2: ∇f in its middle, exact where f is quadratic
             along the line; with SGD and every=1 the second order of In-Run Data Shapley.
-        every: steps of a segment; the first three are shorter (/8, /4, /2). "auto": so many that the rows passed
-            for the outputs' gradients are some 3 % of the training's.
+        every: most steps of a segment, which is also at most a sixth of those before it: outputs move most at
+            the start. "auto": so many that the rows passed for later segments' gradients are some 3 % of the
+            training's.
         engine: "ghost", "jvp" or "rows", as in `directional`; "auto" takes ghost where it covers every
             parameter. The others pass every batch through the model a second time.
         batch_size: rows of outputs per pass; changes memory and time, never the result.
@@ -127,12 +130,14 @@ def every_auto(outputs: Outputs, size: int) -> int:
 def ends_of(steps: int, every: int) -> set[int]:
     """The steps after which segments end.
 
-    >>> sorted(ends_of(100, 32))
-    [4, 12, 28, 60, 92, 100]
+    >>> sorted(ends_of(16, 2))
+    [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16]
     """
-    lengths = [max(1, every // part) for part in SHORT]
-    first = np.cumsum(lengths)
-    return {*first[first < steps].tolist(), *range(int(first[-1]) + every, steps, every), steps}
+    ends, done = set(), 0
+    while done < steps:
+        done = min(steps, done + min(every, max(1, done // GROWTH)))
+        ends.add(done)
+    return ends
 
 
 @dataclass(eq=False)

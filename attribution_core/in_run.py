@@ -8,13 +8,17 @@ splits over the examples by itself, and the share of an example is its Aumann-Sh
 whose players are the segment's movements: for a quadratic f its Shapley value, what it does alone plus
 half of its interactions, without a Hessian. z counts a gradient's later movements at once (`reach`). The
 products of ĝ with per-example gradients wait for the end of their segment; what they are made of is kept
-from the very passes that train (`passes`).
+from the very passes that train (`passes`). A segment is as long as its sum ⟨θ_b − θ_a, ĝ⟩ stays near f's
+change, which a forward pass tells; where it does not, ĝ is taken at three places of the line by Gauss's
+rule, and where that does not help the segment is split, before anything is read.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -29,14 +33,17 @@ from attribution_core.passes import Pass, Passes
 from attribution_core.problem import Outputs, Params, Problem, decay_of, refuse_random_layers
 from attribution_core.reach import Reach, Segment, mean_of
 from attribution_core.steps import Steps, TrainingState
-from attribution_core.training import Drop, Recipe, Run, checked_weights, steps_of, watched_step
+from attribution_core.training import Drop, Recipe, Run, checked_weights, steps_of, unchanging
 
 Order = Literal[1, 2]
 PLACE = {1: 0.0, 2: 0.5}  # along the straight line of a segment, where ∇f stands for ĝ
-SHARE = 0.03  # of the rows that a run passes through the model, those for gradients of the outputs
-GROWTH = (
-    6  # a segment is at most such a part of the steps before it: outputs move most at the start
-)
+OUTER = (
+    0.5 - 0.15**0.5,
+    0.5 + 0.15**0.5,
+)  # with the middle Gauss's rule: (5 ∇f + 8 ∇f + 5 ∇f) / 18
+GROWTH = 6  # a segment of a given length is at most such a part of the steps before it
+MISS = 0.015  # of f's change so far, by which the sum of all segments may miss it
+MARKS = 8  # parts, at most, between which a segment may be split
 MEMORY = 2**30  # bytes that the steps of a segment may hold unless told otherwise
 
 
@@ -76,8 +83,11 @@ def in_run(
         order: the rule for ĝ. 1: ∇f at the segment's start. 2: ∇f in its middle, exact where f is quadratic
             along the line; with SGD and every=1 the second order of In-Run Data Shapley.
         every: most steps of a segment, which is also at most a sixth of those before it: outputs move most at
-            the start. "auto": so many that the rows passed for later segments' gradients are some 3 % of the
-            training's.
+            the start. "auto": as many as keep the sum near the outputs' change. A segment's sum is compared
+            with f(θ_b) − f(θ_a). Where it misses, order 2 takes ĝ by Gauss's rule at three places; where that
+            misses too, the segment is split near its middle. The sums of all are to miss f's change by
+            1.5 %, at worst by 3 % of its largest change on the way. The next one is as long as the miss
+            suggests, at most twice as long. Later movements under momentum and Adam add their own errors.
         engine: "ghost", "jvp" or "rows", as in `directional`; "auto" takes ghost where it covers every
             parameter. The others pass every batch through the model a second time.
         batch_size: rows of outputs per pass; changes memory and time, never the result.
@@ -87,7 +97,8 @@ def in_run(
 
     Returns:
         The run, the same as `train`'s, and a datamodel: scores [n, t] in output units per unit of weight
-        (0 for rows that the training never weighed), base f(θ_end) [t], anchor `weights`. meta: "change"
+        (0 for rows that the training never weighed), base f(θ_end) [t], anchor `weights`. meta: "segments" and
+        "gradients", how many there were, those of split segments too; "change"
         [t] f(θ_end) − f(θ_start); "weight_decay" [t], its part of it; "remainder" [t], Σ w scores + decay − change, and
         "relative_remainder", that over |change|, never scaled away.
 
@@ -105,26 +116,21 @@ def in_run(
     started = replace(problem, model=model)
     batches = recipe.draw(np.flatnonzero(w > 0) if drop == "row" else np.arange(problem.n))
     steps = steps_of(started, recipe, batches, w)
-    length = every_auto(outputs, len(batches[0])) if every == "auto" else every
+    most = len(steps) if every == "auto" else every
+    ends = None if every == "auto" else ends_of(len(steps), every)
     chosen = choose_engine(started, len(outputs), batches[0], engine)
-    reading = _Reading(steps, outputs, PLACE[order], Passes(steps, chosen), batch_size)
-    state, losses = reading.train(ends_of(len(steps), length), memory, progress)
+    reading = _Reading(steps, outputs, order, ends, Passes(steps, chosen), batch_size)
+    state, losses = reading.train(memory, progress)
     by_name = steps.packing.unpack
     moments = {name: by_name(held) for name, held in state.moments.items()}
     run = Run(started, recipe, by_name(state.params), moments, batches, w, 1.0, losses)
     meta: dict[str, object] = {
         "method": "in_run",
         "order": order,
-        "every": length,
+        "every": most,
         "engine": chosen,
     }
     return InRun(reading.datamodel(run, meta), run)
-
-
-def every_auto(outputs: Outputs, size: int) -> int:
-    """Steps of a segment at which the outputs' gradients pass `SHARE` of the training's rows."""
-    passes = 1.0 if outputs.matrix is None else (1 + 2 * len(outputs)) / 3  # backward costs double
-    return max(1, round(passes * len(outputs.data) / (SHARE * size)))
 
 
 def ends_of(steps: int, every: int) -> set[int]:
@@ -146,10 +152,12 @@ class _Reading:
 
     steps: Steps
     outputs: Outputs
-    place: float  # along a segment, where the outputs' gradients are taken
+    order: Order
+    ends: set[int] | None  # steps after which segments end; None: as f's change says
     passes: Passes
     batch_size: int
     segments: int = 0
+    gradients: int = 0  # of the outputs
 
     def __post_init__(self) -> None:
         problem, t = self.steps.problem, len(self.outputs)
@@ -158,23 +166,25 @@ class _Reading:
         self.open: list[Segment] = []  # whose steps still move the parameters
         self.scores = torch.zeros(problem.n, t, dtype=torch.float64)  # what each example did
         self.decay = torch.zeros(t, dtype=torch.float64)  # what weight decay did
+        self.miss = torch.zeros(t, dtype=torch.float64)  # Σ ⟨θ_b − θ_a, ĝ⟩ less f's change, so far
         decays = replace(problem, weight_decay=self.steps.optimizer.weight_decay or 0.0).decay
         self.decays = bool((decays != 0).any())
+        self.stays = self.decays or not self.passes.stateless  # parameters of every step
+        self.first = self.value = self.evaluate(self.steps.start().params)  # f at the start and now
 
-    def train(
-        self, ends: set[int], memory: int, progress: Progress
-    ) -> tuple[TrainingState, NDArray[np.float64]]:
+    def train(self, memory: int, progress: Progress) -> tuple[TrainingState, NDArray[np.float64]]:
         """The steps of the training, read segment by segment: (the state at the end, losses)."""
         steps = self.steps
         state, losses = steps.start(), np.zeros(len(steps))
-        watched_step(steps, state, 0)  # a function of its state and number alone?
-        begin = state.params
         held: list[Pass] = []
-        room, lag = 0, self.reach.lag
+        room, lag, length = 0, self.reach.lag, 1
         with self.passes.hooks:
             for step in progress(range(len(steps))):
                 try:
-                    state, losses[step], kept = self.step(state, step)
+                    mark = self.ends is None and len(held) % math.ceil(length / MARKS) == 0
+                    act = partial(self.step, state, step, self.stays or mark or not held)
+                    # is the first a function of its state and number alone?
+                    state, losses[step], kept = act() if step else unchanging(steps, step, act)
                 except ValueError as error:
                     raise ValueError(
                         f"training stopped at step {step} of {len(steps)}: {error}"
@@ -184,13 +194,17 @@ class _Reading:
                     room = max(1, memory // max(1, kept.bytes))
                     lag = min(lag, room // 2)
                 waiting = len(held) + sum(len(of.passes) for of in self.open)
-                if step + 1 in ends or waiting >= room:
-                    known = len(steps) if step + 1 == len(steps) else step + 1 - lag
-                    self.close(held, begin, state.params, known)
-                    begin, held = state.params, []
+                left = len(steps) - step - 1
+                due = len(held) >= length if self.ends is None else step + 1 in self.ends
+                if due or left == 0 or waiting >= room:
+                    length = self.close(held, state.params, step + 1 - lag if left else len(steps))
+                    length = math.ceil(left / math.ceil(left / length)) if left else 0
+                    held = []
         return state, losses
 
-    def step(self, state: TrainingState, step: int) -> tuple[TrainingState, float, Pass]:
+    def step(
+        self, state: TrainingState, step: int, keep: bool
+    ) -> tuple[TrainingState, float, Pass]:
         """(the next state, the loss, what waits for the segment's end)."""
         steps, rows, clip = self.steps, self.steps.order[step], 1.0
         self.passes.watch(len(rows))
@@ -201,21 +215,74 @@ class _Reading:
         if steps.clip is not None:
             norm = torch.stack([g.norm() for g in grads.values()]).norm()
             clip = min(1.0, steps.clip / (float(norm) + 1e-6))
-        before = {} if self.passes.stateless and not self.decays else state.params
-        kept = Pass(step, rows, clip, before, pace, self.passes.taken())
+        kept = Pass(step, rows, clip, state.params if keep else {}, pace, self.passes.taken())
         return TrainingState(params, moments, buffers), loss, kept
 
     @torch.no_grad()
-    def close(self, held: list[Pass], begin: Params, end: Params, known: int) -> None:
-        """End a segment; read the steps before `known`, whose movements are known well enough."""
-        middle = {name: begin[name].lerp(theta, self.place) for name, theta in end.items()}
-        self.open.append(Segment(self.slopes(middle), held))
-        self.segments += 1
+    def close(self, held: list[Pass], end: Params, known: int) -> int:
+        """End a segment, read the steps before `known`, whose movements are known well enough, and say how
+        long the next segment should be."""
+        checked = self.ends is None or known == len(self.steps)
+        length = self.measure(held, end, self.evaluate(end) if checked else self.value)
         directions = self.reach.directions(self.open)
         for segment in self.open:
             self.read(segment, [of for of in segment.passes if of.step < known], directions)
         left = [(of.slope, [at for at in of.passes if at.step >= known]) for of in self.open]
         self.open = [Segment(slope, passes) for slope, passes in left if passes]
+        return length
+
+    def measure(self, held: list[Pass], end: Params, value: Tensor) -> int:
+        """Find ĝ along a segment that ends with f = `value`, or along its parts if its sum misses f's change:
+
+            miss = ⟨θ_b − θ_a, ĝ⟩ − (f(θ_b) − f(θ_a)) ~ length^(order + 1)
+
+        which also says how long the next segment should be, half to twice as long. At order 2 three places
+        on the line are tried before parts are.
+        """
+        begin, further = held[0].params, 2.0
+
+        def slopes(at: float) -> Params:
+            return self.slopes({name: begin[name].lerp(theta, at) for name, theta in end.items()})
+
+        def missed(slope: Params) -> Tensor:
+            moved = [slope[name] @ (theta - begin[name]) for name, theta in end.items()]
+            return torch.stack(moved).double().sum(0).cpu() - (value - self.value)
+
+        slope = slopes(PLACE[self.order])
+        if self.ends is None:
+            room, miss = self.room(value, len(held)), missed(slope)
+            fits = room / max(float(miss.abs().sum()), 1e-300)
+            further = min(further, max(0.5, 0.9 * fits ** (1 / (1 + self.order))))
+            if fits < 1 and self.order == 2:  # exact to the fifth power of s instead of the first
+                one, other = (slopes(at) for at in OUTER)
+                slope = {k: (8 * x + 5 * (one[k] + other[k])) / 18 for k, x in slope.items()}
+                miss = missed(slope)
+            marks = [k for k, of in enumerate(held) if k and of.params]
+            if float(miss.abs().sum()) > room and marks:
+                k = min(marks, key=lambda k: abs(2 * k - len(held)))
+                self.measure(held[:k], held[k].params, self.evaluate(held[k].params))
+                return self.measure(held[k:], end, value)
+            self.miss += miss
+        self.open.append(Segment(slope, held))
+        self.segments += 1
+        self.value = value
+        return max(1, int(further * len(held)))
+
+    def room(self, value: Tensor, steps: int) -> float:
+        """By how much a segment of so many steps may miss f's change, absolute values summed over outputs.
+
+        Half of what those before it have left of `MISS` |f_b − f_0|, and at least its share of steps of
+        that: |Σ miss| ≤ 2 `MISS` max_b |f_b − f_0|, unless a part that cannot be split misses more. Rounding of f is no
+        miss.
+        """
+        most = MISS * float((value - self.first).abs().sum())
+        eps = max(torch.finfo(x.dtype).eps for x in self.steps.problem.params.values())
+        left = most - float(self.miss.abs().sum())
+        return max(left / 2, most * steps / len(self.steps), eps * float(value.abs().sum()))
+
+    def evaluate(self, params: Params) -> Tensor:
+        """The outputs at packed parameters, [t]."""
+        return self.outputs.evaluate(self.still, self.steps.packing.unpack(params), self.batch_size)
 
     def read(self, segment: Segment, passes: list[Pass], directions: dict[int, Params]) -> None:
         """Take the products of some passes of a segment."""
@@ -232,6 +299,7 @@ class _Reading:
     def slopes(self, params: Params) -> Params:
         """Gradients of the outputs at packed parameters, packed [t, p]."""
         pack = self.steps.packing
+        self.gradients += 1
         with torch.enable_grad():
             found = output_gradients(self.still, self.outputs, self.batch_size, pack.unpack(params))
         return pack.pack({name: found[name].detach() for name in self.steps.problem.params})
@@ -249,16 +317,14 @@ class _Reading:
 
     def datamodel(self, run: Run, meta: dict[str, object]) -> LinearDatamodel:
         """What was read, beside what happened."""
-        before, base = (
-            self.outputs.evaluate(self.still, params, self.batch_size).numpy()
-            for params in (self.steps.problem.params, run.params)
-        )
-        change, parts, w = base - before, self.scores.numpy(), run.weights[:, None]
+        base = self.value.numpy()
+        change, parts, w = base - self.first.numpy(), self.scores.numpy(), run.weights[:, None]
         remainder = parts.sum(0) + self.decay.numpy() - change
         pairs = zip(remainder, change, strict=True)
         meta = {
             **meta,
             "segments": self.segments,
+            "gradients": self.gradients,
             "change": change.tolist(),
             "weight_decay": self.decay.tolist(),
             "remainder": remainder.tolist(),

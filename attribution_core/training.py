@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from attribution_core.store import fingerprint
 __all__ = ["SGD", "Adam", "AdamW", "Checkpoint", "Recipe", "Run", "train"]
 
 Drop = Literal["weight", "row"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,7 +351,12 @@ def _descend(
 
 
 def watched_step(steps: Steps, state: TrainingState, step: int) -> tuple[TrainingState, float]:
-    """A step during which nothing but its result may change: no random draws, no buffers."""
+    """A step during which nothing but its result may change."""
+    return unchanging(steps, step, lambda: steps.step(state, step))
+
+
+def unchanging(steps: Steps, step: int, act: Callable[[], T]) -> T:
+    """act(), which takes a step and may change nothing but its result: no random draws, no buffers."""
     model, device = steps.problem.model, steps.problem.device
     cuda = device.type == "cuda"
     buffers = {name: value.clone() for name, value in model.named_buffers()}
@@ -359,7 +365,7 @@ def watched_step(steps: Steps, state: TrainingState, step: int) -> tuple[Trainin
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if cuda else [])]
 
     before = generators()
-    done = steps.step(state, step)
+    done = act()
     if not all(torch.equal(a, b) for a, b in zip(before, generators(), strict=True)):
         raise ValueError(
             "expected a forward pass without random numbers, got one that draws them (functional "

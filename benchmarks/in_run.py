@@ -58,7 +58,9 @@ def main(flags: Flags) -> None:
 
     task, optimizers = setting(flags)
     outputs = task.outputs.mean()
-    print(f"{'optimizer':>10}{'steps':>7}{'every':>7}{'change':>9}{'remainder':>11}{'cost':>7}")
+    print(
+        f"{'optimizer':>10}{'steps':>7}{'gradients':>11}{'change':>9}{'remainder':>11}{'cost':>7}"
+    )
     for name, optimizer in optimizers.items():
         recipe = Recipe(optimizer, flags.batch, flags.epochs)
         plain, read, meta = [], [], {}
@@ -71,7 +73,7 @@ def main(flags: Flags) -> None:
             read.append(time.process_time() - start)
         median = np.median(np.array(read) / plain)
         print(
-            f"{name:>10}{len(run.order):7d}{meta['every']:7d}{meta['change'][0]:9.3f}"
+            f"{name:>10}{len(run.order):7d}{meta['gradients']:11d}{meta['change'][0]:9.3f}"
             f"{meta['relative_remainder'][0]:11.1%}{min(read) / min(plain):7.2f} (median {median:.2f})",
             flush=True,
         )

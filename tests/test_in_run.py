@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,7 @@ from attribution_core import (
     margin,
     train,
 )
-from attribution_core.in_run import ends_of, in_run
+from attribution_core.in_run import MISS, _Reading, ends_of, in_run
 from attribution_core.passes import Passes
 from tests import menagerie
 
@@ -177,8 +178,7 @@ def test_a_quadratic_output_is_shared_out_whole():
 
 @pytest.mark.parametrize("name", ["momentum", "adamw"])
 def test_many_outputs_beside_few_rows_leave_little(name):
-    """The rows of outputs would allow two segments of 200 steps each; those of the start are short all the same,
-    where outputs move most. Goal: 5 %."""
+    """Segments may be as long as the training, but are as short as f's change asks for. Goal: 5 %."""
     from sklearn.datasets import load_breast_cancer
 
     x, y = load_breast_cancer(return_X_y=True)
@@ -190,7 +190,98 @@ def test_many_outputs_beside_few_rows_leave_little(name):
     outputs = Outputs(cross_entropy, (x[400:], torch.tensor(y[400:]))).mean()
     found = in_run(problem, Recipe(replace(OPTIMIZERS[name], lr=0.01), 20, 20), outputs)
     assert found.datamodel.meta["every"] > 100
+    assert found.datamodel.meta["gradients"] < 40  # of 400 steps
     assert found.datamodel.meta["relative_remainder"][0] < 0.05
+
+
+def test_segments_grow_where_f_is_quadratic_and_are_split_where_it_is_not():
+    """Quadratic: nothing is missed, so each is twice as long as the one before: 8 for 160 steps."""
+    problem, recipe = menagerie.ridge(), Recipe(SGD(0.05), 5, 40)
+    meta = in_run(problem, recipe, held_out(problem)).datamodel.meta
+    assert meta["gradients"] == meta["segments"] <= 9
+    assert meta["relative_remainder"][0] < 1e-10  # rounding
+    bent = menagerie.mlp(12)
+    wild = in_run(bent, Recipe(SGD(0.5, 0.9), 4, 20), held_out(bent)).datamodel.meta
+    assert wild["segments"] < wild["gradients"]  # some were measured again
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_sum_of_segments_stays_near_the_change_that_happened(order, monkeypatch):
+    """`MISS` of the largest change by the halves of what is left, as much again by shares of steps. Without
+    momentum a segment's shares add up to its sum."""
+    problem = menagerie.mlp(12)
+    outputs, recipe, values = held_out(problem), Recipe(SGD(0.05), 4, 60), []
+    original = Outputs.evaluate
+    monkeypatch.setattr(Outputs, "evaluate", lambda *a: values.append(original(*a)) or values[-1])
+    meta = in_run(problem, recipe, outputs, order=order).datamodel.meta
+    largest = max(float((v - values[0]).abs().sum()) for v in values)
+    assert abs(meta["remainder"][0]) <= 2 * MISS * largest
+    assert meta["segments"] < 180 / 2  # of 180 steps
+
+
+def test_a_line_along_which_f_bends_is_measured_at_three_places():
+    """One step too long for its middle: Gauss's rule comes near the integral, which 400 places take."""
+    problem = menagerie.mlp()
+    recipe, outputs = Recipe(SGD(3.0), 6, 1), held_out(problem)
+    middle, got = (in_run(problem, recipe, outputs, every=e).datamodel for e in (1, "auto"))
+    _, (begin, end), _ = every_state(problem, recipe)
+    places = (torch.arange(400).double() + 0.5) / 400
+    mean = torch.stack([slope(problem, outputs, begin.lerp(end, at)) for at in places]).mean(0)
+    exact = -3.0 / 6 * menagerie.row_gradients(problem) @ mean[0]
+    far, near = (np.abs(of.scores[:, 0] - exact.numpy()).max() for of in (middle, got))
+    assert got.meta["gradients"] == 3
+    assert near < 0.2 * far
+    assert got.meta["relative_remainder"][0] < 0.2 * middle.meta["relative_remainder"][0]
+
+
+def test_parts_of_a_split_segment_are_segments(monkeypatch):
+    """No miss is allowed: every segment is split down to single steps, from parameters kept on the way."""
+    monkeypatch.setattr(sys.modules[_Reading.__module__], "MARKS", 100)
+    monkeypatch.setattr(_Reading, "room", lambda *_: 0.0)
+    monkeypatch.setattr(_Reading, "close", tenfold(_Reading.close))
+    problem, recipe = menagerie.mlp(), Recipe(SGD(0.1), 2, 7)
+    got, once = (
+        in_run(problem, recipe, held_out(problem), order=1, every=every).datamodel
+        for every in ("auto", 1)
+    )
+    assert got.meta["segments"] == once.meta["segments"] == 21
+    assert got.meta["gradients"] > 30
+    np.testing.assert_allclose(got.scores, once.scores, **EXACT)
+
+
+def tenfold(close):
+    """A rule for the next segment's length that never learns."""
+    return lambda *a: close(*a) and 10
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_rows_of_outputs_per_pass_do_not_matter(size):
+    problem = menagerie.mlp(12)
+    outputs, recipe = held_out(problem, 6), Recipe(AdamW(0.02), 4, 20)
+    whole = in_run(problem, recipe, outputs).datamodel
+    parts = in_run(problem, recipe, outputs, batch_size=size).datamodel
+    assert whole.meta["segments"] == parts.meta["segments"]
+    np.testing.assert_allclose(parts.scores, whole.scores, **EXACT)
+
+
+def test_the_bound_on_memory_holds_and_parameters_count(monkeypatch):
+    """Waiting passes, and the parameters that splits start from, stay below the bound."""
+    held = []
+    original = _Reading.close
+
+    def close(self, passes, *rest):
+        waiting = [*passes, *(of for segment in self.open for of in segment.passes)]
+        held.append(sum(of.bytes for of in waiting))
+        return original(self, passes, *rest)
+
+    monkeypatch.setattr(_Reading, "close", close)
+    problem = menagerie.mlp(12)
+    bound = 20_000
+    meta = in_run(
+        problem, Recipe(AdamW(0.01), 4, 30), held_out(problem), memory=bound
+    ).datamodel.meta
+    assert max(held) <= bound
+    assert meta["segments"] > 10
 
 
 @pytest.mark.parametrize("name", ["momentum", "adamw"])

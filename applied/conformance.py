@@ -1,0 +1,300 @@
+"""Is it an unlearner at all? Checks that any `(model, forget, retain) -> new model` must pass.
+
+Published code has failed each of them: an optimizer built on the parameters of another model, so that
+nothing was learnt; a caller's model changed in place; oracles that had seen the forget set.
+
+    found = conformance(unlearner, model, forget, retain, batch_size=50, training_steps=200, limit=40)
+    print(found.table())
+    found.check()  # in a test
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from applied.counting import counted
+from applied.yardstick import Evaluation
+
+ADVICE = {
+    "no-op": "build the optimizer on the parameters of the copy that you return, and step it",
+    "edits its input": "copy.deepcopy the model first and change the copy alone",
+    "not finite": "lower the learning rate or bound the loss",
+    "oracle saw the forget set": "train oracles with weight 0 on every forget row",
+    "over-forgets": "stop earlier, or aim at the oracles' outputs and not at high loss",
+    "too expensive": "take fewer steps, or smaller batches",
+}
+FORWARD = 1 / 3  # of a training step, which is a forward pass and a backward pass of twice its work
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """What one run of an unlearner showed.
+
+    Args:
+        model: the one it returned.
+        reasons: name of a failed check -> what was seen.
+        checked: names of the checks that were made.
+        rows: passed forward with gradients enabled.
+        rows_read: passed forward without gradients.
+        steps: the cost in training steps: (rows + rows_read / 3) / batch size.
+        training_steps: of a retraining.
+    """
+
+    model: nn.Module
+    reasons: Mapping[str, str]
+    checked: tuple[str, ...]
+    rows: int
+    rows_read: int
+    steps: float
+    training_steps: float
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Names of the checks that failed, of those in `ADVICE`."""
+        return tuple(self.reasons)
+
+    @property
+    def ok(self) -> bool:
+        """Did every check that was made pass?"""
+        return not self.reasons
+
+    @property
+    def share(self) -> float:
+        """The cost as a share of a retraining's steps."""
+        return self.steps / self.training_steps
+
+    def table(self) -> str:
+        """A line a check: ok, FAILS with the reason, or not checked; then the cost."""
+        width = max(map(len, ADVICE))
+        lines = []
+        for name in ADVICE:
+            seen = f"FAILS: {self.reasons[name]}" if name in self.reasons else "ok"
+            lines.append(f"{name:{width}}  {seen if name in self.checked else 'not checked'}")
+        cost = f"{self.steps:.4g} steps, {100 * self.share:.3g} % of a retraining"
+        passes = f"{self.rows:,} rows with gradients, {self.rows_read:,} without"
+        return "\n".join([*lines, f"{'cost':{width}}  {cost} ({passes})"])
+
+    def check(self) -> None:
+        """Raise if anything failed.
+
+        Raises:
+            AssertionError: names every failed check, what was seen, and what to do.
+        """
+        if self.failures:
+            lines = [f"- {name}: {seen}; {ADVICE[name]}" for name, seen in self.reasons.items()]
+            raise AssertionError("\n".join(["the unlearner does not conform:", *lines]))
+
+
+def conformance(
+    unlearner: Callable[[nn.Module, Any, Any], nn.Module],
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    *,
+    batch_size: int,
+    training_steps: float,
+    oracle_weights: Any = None,
+    forget_rows: Any = None,
+    evaluation: Evaluation | None = None,
+    method: str | None = None,
+    limit: float | None = None,
+) -> Conformance:
+    """Run an unlearner once, check what it did to the models, and count what it cost.
+
+    Cost is counted by a hook on the model and its deep copies: the rows of each forward call's first
+    tensor. Passes through parts of the model, or through a model built anew, are not seen.
+
+    Args:
+        unlearner: (model, forget, retain) -> new model.
+        model: to unlearn; it must come out as it went in.
+        forget, retain: handed to the unlearner as they are.
+        batch_size: rows of one training step.
+        training_steps: of a retraining, for the share.
+        oracle_weights: [m, n] training weights of the oracles; or runs with `.weights` and `.order`.
+        forget_rows: indices or [n] bools of the forget set among the n training rows.
+        evaluation: of the unlearner, for over-forgetting.
+        method: which of its methods this is; not needed where there is one.
+        limit: the most steps it may cost.
+
+    Raises:
+        TypeError: no module came back.
+        ValueError: sizes that are not positive, oracles without forget rows, rows that do not exist, an
+            evaluation of several methods and none named.
+    """
+    if batch_size < 1 or not training_steps > 0:
+        raise ValueError(
+            f"expected batch_size >= 1 and training_steps > 0, got {batch_size} and {training_steps}"
+        )
+    reasons: dict[str, str] = {}
+    checked = ["no-op", "edits its input", "not finite"]
+    if oracle_weights is not None:
+        checked.append("oracle saw the forget set")
+        reasons["oracle saw the forget set"] = _leak(oracle_weights, forget_rows)
+    if evaluation is not None:
+        checked.append("over-forgets")
+        reasons["over-forgets"] = _over(evaluation, method)
+    before = _Snapshot(model)
+    with counted(model) as count:
+        made = unlearner(model, forget, retain)
+        if not isinstance(made, nn.Module):
+            raise TypeError(
+                f"expected the unlearner to return a torch.nn.Module, got {type(made).__name__}; "
+                "return the new model"
+            )
+        count.made.append(made)
+    reasons["no-op"] = _no_op(before, model, made)
+    reasons["edits its input"] = before.edits(model) or _shares(model, made)
+    reasons["not finite"] = _not_finite(made)
+    steps = (count.rows + FORWARD * count.rows_read) / batch_size
+    if limit is not None:
+        checked.append("too expensive")
+        reasons["too expensive"] = f"{steps:.4g} steps, at most {limit:g}" if steps > limit else ""
+    failed = {name: reasons[name] for name in ADVICE if reasons.get(name)}
+    passes = (count.rows, count.rows_read)
+    return Conformance(made, failed, tuple(checked), *passes, steps, float(training_steps))
+
+
+# --- what happened to the models ----------------------------------------------------------------------
+
+
+class _Snapshot:
+    """A model as it was: every tensor's bits, gradients, flags and modes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.state = {name: _bits(x) for name, x in _tensors(model)}
+        self.grads = {name: _bits(p.grad) for name, p in model.named_parameters()}
+        self.trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.modes = {name: module.training for name, module in model.named_modules()}
+
+    def edits(self, model: nn.Module) -> str:
+        """What is different now, in words; empty if nothing is."""
+        now = _Snapshot(model)
+        for what, old, new in (
+            ("parameters or buffers", self.state, now.state),
+            ("requires_grad", self.trainable, now.trainable),
+            ("training mode", self.modes, now.modes),
+            (".grad", self.grads, now.grads),
+        ):
+            names = [name for name in {**old, **new} if not _same(old.get(name), new.get(name))]
+            if names or list(old) != list(new):
+                return f"{what} of the input changed: {_some(names)}"
+        return ""
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, also those that a state_dict leaves out."""
+    yield from (*model.named_parameters(), *model.named_buffers())
+
+
+def _bits(x: Tensor | None) -> Tensor | None:
+    """A copy of a tensor, off its device and graph."""
+    return None if x is None else x.detach().cpu().clone()
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal to the bit: −0 is not 0, and a NaN equals itself."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return bool(a is b or (type(a) is type(b) and a == b))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    one, two = (x.reshape(-1).contiguous().view(torch.uint8) for x in (a, b))
+    return torch.equal(one, two)
+
+
+def _no_op(before: _Snapshot, model: nn.Module, made: nn.Module) -> str:
+    """Why nothing was unlearnt; empty if something was."""
+    if made is model:
+        return "the input itself came back, not a new model"
+    now = {name: _bits(p) for name, p in made.named_parameters()}
+    trainable = [name for name, moves in before.trainable.items() if moves]
+    if all(name in now and _same(before.state[name], now[name]) for name in trainable):
+        return f"none of {len(trainable)} trainable parameters differs from the input's"
+    return ""
+
+
+def _shares(model: nn.Module, made: nn.Module) -> str:
+    """Which tensors of the new model lie in the memory of the old; of one model that says nothing."""
+    if made is model:
+        return ""
+    held = {x.untyped_storage().data_ptr() for _, x in _tensors(model) if x.numel()}
+    names = [name for name, x in _tensors(made) if x.untyped_storage().data_ptr() in held]
+    return f"the new model shares memory with the input: {_some(names)}" if names else ""
+
+
+def _not_finite(made: nn.Module) -> str:
+    """Which tensors hold what no training leaves behind; empty if none do."""
+    names = [name for name, x in _tensors(made) if not bool(torch.isfinite(x).all())]
+    return f"NaN or infinity in {_some(names)}" if names else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name or "the model" for name in names[:3]) + more
+
+
+# --- oracles and evaluations --------------------------------------------------------------------------
+
+
+def _leak(oracles: Any, forget_rows: Any) -> str:
+    """Which oracle trained on which forget row; empty if none did."""
+    seen = _seen(oracles)
+    if forget_rows is None:
+        raise ValueError("expected forget_rows beside oracle_weights, got none; pass their indices")
+    rows, n = np.asarray(forget_rows), seen.shape[1]
+    rows = np.flatnonzero(rows) if rows.dtype == bool and rows.shape == (n,) else rows
+    whole = rows.ndim == 1 and len(rows) and rows.dtype.kind in "iu"
+    if not whole or not ((rows >= 0) & (rows < n)).all():
+        raise ValueError(
+            f"expected forget_rows as indices below n={n} or [n] bools, got {forget_rows!r:.60}"
+        )
+    found = np.argwhere(seen[:, rows])
+    if not len(found):
+        return ""
+    models, (first, at) = len(np.unique(found[:, 0])), found[0]
+    which = f"oracle {first} on row {rows[at]}"
+    return f"{models} of {len(seen)} oracles trained on forget rows, {which}"
+
+
+def _seen(oracles: Any) -> NDArray[np.bool_]:
+    """[m, n] which oracle trained on which row, from weights or from runs."""
+    if hasattr(oracles, "weights"):
+        oracles = [oracles]
+    if isinstance(oracles, Sequence) and all(hasattr(one, "weights") for one in oracles):
+        parts = [_seen_by(one) for one in oracles]
+        if len({part.shape[1] for part in parts}) == 1:
+            return np.concatenate(parts)
+        raise ValueError("expected runs over the same n rows, got others; pass runs of one problem")
+    weights = np.asarray(oracles, dtype=float)
+    if weights.ndim != 2 or not weights.size:
+        raise ValueError(f"expected oracle_weights [m, n] or runs, got shape {weights.shape}")
+    return weights != 0
+
+
+def _seen_by(run: Any) -> NDArray[np.bool_]:
+    """[m, n] of one run (m = 1) or of a table of retrainings: rows of weight that were drawn."""
+    seen = np.atleast_2d(np.asarray(run.weights, dtype=float)) != 0
+    order = getattr(run, "order", None)
+    if order is not None:
+        drawn = [np.asarray(batch, dtype=int).ravel() for batch in order]
+        seen = seen & np.isin(np.arange(seen.shape[1]), np.concatenate([*drawn, []]))
+    return seen
+
+
+def _over(evaluation: Evaluation, method: str | None) -> str:
+    """How far a method went beyond the oracles; empty if not too far."""
+    if method is None and len(evaluation.methods) != 1:
+        raise ValueError(
+            f"expected method, one of {list(evaluation.methods)}, got none; name the unlearner's"
+        )
+    name = evaluation.methods[0] if method is None else method
+    if not evaluation.over(name):
+        return ""
+    share = evaluation.over_forgotten(name)
+    return f"{100 * share:.0f} % of the forget points lie beyond the oracles' outputs"

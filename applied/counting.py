@@ -1,0 +1,75 @@
+"""What a piece of code costs in passes through a model: rows, counted while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Count:
+    """Rows passed forward, with gradients and without."""
+
+    rows: int = 0
+    rows_read: int = 0
+    on: bool = True
+    made: list[nn.Module] = field(default_factory=list)
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[Count]:
+    """Count the rows that pass through a model and its deep copies, by a hook that is taken off again.
+
+    Append models that were made meanwhile to `.made`, so that it is taken off these too. Not seen are
+    passes through parts of the model, and through models built anew.
+    """
+    count = Count()
+
+    # a plain function: deepcopy keeps it as it is, so that copies count here too; a bound method
+    # would be copied with its owner
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = next(_inside([args, kwargs]), None)
+        if first is None or not count.on:
+            return
+        if torch.is_grad_enabled():
+            count.rows += _rows(first)
+        else:
+            count.rows_read += _rows(first)
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield count
+    finally:
+        count.on = False  # copies that were kept elsewhere still hold the hook
+        for module in (part for top in (model, *count.made) for part in top.modules()):
+            mine = [key for key, found in module._forward_pre_hooks.items() if found is hook]
+            for key in mine:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _inside(given: Any) -> Iterator[Tensor]:
+    """The tensors in arguments, nested ones too, in order."""
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, (Mapping, list, tuple)):
+        parts: Iterable[Any] = given.values() if isinstance(given, Mapping) else given
+        for part in parts:
+            yield from _inside(part)
+
+
+def _rows(x: Tensor) -> int:
+    """Rows of a tensor; under vmap times what is mapped over."""
+    functorch: Any = torch._C._functorch
+    rows = len(x) if x.ndim else 1
+    while functorch.is_functorch_wrapped_tensor(x):
+        inner = functorch.get_unwrapped(x)
+        if functorch.is_batchedtensor(x):
+            rows *= inner.shape[functorch.maybe_get_bdim(x)]
+        x = inner
+    return rows

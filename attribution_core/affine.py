@@ -1,0 +1,270 @@
+"""Problems whose outputs are linear in the parameters: z_i(θ) = J_i θ + constant, J_i [c, p].
+
+What a Newton step leaves of their gradient follows from J and one constant γ of the loss,
+‖ℓ''(z + u) − ℓ''(z)‖ ≤ γ ‖u‖, with norms in output space.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import hessian, jacrev
+
+from attribution_core.draws import open_output
+from attribution_core.gradients import (
+    as_batch,
+    flatten,
+    mean_gradient,
+    row_by_row,
+    unflatten,
+)
+from attribution_core.problem import Params, Problem, batches, per_example, sample, take
+from attribution_core.quadratic import factored, rows_at_once, second_order, solved
+
+LOGISTIC = 1 / (6 * math.sqrt(3))  # max |σ''|
+SOFTMAX = math.sqrt(2) / (3 * math.sqrt(3))  # see `Smoothness`
+CHECKED = 256  # rows at which a model is tried for being linear
+SMALL = 1e-9  # relative; float64 is off by some 1e-15 times the terms of a product
+
+
+class Smoothness(NamedTuple):
+    """γ of a loss, and whether it does not see a common shift of its outputs.
+
+        logistic, each output its own    1/(6√3) ≈ .0962
+        cross entropy (softmax)          √2/(3√3) ≈ .2722
+        squared error                    0
+
+    The third derivative of logsumexp along u is the third central moment of a variable on the values u_k,
+    at most R³/(6√3) on an interval of length R, and a unit vector's entries lie within R ≤ √2. The norm
+    of a symmetric trilinear form is that at equal arguments (Banach 1938).
+    """
+
+    gamma: float
+    centred: bool  # then outputs count without their mean: J_i − 1 1ᵀJ_i/c
+
+
+def refuse_nonlinear(problem: Problem) -> None:
+    """Raise unless the outputs are float64 and affine in the parameters, tried along random lines.
+
+    Raises:
+        ValueError: another precision; z(θ + v) + z(θ − v) ≠ 2 z(θ) at up to 256 rows.
+    """
+    kinds = {value.dtype for value in problem.params.values()}
+    if kinds != {torch.float64}:
+        raise ValueError(
+            f"expected parameters in float64, got {sorted(map(str, kinds))}: rounding would be larger than "
+            "what is certified; use model.double(), and inputs in float64"
+        )
+    here, rows = problem.params, sample(problem.n, CHECKED)
+    batch = take(problem.train, rows, problem.device)
+
+    def outputs(params: Params) -> Tensor:
+        with torch.no_grad():
+            return _only(open_output(problem.model, problem.loss, params, batch)[0])
+
+    rng = torch.Generator().manual_seed(0)
+    base = outputs(here)
+    for scale in (0.1, 1.0, 10.0):
+        v = {
+            name: scale * torch.randn(value.shape, generator=rng, dtype=value.dtype).to(value)
+            for name, value in here.items()
+        }
+        up = outputs({name: value + v[name] for name, value in here.items()})
+        down = outputs({name: value - v[name] for name, value in here.items()})
+        bent = float((up + down - 2 * base).abs().max())
+        if bent > SMALL * float(torch.stack([up, down, base]).abs().max() + 1):
+            raise ValueError(
+                f"expected outputs linear in the trained parameters, got ones that bend by {bent:.3g}; train "
+                "the last layer alone (requires_grad_(False) on the body), or use newton, without a certificate"
+            )
+
+
+def smoothness_of(problem: Problem) -> Smoothness:
+    """γ of the loss, recognised by its second derivatives in the outputs at random outputs.
+
+    Raises:
+        ValueError: none of cross entropy, logistic and squared error, at a few of the rows.
+    """
+    first = _only(_opened(problem, np.arange(1))[0])
+    c = first[0].numel()
+    rows = sample(problem.n, max(4, 64 // c))
+    output, losses = _opened(problem, rows)
+    b, rng = len(rows), torch.Generator().manual_seed(0)
+
+    def total(z: Tensor) -> Tensor:
+        return losses([z.reshape(output[0].shape)]).sum()
+
+    z = (
+        torch.randn(2, b, c, generator=rng, dtype=torch.float64)
+        * torch.tensor([1.0, 3.0])[:, None, None]
+    )
+    curves = [hessian(total)(one.to(output[0])).cpu() for one in z]  # [b, c, b, c]
+    eye = torch.eye(c, dtype=torch.float64)
+    p, s = z.softmax(-1), z.sigmoid()
+    softmax = p[..., None] * eye - p[..., None] * p[..., None, :]
+    logistic = (s * (1 - s))[..., None] * eye
+    found = torch.stack([torch.einsum("bcbd->bcd", curve) for curve in curves])
+    apart = max(
+        float((h.square().sum() - f.square().sum()).abs())
+        for h, f in zip(curves, found, strict=True)
+    )
+    if apart <= SMALL * float(found.square().sum() + 1):  # no row in another's loss
+        if bool((found[0] - found[1]).abs().max() <= SMALL * found.abs().max()):
+            return Smoothness(0.0, False)
+        if c > 1 and bool((found - softmax).abs().max() <= SMALL):
+            return Smoothness(SOFTMAX, True)
+        if bool((found - logistic).abs().max() <= SMALL):
+            return Smoothness(LOGISTIC, False)
+    raise ValueError(
+        "expected cross entropy, a logistic loss or squared error of the model's output, got a loss of other "
+        "second derivatives; give gamma: how much they change, in norm, for each unit of change in the output"
+    )
+
+
+def step_bounds(
+    problem: Problem, w: NDArray[np.float64], d: Tensor, loss: Smoothness
+) -> tuple[float, float]:
+    """What the gradient of (1/n) Σ w_i ℓ_i keeps, at most, after a Newton step d [p]: ours, and Guo's.
+
+        ours    ½ γ (1/n) ‖√w J‖₂ ‖(√w_i ‖J_i d‖²)_i‖₂
+        Guo's   γ (1/n) ‖√w J‖₂ max_i ‖J_i‖₂ ‖d‖ ‖(√w_i ‖J_i d‖)_i‖₂
+
+    Source: Guo et al. 2020, Corollary 1, of a sum over rows of norm at most 1; they take γ = ¼.
+    """
+    if loss.gamma == 0:
+        return 0.0, 0.0
+    squared = torch.zeros(len(d), len(d), dtype=torch.float64)
+    fourth = second = longest = 0.0
+    kept = np.flatnonzero(w)
+    for rows in np.split(kept, range(rows_at_once(problem), len(kept), rows_at_once(problem))):
+        j = jacobian(problem, rows)
+        if loss.centred:
+            j = j - j.mean(1, keepdim=True)
+        share = torch.from_numpy(w[rows])
+        tall = (share.sqrt()[:, None, None] * j).flatten(0, 1)
+        squared += tall.T @ tall
+        turn = (j @ d).square().sum(1)  # ‖J_i d‖²
+        fourth += float((share * turn.square()).sum())
+        second += float((share * turn).sum())
+        longest = max(longest, float(torch.linalg.eigvalsh(j @ j.mT).max()))
+    norm = math.sqrt(max(float(torch.linalg.eigvalsh(squared)[-1]), 0.0)) / problem.n
+    ours = 0.5 * loss.gamma * norm * math.sqrt(fourth)
+    return ours, loss.gamma * norm * math.sqrt(longest * second) * float(d.norm())
+
+
+def jacobian(problem: Problem, rows: NDArray[np.intp]) -> Tensor:
+    """∂ outputs / ∂ parameters of some training rows, [b, c, p], float64 on the CPU."""
+
+    def one(example: Any) -> Tensor:
+        def outputs(at: Params) -> Tensor:
+            return _only(
+                open_output(problem.model, problem.loss, at, as_batch(example))[0]
+            ).flatten()
+
+        return flatten(jacrev(outputs)(problem.params))
+
+    found = row_by_row(one, take(problem.train, rows, problem.device))
+    return found.detach().double().cpu()
+
+
+# --- Newton steps ----------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    d: Tensor  # −H(w)⁻¹∇L, [p]
+    gain: float  # ½ ∇Lᵀ H⁻¹ ∇L, what it promises of the objective
+    rounding: float  # what rounding may add to the gradient after it
+
+
+def newton_step(problem: Problem, w: NDArray[np.float64], noise: Tensor) -> Step:
+    p, n = len(problem.decay), problem.n
+    h = torch.diag(problem.decay)
+    slope = problem.decay * flat(problem.params)
+    size = float(slope.norm()) + float(noise.norm()) / n
+    slope = slope + noise / n
+    for rows in batches(np.flatnonzero(w), rows_at_once(problem)):
+        part = second_order(problem, problem.params, rows)
+        share = torch.from_numpy(w[rows]) / n
+        h = h + part.gram(share)
+        slope = slope + part.gradient(share)
+        size += float(torch.einsum("b,bc,bcp->bp", share, part.slope, part.x).norm(dim=1).sum())
+    d = -solved(factored(h), slope[None])[0]
+    # a sum of n terms, of products over p each, is off by at most (n + p) ulps of their sizes
+    rounding = (n + p) * torch.finfo(torch.float64).eps * size + float((h @ d + slope).norm())
+    return Step(d, -0.5 * float(slope @ d), rounding)
+
+
+def minimised(problem: Problem, w: NDArray[np.float64], noise: Tensor) -> tuple[Problem, float]:
+    """At the optimum, to rounding, and how much that may be: steps are halved until they descend."""
+    height, near = objective(problem, w, noise), 0
+    for _ in range(100):
+        step = newton_step(problem, w, noise)
+        # so near, the objective is too coarse to tell; two full steps from there end at rounding
+        near += step.gain <= 1e-13 * (abs(height) + 1)
+        for share in 0.5 ** np.arange(40):
+            found = moved(problem, share * step.d)
+            lower = objective(found, w, noise)
+            if near or lower <= height - 1e-4 * share * step.gain:
+                break
+        problem, height = found, lower
+        if near == 2:
+            return problem, step.rounding
+    raise ValueError(
+        "expected Newton steps that converge, got no end in 100; raise the weight decay, or scale the inputs"
+    )
+
+
+def objective(problem: Problem, w: NDArray[np.float64], noise: Tensor) -> float:
+    """L(θ; w) + bᵀθ/n."""
+    theta = flat(problem.params)
+    total = 0.5 * float((problem.decay * theta.square()).sum()) + float(noise @ theta) / problem.n
+    with torch.no_grad():
+        for rows in batches(np.flatnonzero(w), 4096):
+            batch = take(problem.train, rows, problem.device)
+            losses = per_example(problem.model, problem.loss, batch, rows=rows)
+            total += float(losses.double().cpu() @ torch.from_numpy(w[rows])) / problem.n
+    return total
+
+
+def gradient_norm(problem: Problem, w: NDArray[np.float64], noise: Tensor) -> float:
+    """‖∇L(θ; w)‖."""
+    return float((flat(mean_gradient(problem, w)) + noise / problem.n).norm())
+
+
+def moved(problem: Problem, d: Tensor) -> Problem:
+    """The problem with a copy of its model, at θ + d."""
+    model = copy.deepcopy(problem.model)
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, part in unflatten(d[None], problem.params).items():
+            named[name].add_(part[0].to(named[name]))
+    return replace(problem, model=model)
+
+
+def flat(params: Params) -> Tensor:
+    """[p], float64 on the CPU."""
+    return flatten({name: value[None] for name, value in params.items()})[0].double().cpu()
+
+
+# --- opening a model -------------------------------------------------------------------------
+
+
+def _opened(problem: Problem, rows: NDArray[np.intp]) -> tuple[list[Tensor], Any]:
+    batch = take(problem.train, rows, problem.device)
+    with torch.no_grad():
+        return open_output(problem.model, problem.loss, problem.params, batch)
+
+
+def _only(output: list[Tensor]) -> Tensor:
+    if len(output) != 1:
+        raise ValueError(
+            f"expected a model with one output tensor, got {len(output)}; wrap it to give its logits alone"
+        )
+    return output[0]

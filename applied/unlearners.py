@@ -1,0 +1,258 @@
+"""Unlearners, each `(model, forget, retain) -> new model`: matching to predicted outputs, and the usual baselines.
+
+None touches its input; all take the same keywords. In formulas ℓ is the loss, F the forget set, R a batch of
+retained rows, π the model and π₀ the model as it came.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attribution_core.outputs import cross_entropy, logits_and_labels
+from attribution_core.problem import Batch, Data, PerExample, as_data, take
+
+Unlearner = Callable[[nn.Module, Any, Any], nn.Module]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How an unlearner moves: steps of SGD with momentum, or Adam, on batches of both sets.
+
+    Args:
+        steps: how many.
+        lr: learning rate; with `decay` it is held for half of the steps and then falls to 0.
+        momentum: of SGD; None takes Adam.
+        batch_size: retained rows of a step; as many of the forget set, or all of it where it is smaller.
+        clip: largest gradient norm.
+        seed: of the batches.
+    """
+
+    steps: int = 40
+    lr: float = 0.01
+    momentum: float | None = None
+    batch_size: int = 50
+    decay: bool = False
+    clip: float | None = None
+    seed: int = 0
+
+
+def fine_tune(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    *,
+    loss: PerExample = cross_entropy,
+    how: Steps = Steps(),
+) -> nn.Module:
+    """Train on with the retained rows alone: min E_R ℓ."""
+    return _descend(model, forget, retain, how, lambda new, f, r: loss(new, r()).mean())
+
+
+def gradient_ascent(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    *,
+    loss: PerExample = cross_entropy,
+    how: Steps = Steps(),
+) -> nn.Module:
+    """Climb the loss of the forget set: max E_F ℓ. Has no end of its own: over-forgets when left alone."""
+    return _descend(model, forget, retain, how, lambda new, f, r: -loss(new, f()).mean())
+
+
+def gradient_difference(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    *,
+    loss: PerExample = cross_entropy,
+    weight: float = 1.0,
+    how: Steps = Steps(),
+) -> nn.Module:
+    """Climb on one set while descending on the other: min E_R ℓ − weight · E_F ℓ (Liu et al. 2022)."""
+
+    def goal(new: nn.Module, f: Any, r: Any) -> Tensor:
+        return loss(new, r()).mean() - weight * loss(new, f()).mean()
+
+    return _descend(model, forget, retain, how, goal)
+
+
+def npo(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    *,
+    loss: PerExample = cross_entropy,
+    beta: float = 0.5,
+    weight: float = 1.0,
+    how: Steps = Steps(),
+) -> nn.Module:
+    """Negative preference optimisation: −(2/β) E_F log σ(−β log(π/π₀)) + weight · E_R ℓ (Zhang et al. 2024, eq. 3).
+
+    log π of a row is −ℓ. Unlike ascent its gradient fades once a row is unlikely.
+    """
+    before = copy.deepcopy(model)
+
+    def goal(new: nn.Module, f: Any, r: Any) -> Tensor:
+        batch = f()
+        with torch.no_grad():
+            reference = loss(before, batch)
+        likelier = reference - loss(new, batch)  # log(π/π₀)
+        return -(2 / beta) * F.logsigmoid(-beta * likelier).mean() + weight * loss(new, r()).mean()
+
+    return _descend(model, forget, retain, how, goal)
+
+
+def scrub(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    *,
+    loss: PerExample = cross_entropy,
+    away: float = 0.5,
+    weight: float = 1.0,
+    how: Steps = Steps(),
+) -> nn.Module:
+    """SCRUB: leave the teacher π₀ on F, stay with it on R, in turns (Kurmanji et al. 2023, eq. 3).
+
+    The first share `away` of the steps alternates max E_F KL(π₀ ‖ π) with min E_R [KL(π₀ ‖ π) + weight · ℓ];
+    the others descend only.
+    """
+    teacher, taken = copy.deepcopy(model), iter(range(how.steps))
+
+    def apart(new: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            old = logits_and_labels(teacher, batch)[0].log_softmax(-1)
+        now = logits_and_labels(new, batch)[0].log_softmax(-1)
+        return (old.exp() * (old - now)).sum(-1).mean()
+
+    def goal(new: nn.Module, f: Any, r: Any) -> Tensor:
+        step = next(taken)
+        if step < away * how.steps and step % 2 == 0:
+            return -apart(new, f())
+        batch = r()
+        return apart(new, batch) + weight * loss(new, batch).mean()
+
+    return _descend(model, forget, retain, how, goal)
+
+
+def match(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    *,
+    forget_logits: Tensor,
+    retain_logits: Tensor,
+    share: float = 0.5,
+    how: Steps = Steps(momentum=0.9, lr=0.03, decay=True),
+) -> nn.Module:
+    """Fine-tune until the logits are those wanted, on the forget set and on retained rows.
+
+        min E_{x in F ∪ R} (1/c) ‖z(x) − z*(x)‖²,   z centred over the c classes (softmax does not see the mean)
+
+    With z* from a datamodel this is datamodel matching, with z* of a model retrained without F oracle matching
+    (Georgiev et al. 2024).
+
+    Args:
+        forget_logits, retain_logits: z*, [rows, ..., c], in the rows' order; positions whose label is −100
+            do not count.
+        share: of a batch that the forget set takes, at most.
+
+    Raises:
+        ValueError: targets that do not fit the rows or the model's logits; a loss that is not finite.
+    """
+    sets = [(as_data(forget), forget_logits), (as_data(retain), retain_logits)]
+    for name, (data, wanted) in zip(("forget", "retain"), sets, strict=True):
+        if len(data) != len(wanted):
+            raise ValueError(
+                f"expected one row of {name}_logits for each of the {len(data)} {name} rows, got {len(wanted)}"
+            )
+    rng = np.random.default_rng(how.seed)
+    few = min(max(1, round(share * how.batch_size)), len(sets[0][0]))
+
+    def goal(new: nn.Module, _f: Any, _r: Any) -> Tensor:
+        parts = []
+        for (data, wanted), size in zip(sets, (few, how.batch_size - few), strict=True):
+            rows = rng.choice(len(data), min(size, len(data)), replace=False)
+            batch = take(data, rows, next(new.parameters()).device)
+            now, mask = centred_logits(new, batch)
+            want = wanted[torch.from_numpy(rows)].to(now)
+            if want.shape != now.shape:
+                raise ValueError(
+                    f"expected logits of shape {tuple(now.shape)} to match, got {tuple(want.shape)}"
+                )
+            off = (now - want + want.mean(-1, keepdim=True)).square().mean(-1)
+            off, mask = (x.reshape(len(rows), -1) for x in (off * mask, mask))
+            parts.append(off.sum(1) / mask.sum(1).clamp(min=1))
+        return torch.cat(parts).mean()
+
+    return _descend(model, forget, retain, how, goal)
+
+
+def centred_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(logits less their mean over classes [b, ..., c], which positions count [b, ...])."""
+    z, labels = logits_and_labels(model, batch)
+    ones = torch.ones(z.shape[:-1], dtype=z.dtype, device=z.device)
+    if (
+        labels.shape == z.shape[:-1] and z.ndim > 2
+    ):  # a sequence: logits at a position predict the next
+        ones[:, :-1] = (labels[:, 1:] != -100).to(z.dtype)
+        ones[:, -1] = 0
+    return z - z.mean(-1, keepdim=True), ones
+
+
+def _descend(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    how: Steps,
+    goal: Callable[[nn.Module, Callable[[], Batch], Callable[[], Batch]], Tensor],
+) -> nn.Module:
+    """A copy of the model after the steps; `goal` gets (model, next forget batch, next retain batch)."""
+    new = copy.deepcopy(model)
+    device = next(new.parameters()).device
+    rng = np.random.default_rng([how.seed, 1])
+    draws = [_draw(as_data(data), how.batch_size, rng, device) for data in (forget, retain)]
+    free = [p for p in new.parameters() if p.requires_grad]
+    for p in free:
+        p.grad = None
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.Adam(free, how.lr)
+        if how.momentum is None
+        else torch.optim.SGD(free, how.lr, momentum=how.momentum)
+    )
+    for step in range(how.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = how.lr * (min(1.0, 2 * (1 - step / how.steps)) if how.decay else 1.0)
+        with torch.enable_grad():
+            loss = goal(new, lambda: next(draws[0]), lambda: next(draws[1]))
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"expected a finite goal, got {loss.detach().item()} in step {step} of {how.steps}; take a smaller lr"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        if how.clip is not None:
+            nn.utils.clip_grad_norm_(free, how.clip)
+        optimizer.step()
+    for p in free:
+        p.grad = None
+    return new
+
+
+def _draw(data: Data, size: int, rng: np.random.Generator, device: torch.device) -> Iterator[Batch]:
+    """Batches of one permutation after another."""
+    size, queue = min(size, len(data)), np.empty(0, dtype=int)
+    while True:
+        if len(queue) < size:
+            queue = np.concatenate([queue, rng.permutation(len(data))])
+        yield take(data, queue[:size], device)
+        queue = queue[size:]

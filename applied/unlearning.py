@@ -1,0 +1,388 @@
+"""Unlearning: give back models, or only their outputs, that behave as if they had never seen the forget set.
+
+    f_z(1 − 1_F)  for z in forget, retain, validation        what training without F would have made of z
+
+is predicted and then matched; how near it came is measured against models retrained without F, beside the
+distance between two sets of such models (`evaluate`). No oracle is needed to unlearn, only to judge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from applied.counting import counted
+from applied.unlearners import Steps, Unlearner, centred_logits, match
+from applied.yardstick import Evaluation, attack, evaluate, gaussian_klom, klom
+from attribution_core.problem import Outputs, Rows, batches, sample, take
+from attribution_core.rehearsal import SLOPE_BATCHES, Pace, Rehearsal, rehearse
+
+__all__ = [
+    "Evaluation", "Pace", "Unlearned", "attack", "evaluate", "gaussian_klom", "klom", "unlearn",
+]  # fmt: skip
+
+KINDS = ("forget logits", "retain logits")
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+MATCHING, FEW = (
+    0.6,
+    0.3,
+)  # of the budget, for fine-tuning; the rest is for rehearsals; FEW: of few runs
+PAIRS = 5  # rehearsals at least, as far as there are runs: below, noise cannot be told from change
+SHORTEST, LONGEST = 0.05, 0.5  # of a training's steps, a rehearsal
+RATES = (0.02, 0.06, 0.18)  # learning rates that matching is tried with, on the first run
+
+
+@dataclass(frozen=True, eq=False)
+class Unlearned:
+    """Models without a forget set, what their outputs were predicted to be, and what it cost.
+
+    Args:
+        forget: rows that were forgotten.
+        models: one for each run; empty where only outputs were asked for.
+        predicted: name -> outputs [runs, z] that training without F is predicted to give.
+        steps: training steps for each model, everything counted.
+        share: those steps in trainings.
+        meta: how it was done.
+    """
+
+    forget: NDArray[np.intp]
+    models: list[nn.Module]
+    predicted: Mapping[str, NDArray[np.float64]]
+    steps: float
+    share: float
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> nn.Module:
+        """The only model.
+
+        Raises:
+            ValueError: there are several, or none.
+        """
+        if len(self.models) != 1:
+            raise ValueError(f"expected one model, got {len(self.models)}; see `.models`")
+        return self.models[0]
+
+    def outputs(self, outputs: Outputs | Mapping[str, Outputs]) -> dict[str, NDArray[np.float64]]:
+        """Outputs [runs, z] of the unlearned models, by name."""
+        return read_all(self.models, outputs)
+
+
+def read_all(
+    models: Sequence[Any], outputs: Outputs | Mapping[str, Outputs]
+) -> dict[str, NDArray[np.float64]]:
+    """Outputs [models, z] of models or runs, by name ("outputs" for a single one)."""
+    named = outputs if isinstance(outputs, Mapping) else {"outputs": outputs}
+    several = [
+        getattr(model, "model", model) if not isinstance(model, nn.Module) else model
+        for model in models
+    ]
+    return {
+        name: np.stack([some.evaluate(model).numpy() for model in several])
+        for name, some in named.items()
+    }
+
+
+def unlearn(
+    runs: Any,
+    forget: Iterable[int],
+    outputs: Outputs | Mapping[str, Outputs] | None = None,
+    *,
+    method: Literal["auto", "outputs"] | Unlearner = "auto",
+    datamodel: Any = None,
+    change: tuple[Tensor, Tensor] | None = None,
+    budget: float = 0.2,
+    pace: Pace | None = None,
+    retain_rows: int = 2000,
+    seed: int = 0,
+    progress: Progress = iter,
+) -> Unlearned:
+    """Models, or their outputs, as if the forget set had never been trained on.
+
+        outputs:  f_z + trust · (f̂_z(1 − 1_F) − f̂_z(1))     models:  matched to logits that moved alike
+
+    "auto" predicts by rehearsals (`rehearse`): pairs of trainings of a fifth of the steps or less, with and
+    without F. Changes are averaged over runs and shrunk by their noise (`Rehearsal.trust`), each kind of output
+    by itself. Two fifths of the budget go into rehearsals, on some of the runs, the rest into matching each; with
+    up to ten runs, seven tenths.
+
+    Args:
+        runs: a trained `Run`, or several of the same problem (the more, the less noise).
+        forget: rows of the problem's training data.
+        outputs: what to predict, a name for each kind ("forget", "retain", "validation").
+        method: "auto"; "outputs" for predicted outputs alone, no models; or an unlearner
+            `(model, forget, retain) -> new model` of your own or of `applied.unlearners`.
+        datamodel: predicts outputs in the place of rehearsals: anything with `.predict(weights)`, by the names
+            of `outputs` where those have names.
+        change: predicted changes of the logits to match, from any datamodel, in the place of rehearsals:
+            (of the forget rows [F, ..., c], of the rows `retained(run, forget)` [R, ..., c]).
+        budget: training steps for each model, in those of its training.
+        pace: how rehearsals are taken; by default a fifth of the steps, or as long as few runs allow.
+        retain_rows: how many retained rows are matched at most.
+        seed: of batches and of the sample of retained rows.
+        progress: wraps the loops over runs (tqdm).
+
+    Raises:
+        ValueError: rows that are none of the training data, twice, all of it, or already without weight; a
+            budget outside (0, 1] or too small for a step; outputs missing where only outputs are asked for.
+
+    Source: Georgiev et al. 2024 (arXiv 2410.23232) for predicting, then matching.
+    """
+    several = list(runs) if isinstance(runs, Sequence) else [runs]
+    named = _named(outputs)
+    rows = _checked(several, forget, budget)
+    if callable(method):
+        return _by_unlearner(several, rows, method, progress)
+    if method == "outputs" and not named:
+        raise ValueError("expected outputs to predict, got none; pass e.g. Outputs(margin, data)")
+    if method not in ("auto", "outputs"):
+        raise ValueError(f"expected 'auto', 'outputs' or an unlearner, got {method!r}")
+    train, length = several[0].problem.train, len(several[0].order)
+    rest = retained(several[0], rows, retain_rows, seed) if method == "auto" else rows[:0]
+
+    # rewrite: outputs and logits at the weights that leave the forget set out
+    without = np.array(several[0].weights, dtype=float)
+    without[rows] = 0.0
+    goal = _Goal(Rows(train, rows), Rows(train, rest)) if method == "auto" else None
+
+    # plug in: a datamodel, or rehearsals, for f(without) − f(the runs' own weights)
+    spent, meta = 0.0, {}
+    wanted = {} if datamodel is not None else named
+    if (change is None and goal is not None) or wanted:
+        plan, pairs = _plan(len(several), length, budget, pace, goal is not None)
+        reader = _Reader(wanted, goal if change is None else None)
+        found = rehearse(several[:pairs], without, reader, pace=plan, progress=progress)
+        moved = reader.split(found)
+        spent = found.steps / len(several)
+        meta = {"pairs": pairs, "pace": plan, "trust": reader.trust(found)}
+    else:
+        moved = {}
+    if datamodel is not None:
+        moved = {**moved, **_from_datamodel(datamodel, named, without, several[0].anchor)}
+    before = read_all(several, named)
+    predicted = {name: values + moved[name] for name, values in before.items()}
+
+    # optimize: parameters whose logits moved alike
+    models: list[nn.Module] = []
+    if goal is not None:
+        to = change if change is not None else tuple(torch.as_tensor(moved[k]) for k in KINDS)
+        size = min(len(several[0].order[0]), len(rows) + len(rest))
+        how, tried = goal.best_rate(
+            several[0].model, to, budget * length - spent, len(several), size, seed
+        )
+        spent += how.steps + tried / len(several)
+        for k, run in enumerate(progress(several)):
+            models.append(goal.reached(run.model, to, replace(how, seed=seed + k)))
+        meta["matching"] = how
+    meta = {"method": method, "budget": budget, **meta}
+    return Unlearned(rows, models, predicted, spent, spent / length, meta)
+
+
+def retained(run: Any, forget: ArrayLike, most: int = 2000, seed: int = 0) -> NDArray[np.intp]:
+    """The retained rows that matching sees: those of weight that are not forgotten, a sample beyond `most`."""
+    rows = np.setdiff1d(np.flatnonzero(np.asarray(run.weights) > 0), np.asarray(forget))
+    return rows[sample(len(rows), most, seed)]
+
+
+def _named(outputs: Outputs | Mapping[str, Outputs] | None) -> Mapping[str, Outputs]:
+    if outputs is None:
+        return {}
+    if isinstance(outputs, Outputs):
+        return {"outputs": outputs}
+    taken = sorted(set(outputs) & set(KINDS))
+    if taken:
+        raise ValueError(
+            f"expected other names of outputs than {taken}; they stand for logits here"
+        )
+    return outputs
+
+
+def _checked(runs: list[Any], forget: Iterable[int], budget: float) -> NDArray[np.intp]:
+    """The forget set's rows, in order."""
+    if not runs:
+        raise ValueError("expected at least one run to unlearn from, got none")
+    n, listed = runs[0].problem.n, np.asarray(list(forget))
+    rows = np.unique(listed)
+    whole = listed.dtype.kind in "iu" and listed.ndim == 1 and len(listed) > 0
+    if not whole or rows[0] < 0 or rows[-1] >= n or len(rows) < len(listed) or len(rows) == n:
+        raise ValueError(
+            f"expected some, not all, of the rows 0 .. {n - 1}, each once, got {listed[:5].tolist()} "
+            f"({len(listed)} in all); pass row numbers of the training data"
+        )
+    for run in runs:
+        gone = rows[np.asarray(run.weights)[rows] == 0]
+        if len(gone):
+            raise ValueError(
+                f"expected runs that were trained on the forget set, got weight 0 for rows {gone[:5].tolist()}; "
+                "these runs never saw them"
+            )
+    if not 0 < budget <= 1:
+        raise ValueError(f"expected a budget in (0, 1] of a training's steps, got {budget}")
+    return rows
+
+
+def _plan(
+    runs: int, length: int, budget: float, pace: Pace | None, models: bool
+) -> tuple[Pace, int]:
+    """(how long a rehearsal is, how many runs are rehearsed), within the budget of all runs together."""
+    matching = (MATCHING if runs > 2 * PAIRS else FEW) if models else 0.0
+    whole = runs * length * budget * (1 - matching)
+
+    def cost(share: float) -> float:
+        return 2 * math.ceil(share * length) + min(SLOPE_BATCHES, math.ceil(share * length))
+
+    wished = Pace() if pace is None else pace
+    pairs = min(runs, max(int(whole // cost(wished.share)), min(runs, PAIRS)))
+    if pace is not None or (pairs > PAIRS and pairs < runs):
+        return wished, pairs
+    # few runs: each is rehearsed for as long as the budget allows
+    lengths = [k / 100 for k in range(round(100 * SHORTEST), round(100 * LONGEST) + 1)]
+    fitting = [share for share in lengths if pairs * cost(share) <= whole]
+    return replace(wished, share=max(fitting, default=SHORTEST)), pairs
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """What rehearsals read of a model: outputs by name, and the logits of both sets, as one vector."""
+
+    named: Mapping[str, Outputs]
+    goal: _Goal | None
+
+    def parts(self, model: nn.Module) -> dict[str, Tensor]:
+        found = {name: some.evaluate(model) for name, some in self.named.items()}
+        return found if self.goal is None else {**found, **self.goal.logits(model)}
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        parts = self.parts(model)
+        self.shapes.update({name: part.shape for name, part in parts.items()})
+        return torch.cat([part.double().cpu().flatten() for part in parts.values()])
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        return {}
+
+    def cut(self, found: Rehearsal) -> dict[str, Rehearsal]:
+        """The rehearsed changes of each part."""
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        parts = found.changes.split(sizes, dim=1)
+        return {
+            name: replace(found, changes=part)
+            for name, part in zip(self.shapes, parts, strict=True)
+        }
+
+    def split(self, found: Rehearsal) -> dict[str, Any]:
+        """Mean changes by part, shrunk by their noise."""
+        return {
+            name: (part.trust * part.mean).reshape(self.shapes[name]).numpy()
+            for name, part in self.cut(found).items()
+        }
+
+    def trust(self, found: Rehearsal) -> dict[str, float]:
+        """How far each part's mean change is believed."""
+        return {name: part.trust for name, part in self.cut(found).items()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Goal:
+    """Logits of the forget set and of retained rows that models are to reach."""
+
+    forget: Rows
+    retain: Rows
+
+    def logits(self, model: nn.Module) -> dict[str, Tensor]:
+        """Centred logits [rows, ..., c] of both sets."""
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            return {
+                name: torch.cat(
+                    [
+                        centred_logits(model, take(data, some, device))[0]
+                        for some in batches(len(data), 256)
+                    ]
+                ).cpu()
+                for name, data in zip(KINDS, (self.forget, self.retain), strict=True)
+            }
+
+    def reached(self, model: nn.Module, change: Any, how: Steps) -> nn.Module:
+        """The model, matched to its own logits as they are to change."""
+        now = self.logits(model)
+        wanted = [now[name] + part.to(now[name]) for name, part in zip(KINDS, change, strict=True)]
+        return match(
+            model,
+            self.forget,
+            self.retain,
+            forget_logits=wanted[0],
+            retain_logits=wanted[1],
+            how=how,
+        )
+
+    def best_rate(
+        self, model: nn.Module, change: Any, left: float, runs: int, size: int, seed: int
+    ) -> tuple[Steps, int]:
+        """(steps within what is left for each of the runs, steps spent on the choice)."""
+        each = int(left * runs / (runs + len(RATES)))
+        if each < 1:
+            raise ValueError(
+                f"expected steps left to match with, got {left:.1f} a model after rehearsals; raise `budget`"
+            )
+        tried = {}
+        for lr in RATES:
+            how = Steps(each, lr, momentum=0.8, batch_size=size, decay=True, seed=seed)
+            try:
+                tried[lr] = self._missed(model, self.reached(model, change, how), change)
+            except ValueError:  # left the finite numbers
+                tried[lr] = math.inf
+        best = min(tried, key=tried.__getitem__)
+        return Steps(each, best, momentum=0.8, batch_size=size, decay=True, seed=seed), each * len(
+            RATES
+        )
+
+    def _missed(self, before: nn.Module, after: nn.Module, change: Any) -> float:
+        """Mean squared distance of logits from those wanted, both sets alike."""
+        was, now = self.logits(before), self.logits(after)
+        return sum(
+            float((now[name] - was[name] - part.to(was[name])).square().mean())
+            for name, part in zip(KINDS, change, strict=True)
+        )
+
+
+def _by_unlearner(
+    runs: list[Any], rows: NDArray[np.intp], unlearner: Unlearner, progress: Progress
+) -> Unlearned:
+    """Every run's model through somebody's unlearner."""
+    train, length = runs[0].problem.train, len(runs[0].order)
+    rest = np.setdiff1d(np.flatnonzero(np.asarray(runs[0].weights) > 0), rows)
+    models, steps = [], 0.0
+    for run in progress(runs):
+        model = run.model
+        with counted(model) as count:
+            models.append(unlearner(model, Rows(train, rows), Rows(train, rest)))
+            count.made.append(models[-1])
+        steps += count.rows / len(run.order[0]) / len(runs)
+    name = getattr(
+        unlearner, "__name__", getattr(getattr(unlearner, "func", None), "__name__", "unlearner")
+    )
+    return Unlearned(rows, models, {}, steps, steps / length, {"method": name})
+
+
+def _from_datamodel(
+    datamodel: Any, named: Mapping[str, Outputs], without: NDArray[np.float64], anchor: Any
+) -> dict[str, NDArray[np.float64]]:
+    """What a datamodel predicts to change, by name."""
+    by_name = datamodel if isinstance(datamodel, Mapping) else {"outputs": datamodel}
+    if set(by_name) != set(named):
+        raise ValueError(
+            f"expected a datamodel for each of the outputs {sorted(named)}, got {sorted(by_name)}"
+        )
+    return {
+        name: np.asarray(f.predict(without)) - np.asarray(f.predict(np.asarray(anchor)))
+        for name, f in by_name.items()
+    }

@@ -1,0 +1,150 @@
+"""Rehearsals against whole trainings, which they are where nothing is shortened."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from attribution_core import (
+    SGD,
+    Adam,
+    Outputs,
+    Problem,
+    Recipe,
+    cross_entropy,
+    margin,
+    retrain,
+    train,
+)
+from attribution_core.rehearsal import SEED, Pace, Rehearsal, rehearse
+from recipes.classification import network
+from recipes.embedded import digits
+
+WHOLE = Pace(
+    share=1.0, start=0.0, clip=1e9, tail=1e-9
+)  # nothing shortened, the last parameters alone
+
+
+MOMENTUM = SGD(0.1, momentum=0.9)
+
+
+def small(optimizer=MOMENTUM, schedule=None, dtype=torch.float64):
+    data = digits(60, 20)
+    x, y = torch.tensor(data.x, dtype=dtype), torch.tensor(data.y)
+    problem = Problem(network(64, 10, 4, 0).to(dtype), cross_entropy, (x, y))
+    recipe = Recipe(optimizer, 20, 4, schedule=schedule)
+    outputs = Outputs(
+        margin, (torch.tensor(data.test_x[:5], dtype=dtype), torch.tensor(data.test_y[:5]))
+    )
+    return problem, recipe, outputs
+
+
+def without(n, rows):
+    weights = np.ones(n)
+    weights[rows] = 0.0
+    return weights
+
+
+@pytest.mark.parametrize("schedule", [None, "linear"])
+@pytest.mark.parametrize("optimizer", [SGD(0.1, momentum=0.9), Adam(0.01)])
+def test_nothing_shortened_is_two_trainings(optimizer, schedule):
+    problem, recipe, outputs = small(optimizer, schedule)
+    run, w = train(problem, recipe), without(60, [1, 5, 7])
+    found = rehearse(run, w, outputs.evaluate, pace=WHOLE)
+    again = replace(recipe, seed=recipe.seed + SEED)
+    there, here = (train(problem, again, weights).outputs(outputs) for weights in (w, np.ones(60)))
+    # the same arithmetic, but clipping multiplies gradients with 1 by way of a division
+    torch.testing.assert_close(found.mean, there - here, rtol=0, atol=1e-12)
+    assert found.steps == 2 * 12 + 4
+
+
+def test_the_tail_is_averaged():
+    problem, recipe, outputs = small()
+    run, w = train(problem, recipe), without(60, [0])
+    found = rehearse(run, w, outputs.evaluate, pace=replace(WHOLE, tail=0.25))
+    order = replace(recipe, seed=SEED).draw(np.arange(60))
+    model = {}
+    for name, weights in (("there", w), ("here", np.ones(60))):
+        ends = [
+            train(problem, replace(recipe, order=order[:k]), weights).params for k in (10, 11, 12)
+        ]
+        mean = {key: sum(end[key] for end in ends) / 3 for key in ends[0]}
+        model[name] = outputs.evaluate(problem.model, mean)
+    torch.testing.assert_close(found.mean, model["there"] - model["here"], rtol=0, atol=1e-12)
+
+
+def test_the_same_weights_change_nothing():
+    problem, recipe, outputs = small()
+    run = train(problem, recipe)
+    assert (rehearse(run, np.ones(60), outputs.evaluate).changes == 0).all()
+
+
+def test_the_run_is_left_as_it_was_and_readings_have_any_shape():
+    problem, recipe, _ = small()
+    run = train(problem, recipe)
+    kept = {name: value.clone() for name, value in run.params.items()}
+    first = {name: value.clone() for name, value in problem.params.items()}
+    x = problem.train[[0, 1, 2]][0]
+    found = rehearse([run, run], without(60, [3]), lambda model: model(x))
+    assert found.changes.shape == (2, 3, 10)
+    assert torch.equal(found.changes[0], found.changes[1])
+    assert all(torch.equal(run.params[name], value) for name, value in kept.items())
+    assert all(torch.equal(problem.params[name], value) for name, value in first.items())
+
+
+def test_a_short_rehearsal_costs_its_share_twice():
+    problem, recipe, outputs = small()
+    run = train(problem, replace(recipe, epochs=10))  # 30 steps
+    assert (
+        rehearse(run, without(60, [3]), outputs.evaluate, pace=Pace(share=0.2)).steps == 2 * 6 + 4
+    )
+
+
+def test_trust_is_james_steins_factor():
+    rng = np.random.default_rng(0)
+    changes = torch.tensor(rng.normal(0.5, 1.0, (8, 30)))
+    mean = changes.mean(0)
+    noise = ((changes - mean) ** 2).sum(0).mean() / 7 / 8
+    assert Rehearsal(changes, 0).trust == pytest.approx(float(1 - noise / mean.square().mean()))
+    assert Rehearsal(changes[:1], 0).trust == 1.0
+    assert Rehearsal(torch.zeros(3, 4), 0).trust == 0.0
+    assert Rehearsal(torch.tensor([[1.0], [-1.0], [0.1]]), 0).trust == 0.0  # noise alone
+
+
+def test_a_coherent_removal_is_followed_where_influence_is_not():
+    """Rows of one kind, which the model comes to see otherwise: the mean margin moves by several nats."""
+    data = digits(300, 50)
+    rows = np.flatnonzero(data.y == 1)
+    x, y = torch.tensor(data.x, dtype=torch.float32), torch.tensor(data.y)
+    make = partial(network, 64, 10, 16)
+    problem = Problem(make(0), cross_entropy, (x, y))
+    recipe = Recipe(SGD(0.1, momentum=0.9), 50, 15, init=make)
+    outputs = Outputs(margin, (x[rows], y[rows]))
+    runs = [train(problem, replace(recipe, seed=s), states=0) for s in range(5)]
+    before = np.mean([run.outputs(outputs).numpy() for run in runs], axis=0)
+    w = without(300, rows)
+    after = retrain(problem, recipe, outputs, w, seeds=range(100, 110)).per_seed[0].mean(0)
+    predicted = rehearse(runs, w, outputs.evaluate).mean.numpy()
+    assert np.abs(after - before).mean() > 8  # there is something to follow
+    # within .35 of the change: the measured share over data draws is .05 to .2
+    assert np.abs(before + predicted - after).mean() < 0.35 * np.abs(after - before).mean()
+
+
+def test_what_cannot_be_rehearsed_says_so():
+    problem, recipe, outputs = small()
+    run = train(problem, recipe)
+    with pytest.raises(ValueError, match="at least one run"):
+        rehearse([], np.ones(60), outputs.evaluate)
+    with pytest.raises(ValueError, match=r"\[n=60\]"):
+        rehearse(run, np.ones(59), outputs.evaluate)
+    with pytest.raises(ValueError, match="share in"):
+        Pace(share=0)
+    with pytest.raises(ValueError, match="start in"):
+        Pace(start=2)
+    wild = replace(run, recipe=replace(recipe, optimizer=SGD(1e250)))
+    with pytest.raises(ValueError, match="smaller `clip`"):
+        rehearse(wild, without(60, [0]), outputs.evaluate, pace=Pace(clip=1e30))

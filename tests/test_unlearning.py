@@ -1,0 +1,264 @@
+"""Unlearners step by step, and unlearning as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from applied import unlearners, unlearning
+from applied.conformance import conformance
+from applied.unlearners import Steps, centred_logits, match
+from attribution_core import (
+    SGD,
+    LinearDatamodel,
+    Outputs,
+    Problem,
+    Recipe,
+    cross_entropy,
+    margin,
+    retrain,
+    train,
+)
+from recipes.classification import network
+from recipes.embedded import digits
+
+BASELINES = ("fine_tune", "gradient_ascent", "gradient_difference", "npo", "scrub")
+ONE = Steps(steps=1, lr=0.1, momentum=0.0, batch_size=1000)  # all rows of both sets
+
+
+@pytest.fixture(scope="module")
+def trained():
+    data = digits(200, 60)
+    x, y = torch.tensor(data.x, dtype=torch.float64), torch.tensor(data.y)
+    rows = np.flatnonzero(data.y == 1)
+    problem = Problem(network(64, 10, 8, 0).double(), cross_entropy, (x, y))
+    make = lambda seed: network(64, 10, 8, seed).double()  # noqa: E731
+    recipe = Recipe(SGD(0.1, momentum=0.9), 50, 40, init=make)
+    held = (torch.tensor(data.test_x[:20]), torch.tensor(data.test_y[:20]))
+    outputs = {
+        "forget": Outputs(margin, (x[rows], y[rows])),
+        "retain": Outputs(margin, (x[:40], y[:40])),
+        "validation": Outputs(margin, held),
+    }
+    runs = [train(problem, replace(recipe, seed=s), states=0) for s in range(5)]
+    return problem, recipe, runs, rows, outputs
+
+
+def sets(problem, rows):
+    rest = np.setdiff1d(np.arange(problem.n), rows)
+    return problem.train[rows.tolist()], problem.train[rest.tolist()]
+
+
+def moved(model, other):
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return torch.cat([(b - a).flatten() for a, b in pairs]).detach()
+
+
+def slope(model, data):
+    loss = cross_entropy(model, data).mean()
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_conform(trained, name):
+    problem, _, runs, rows, _ = trained
+    forget, retain = sets(problem, rows)
+    unlearner = partial(getattr(unlearners, name), how=Steps(4, 0.01, batch_size=20))
+    found = conformance(unlearner, runs[0].model, forget, retain, batch_size=50, training_steps=80)
+    assert found.ok, found.table()
+    a, b = (unlearner(runs[0].model, forget, retain) for _ in range(2))
+    assert (moved(a, b) == 0).all()  # a seed says which batches
+
+
+def test_one_step_is_the_formula(trained):
+    problem, _, runs, rows, _ = trained
+    forget, retain = sets(problem, rows)
+    model = runs[0].model
+    f, r = slope(model, forget), slope(model, retain)
+    expected = {
+        "fine_tune": -r,
+        "gradient_ascent": f,
+        "gradient_difference": f - r,
+        "npo": f - r,  # at π = π₀ its gradient is that of ascent
+        "scrub": 0 * f,  # at π = π₀ the divergence is least: its first step goes nowhere
+    }
+    for name, direction in expected.items():
+        new = getattr(unlearners, name)(model, forget, retain, how=ONE)
+        # float64; sums over rows in another order
+        torch.testing.assert_close(moved(model, new), 0.1 * direction, rtol=0, atol=1e-12)
+
+
+def test_npo_fades_where_ascent_grows(trained):
+    problem, _, runs, rows, _ = trained
+    forget, retain = sets(problem, rows)
+    how = Steps(60, 0.02, batch_size=50)
+    up = unlearners.gradient_ascent(runs[0].model, forget, retain, how=how)
+    bounded = unlearners.npo(runs[0].model, forget, retain, how=how)
+    losses = [cross_entropy(m, forget).mean().detach().item() for m in (runs[0].model, bounded, up)]
+    assert losses[0] + 1 < losses[1] < losses[2]
+
+
+def test_matching_own_logits_moves_nothing_and_others_are_reached(trained):
+    problem, _, runs, rows, _ = trained
+    forget, retain = sets(problem, rows)
+    model, other = runs[0].model, runs[1].model
+    logits = lambda m, data: m(data[0]).detach()  # noqa: E731
+    own = {"forget_logits": logits(model, forget) + 3.0, "retain_logits": logits(model, retain)}
+    still = match(model, forget, retain, **own)  # a shift of all classes is none
+    assert moved(model, still).abs().max() < 1e-12
+    theirs = {"forget_logits": logits(other, forget), "retain_logits": logits(other, retain)}
+    new = match(model, forget, retain, **theirs, how=Steps(600, 0.02, momentum=0.9, decay=True))
+
+    def apart(m):
+        off = logits(m, forget) - logits(other, forget)
+        return float((off - off.mean(1, keepdim=True)).square().mean())
+
+    assert apart(new) < 0.05 * apart(model)  # oracle matching
+    with pytest.raises(ValueError, match="one row of forget_logits"):
+        match(
+            model,
+            forget,
+            retain,
+            forget_logits=own["retain_logits"],
+            retain_logits=own["retain_logits"],
+        )
+    with pytest.raises(ValueError, match="logits of shape"):
+        match(
+            model,
+            forget,
+            retain,
+            forget_logits=own["forget_logits"][:, :5],
+            retain_logits=own["retain_logits"],
+        )
+    with pytest.raises(ValueError, match="smaller lr"):
+        match(model, forget, retain, **theirs, how=Steps(50, 1e20, momentum=0.9))
+
+
+def test_logits_of_a_sequence_count_where_a_next_token_is_predicted():
+    class Bigram(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(7, 7)
+
+        def forward(self, input_ids):
+            return self.table(input_ids)
+
+    tokens = torch.tensor([[1, 2, 3, 4], [1, 5, 0, 0]])
+    labels = torch.tensor([[1, 2, 3, 4], [1, 5, -100, -100]])
+    z, counts = centred_logits(Bigram(), {"input_ids": tokens, "labels": labels})
+    assert counts.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert z.shape == (2, 4, 7)
+    assert z.sum(-1).abs().max() < 1e-5
+
+
+def test_auto_forgets_a_class_and_keeps_to_its_budget(trained):
+    problem, recipe, runs, rows, outputs = trained
+    kept = [{k: v.clone() for k, v in run.params.items()} for run in runs]
+    found = unlearning.unlearn(runs, rows, outputs, budget=0.5)
+    weights = np.ones(problem.n)
+    weights[rows] = 0
+    oracle = {
+        name: retrain(problem, recipe, some, weights, seeds=range(100, 110)).per_seed[0]
+        for name, some in outputs.items()
+    }
+    before = unlearning.read_all(runs, outputs)
+    judged = unlearning.evaluate(
+        {"models": found.outputs(outputs), "predicted": found.predicted}, oracle, before
+    )
+    nothing = np.abs(before["forget"].mean(0) - oracle["forget"].mean(0)).mean()
+    assert judged.margin_error("predicted") < 0.35 * nothing
+    assert judged.margin_error("models") < 0.45 * nothing
+    assert found.share <= 0.5 + 1e-9
+    assert len(found.models) == 5
+    assert all(
+        torch.equal(run.params[k], v)
+        for run, old in zip(runs, kept, strict=True)
+        for k, v in old.items()
+    )
+    again = unlearning.unlearn(runs, rows, outputs, budget=0.5)
+    assert (moved(found.models[2], again.models[2]) == 0).all()
+
+
+def test_one_run_is_enough(trained):
+    _, _, runs, rows, outputs = trained
+    found = unlearning.unlearn(runs[0], rows, outputs, budget=0.6)
+    assert found.share <= 0.6 + 1e-9
+    change = (
+        found.outputs(outputs)["forget"].mean()
+        - unlearning.read_all(runs[:1], outputs)["forget"].mean()
+    )
+    assert change < -2
+    assert found.model is found.models[0]
+
+
+def test_outputs_alone_cost_no_models(trained):
+    _, _, runs, rows, outputs = trained
+    found = unlearning.unlearn(runs, rows, outputs["forget"], method="outputs")
+    assert not found.models
+    assert found.share <= 0.2 + 1e-9
+    with pytest.raises(ValueError, match="expected one model"):
+        _ = found.model
+    shift = found.predicted["outputs"] - unlearning.read_all(runs, outputs["forget"])["outputs"]
+    assert np.ptp(shift, axis=0).max() < 1e-12  # the mean change, for every run
+    assert shift.mean() < -2
+
+
+def test_any_datamodel_predicts_and_is_matched(trained):
+    _problem, _, runs, rows, outputs = trained
+    rng = np.random.default_rng(0)
+    f = LinearDatamodel(rng.normal(size=(200, len(rows))), np.zeros(len(rows)), np.ones(200))
+    found = unlearning.unlearn(runs, rows, outputs["forget"], method="outputs", datamodel=f)
+    before = unlearning.read_all(runs, outputs["forget"])["outputs"]
+    np.testing.assert_allclose(
+        found.predicted["outputs"], before - f.scores[rows].sum(0), rtol=0, atol=1e-12
+    )
+    rest = unlearning.retained(runs[0], rows)
+    nothing = (torch.zeros(len(rows), 10), torch.zeros(len(rest), 10))
+    same = unlearning.unlearn(runs[:2], rows, change=nothing)
+    assert moved(runs[0].model, same.models[0]).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="a datamodel for each"):
+        unlearning.unlearn(runs, rows, outputs, method="outputs", datamodel=f)
+
+
+def test_an_unlearner_of_ones_own_is_counted(trained):
+    _problem, _, runs, rows, outputs = trained
+    method = partial(unlearners.fine_tune, how=Steps(8, 0.01, batch_size=25))
+    found = unlearning.unlearn(runs[:2], rows, method=method)
+    assert found.steps == 8 * 25 / 50
+    assert found.share == found.steps / len(runs[0].order)
+    assert found.meta["method"] == "fine_tune"
+    assert found.outputs(outputs)["retain"].shape == (2, 40)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"forget": []}, "some, not all"),
+        ({"forget": [1, 1]}, "each once"),
+        ({"forget": [200]}, r"0 \.\. 199"),
+        ({"forget": range(200)}, "some, not all"),
+        ({"forget": [0.5]}, "row numbers"),
+        ({"budget": 0}, "budget in"),
+        ({"budget": 1e-4}, "raise `budget`"),
+        ({"method": "magic"}, "'auto', 'outputs' or an unlearner"),
+        ({"method": "outputs"}, "expected outputs"),
+        ({"runs": []}, "at least one run"),
+    ],
+)
+def test_what_cannot_be_unlearned_says_so(trained, changed, message):
+    given = {"runs": trained[2][:1], "forget": [0, 1], **changed}
+    with pytest.raises(ValueError, match=message):
+        unlearning.unlearn(**given)
+
+
+def test_runs_that_never_saw_the_set_are_refused(trained):
+    problem, recipe, _, rows, _ = trained
+    weights = np.ones(200)
+    weights[rows] = 0
+    run = train(problem, recipe, weights, drop="row", states=0)
+    with pytest.raises(ValueError, match="never saw them"):
+        unlearning.unlearn(run, rows)

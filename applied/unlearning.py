@@ -20,16 +20,16 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from applied.counting import counted
-from applied.unlearners import Steps, Unlearner, centred_logits, match
+from applied.matching import KINDS, Goal
+from applied.unlearners import Unlearner
 from applied.yardstick import Evaluation, attack, evaluate, gaussian_klom, klom
-from attribution_core.problem import Outputs, Rows, batches, sample, take
+from attribution_core.problem import Outputs, Rows, sample
 from attribution_core.rehearsal import SLOPE_BATCHES, Pace, Rehearsal, rehearse
 
 __all__ = [
     "Evaluation", "Pace", "Unlearned", "attack", "evaluate", "gaussian_klom", "klom", "unlearn",
 ]  # fmt: skip
 
-KINDS = ("forget logits", "retain logits")
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 MATCHING, FEW = (
     0.6,
@@ -37,7 +37,6 @@ MATCHING, FEW = (
 )  # of the budget, for fine-tuning; the rest is for rehearsals; FEW: of few runs
 PAIRS = 5  # rehearsals at least, as far as there are runs: below, noise cannot be told from change
 SHORTEST, LONGEST = 0.05, 0.5  # of a training's steps, a rehearsal
-RATES = (0.02, 0.06, 0.18)  # learning rates that matching is tried with, on the first run
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +150,7 @@ def unlearn(
     # rewrite: outputs and logits at the weights that leave the forget set out
     without = np.array(several[0].weights, dtype=float)
     without[rows] = 0.0
-    goal = _Goal(Rows(train, rows), Rows(train, rest)) if method == "auto" else None
+    goal = Goal(Rows(train, rows), Rows(train, rest)) if method == "auto" else None
 
     # plug in: a datamodel, or rehearsals, for f(without) − f(the runs' own weights)
     spent, meta = 0.0, {}
@@ -254,7 +253,7 @@ class _Reader:
     """What rehearsals read of a model: outputs by name, and the logits of both sets, as one vector."""
 
     named: Mapping[str, Outputs]
-    goal: _Goal | None
+    goal: Goal | None
 
     def parts(self, model: nn.Module) -> dict[str, Tensor]:
         found = {name: some.evaluate(model) for name, some in self.named.items()}
@@ -288,70 +287,6 @@ class _Reader:
     def trust(self, found: Rehearsal) -> dict[str, float]:
         """How far each part's mean change is believed."""
         return {name: part.trust for name, part in self.cut(found).items()}
-
-
-@dataclass(frozen=True, eq=False)
-class _Goal:
-    """Logits of the forget set and of retained rows that models are to reach."""
-
-    forget: Rows
-    retain: Rows
-
-    def logits(self, model: nn.Module) -> dict[str, Tensor]:
-        """Centred logits [rows, ..., c] of both sets."""
-        device = next(model.parameters()).device
-        with torch.no_grad():
-            return {
-                name: torch.cat(
-                    [
-                        centred_logits(model, take(data, some, device))[0]
-                        for some in batches(len(data), 256)
-                    ]
-                ).cpu()
-                for name, data in zip(KINDS, (self.forget, self.retain), strict=True)
-            }
-
-    def reached(self, model: nn.Module, change: Any, how: Steps) -> nn.Module:
-        """The model, matched to its own logits as they are to change."""
-        now = self.logits(model)
-        wanted = [now[name] + part.to(now[name]) for name, part in zip(KINDS, change, strict=True)]
-        return match(
-            model,
-            self.forget,
-            self.retain,
-            forget_logits=wanted[0],
-            retain_logits=wanted[1],
-            how=how,
-        )
-
-    def best_rate(
-        self, model: nn.Module, change: Any, left: float, runs: int, size: int, seed: int
-    ) -> tuple[Steps, int]:
-        """(steps within what is left for each of the runs, steps spent on the choice)."""
-        each = int(left * runs / (runs + len(RATES)))
-        if each < 1:
-            raise ValueError(
-                f"expected steps left to match with, got {left:.1f} a model after rehearsals; raise `budget`"
-            )
-        tried = {}
-        for lr in RATES:
-            how = Steps(each, lr, momentum=0.8, batch_size=size, decay=True, seed=seed)
-            try:
-                tried[lr] = self._missed(model, self.reached(model, change, how), change)
-            except ValueError:  # left the finite numbers
-                tried[lr] = math.inf
-        best = min(tried, key=tried.__getitem__)
-        return Steps(each, best, momentum=0.8, batch_size=size, decay=True, seed=seed), each * len(
-            RATES
-        )
-
-    def _missed(self, before: nn.Module, after: nn.Module, change: Any) -> float:
-        """Mean squared distance of logits from those wanted, both sets alike."""
-        was, now = self.logits(before), self.logits(after)
-        return sum(
-            float((now[name] - was[name] - part.to(was[name])).square().mean())
-            for name, part in zip(KINDS, change, strict=True)
-        )
 
 
 def _by_unlearner(

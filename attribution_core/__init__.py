@@ -7,6 +7,7 @@ random state.
 """
 
 from attribution_core.aumann_shapley import RemainderWarning, aumann_shapley
+from attribution_core.certificate import Certified, fit_certified, remove
 from attribution_core.comparison import Comparison, compare
 from attribution_core.curvature import fit_curvature
 from attribution_core.datamodel import LinearDatamodel, average
@@ -28,6 +29,7 @@ from attribution_core.regression import (
     Underdetermined,
     fit_datamodel,
 )
+from attribution_core.rehearsal import Pace, Rehearsal, rehearse
 from attribution_core.retraining import RetrainingTable, retrain
 from attribution_core.smoothness import MetagradientWarning
 from attribution_core.subsets import (
@@ -47,6 +49,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Certified",
     "Comparison",
     "InRun",
     "LinearDatamodel",
@@ -54,9 +57,11 @@ __all__ = [
     "NewtonDatamodel",
     "NotConverged",
     "Outputs",
+    "Pace",
     "PairDatamodel",
     "Problem",
     "Recipe",
+    "Rehearsal",
     "RemainderWarning",
     "RetrainingTable",
     "Run",
@@ -69,6 +74,7 @@ __all__ = [
     "causal_lm_loss",
     "compare",
     "cross_entropy",
+    "fit_certified",
     "fit_curvature",
     "fit_datamodel",
     "group_subsets",
@@ -89,6 +95,8 @@ __all__ = [
     "project",
     "random_groups",
     "random_subsets",
+    "rehearse",
+    "remove",
     "representation_similarity",
     "retrain",
     "source",

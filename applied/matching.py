@@ -1,0 +1,80 @@
+"""Models matched to logits that are to change: how fast, and how near they came."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from applied.unlearners import Steps, centred_logits, match
+from attribution_core.problem import Rows, batches, take
+
+KINDS = ("forget logits", "retain logits")
+RATES = (0.02, 0.06, 0.18)  # learning rates that matching is tried with, on the first run
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """Logits of the forget set and of retained rows that models are to reach."""
+
+    forget: Rows
+    retain: Rows
+
+    def logits(self, model: nn.Module) -> dict[str, Tensor]:
+        """Centred logits [rows, ..., c] of both sets."""
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            return {
+                name: torch.cat(
+                    [
+                        centred_logits(model, take(data, some, device))[0]
+                        for some in batches(len(data), 256)
+                    ]
+                ).cpu()
+                for name, data in zip(KINDS, (self.forget, self.retain), strict=True)
+            }
+
+    def reached(self, model: nn.Module, change: Any, how: Steps) -> nn.Module:
+        """The model, matched to its own logits as they are to change."""
+        now = self.logits(model)
+        wanted = [now[name] + part.to(now[name]) for name, part in zip(KINDS, change, strict=True)]
+        return match(
+            model,
+            self.forget,
+            self.retain,
+            forget_logits=wanted[0],
+            retain_logits=wanted[1],
+            how=how,
+        )
+
+    def best_rate(
+        self, model: nn.Module, change: Any, left: float, runs: int, size: int, seed: int
+    ) -> tuple[Steps, int]:
+        """(steps within what is left for each of the runs, steps spent on the choice)."""
+        each = int(left * runs / (runs + len(RATES)))
+        if each < 1:
+            raise ValueError(
+                f"expected steps left to match with, got {left:.1f} a model after rehearsals; raise `budget`"
+            )
+        tried = {}
+        for lr in RATES:
+            how = Steps(each, lr, momentum=0.8, batch_size=size, decay=True, seed=seed)
+            try:
+                tried[lr] = self._missed(model, self.reached(model, change, how), change)
+            except ValueError:  # left the finite numbers
+                tried[lr] = math.inf
+        best = min(tried, key=tried.__getitem__)
+        return Steps(each, best, momentum=0.8, batch_size=size, decay=True, seed=seed), each * len(
+            RATES
+        )
+
+    def _missed(self, before: nn.Module, after: nn.Module, change: Any) -> float:
+        """Mean squared distance of logits from those wanted, both sets alike."""
+        was, now = self.logits(before), self.logits(after)
+        return sum(
+            float((now[name] - was[name] - part.to(was[name])).square().mean())
+            for name, part in zip(KINDS, change, strict=True)
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,17 +59,16 @@ class Goal:
             raise ValueError(
                 f"expected steps left to match with, got {left:.1f} a model after rehearsals; raise `budget`"
             )
+        like = Steps(each, momentum=0.8, batch_size=size, decay=True, clip=1.0, seed=seed)
         tried = {}
         for lr in RATES:
-            how = Steps(each, lr, momentum=0.8, batch_size=size, decay=True, seed=seed)
+            how = replace(like, lr=lr)
             try:
                 tried[lr] = self._missed(model, self.reached(model, change, how), change)
             except ValueError:  # left the finite numbers
                 tried[lr] = math.inf
         best = min(tried, key=tried.__getitem__)
-        return Steps(each, best, momentum=0.8, batch_size=size, decay=True, seed=seed), each * len(
-            RATES
-        )
+        return replace(like, lr=best), each * len(RATES)
 
     def _missed(self, before: nn.Module, after: nn.Module, change: Any) -> float:
         """Mean squared distance of logits from those wanted, both sets alike."""

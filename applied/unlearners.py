@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from attribution_core.outputs import cross_entropy, logits_and_labels
 from attribution_core.problem import Batch, Data, PerExample, as_data, take
 
+TINY = 1e-30  # a gradient that is 0 stays so
 Unlearner = Callable[[nn.Module, Any, Any], nn.Module]
 
 
@@ -31,7 +32,7 @@ class Steps:
         lr: learning rate; with `decay` it is held for half of the steps and then falls to 0.
         momentum: of SGD; None takes Adam.
         batch_size: retained rows of a step; as many of the forget set, or all of it where it is smaller.
-        clip: largest gradient norm.
+        clip: largest gradient norm, in norms of the first gradient.
         seed: of the batches.
     """
 
@@ -229,6 +230,7 @@ def _descend(
         if how.momentum is None
         else torch.optim.SGD(free, how.lr, momentum=how.momentum)
     )
+    first = 0.0  # norm of the first gradient
     for step in range(how.steps):
         for group in optimizer.param_groups:
             group["lr"] = how.lr * (min(1.0, 2 * (1 - step / how.steps)) if how.decay else 1.0)
@@ -241,7 +243,10 @@ def _descend(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
         if how.clip is not None:
-            nn.utils.clip_grad_norm_(free, how.clip)
+            first = first or float(
+                nn.utils.get_total_norm([p.grad for p in free if p.grad is not None])
+            )
+            nn.utils.clip_grad_norm_(free, max(how.clip * first, TINY))
         optimizer.step()
     for p in free:
         p.grad = None

@@ -1,0 +1,203 @@
+"""The work of unlearn.py: models and oracles, unlearners and how near each comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from applied.unlearners import (
+    Steps,
+    Unlearner,
+    centred_logits,
+    fine_tune,
+    gradient_ascent,
+    gradient_difference,
+    match,
+    npo,
+    scrub,
+)
+from applied.unlearning import Evaluation, evaluate, read_all, unlearn
+from attribution_core import SGD, Outputs, Recipe, margin, retrain, train
+from attribution_core.problem import sample
+from recipes.classification import problem_of
+from recipes.forget_sets import Forget
+from recipes.value_data import bar
+
+if TYPE_CHECKING:
+    from recipes.unlearn import Flags
+
+AUTO, PREDICTED, OUTPUTS = "auto (models)", "auto (predicted outputs)", "outputs only"
+MATCHING = "oracle matching (needs an oracle)"
+BASELINES: Mapping[str, Unlearner] = {
+    "fine-tune": fine_tune,
+    "gradient ascent": gradient_ascent,
+    "gradient difference": gradient_difference,
+    "SCRUB": scrub,
+    "NPO": npo,
+}
+READ = 500  # rows at most that each split reads
+TRIED = 5  # models that learning rates are chosen on
+CLIP = 1.0  # largest gradient norm of the baselines; ascent has no end otherwise
+FIRST_ORACLE = 1000  # seed
+Splits = dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What unlearning one forget set came to.
+
+    Args:
+        before, oracle: split -> margins [models, z].
+        methods: name -> split -> margins [models, z].
+        cost: name -> share of a training's steps.
+        rates: name -> learning rate that was chosen.
+        trust: kind of reading -> how far auto believed its prediction; 0 leaves outputs as they are.
+        points: split -> rows of the data that were read.
+    """
+
+    forget: Forget
+    evaluation: Evaluation
+    before: Splits
+    oracle: Splits
+    methods: Mapping[str, Splits]
+    cost: Mapping[str, float]
+    rates: Mapping[str, float]
+    trust: Mapping[str, float]
+    points: Mapping[str, NDArray[np.intp]]
+
+
+def study(flags: Flags, forget: Forget) -> Study:
+    """Train, retrain without, unlearn in every way, compare."""
+    data, rows, name = forget.data, forget.rows, forget.kind
+    problem, make = problem_of(data, flags.width, flags.weight_decay)
+    size = min(flags.batch_size, problem.n)
+    recipe = Recipe(SGD(flags.lr, momentum=0.9), size, flags.epochs, init=make)
+    runs = [
+        train(
+            problem, replace(recipe, seed=seed), states=0, folder=flags.out / "runs" / f"{name}-{seed}"
+        )
+        for seed in bar(f"{name}: training")(range(flags.models))
+    ]  # fmt: skip
+    outputs, points = read_at(forget, flags.seed)
+    without = np.ones(problem.n)
+    without[rows] = 0.0
+    together = Outputs(margin, joined([some.data for some in outputs.values()]))
+    table = retrain(
+        problem, recipe, together, without,
+        seeds=range(FIRST_ORACLE, FIRST_ORACLE + 2 * flags.models),
+        folder=flags.out / "oracles" / name, jobs=flags.jobs, progress=bar(f"{name}: retraining"),
+    )  # fmt: skip
+    ends = np.cumsum([len(some) for some in outputs.values()])[:-1]
+    oracle = dict(zip(outputs, np.split(table.per_seed[0], ends, axis=1), strict=True))
+    before = read_all(runs, outputs)
+
+    auto = unlearn(runs, rows, outputs, budget=flags.budget, progress=bar(f"{name}: auto"))
+    only = unlearn(
+        runs, rows, outputs, method="outputs", budget=flags.budget, progress=bar(f"{name}: outputs")
+    )
+    methods = {AUTO: auto.outputs(outputs), PREDICTED: dict(auto.predicted), OUTPUTS: dict(only.predicted)}  # fmt: skip
+    # the predicted outputs of auto cost its rehearsals, not the matching after them
+    matching = auto.meta["matching"].steps / len(runs[0].order)
+    cost = {AUTO: auto.share, PREDICTED: auto.share - matching, OUTPUTS: only.share}
+    rates = {}
+    for title, unlearner in unlearners(runs[0], without, rows).items():
+        methods[title], cost[title], rates[title] = at_best_rate(
+            flags, runs, rows, outputs, oracle, unlearner, f"{name}: {title}"
+        )
+    save(auto.models, flags.out / "unlearned" / name)
+    found = evaluate(methods, oracle, before)
+    found.save(flags.out / f"points-{name}.parquet")
+    return Study(forget, found, before, oracle, methods, cost, rates, auto.meta["trust"], points)
+
+
+def read_at(forget: Forget, seed: int) -> tuple[dict[str, Outputs], dict[str, NDArray[np.intp]]]:
+    """Margins of the forget set, of retained and of validation rows; which rows they are."""
+    data = forget.data
+    rest = np.setdiff1d(np.arange(len(data.x)), forget.rows)
+    rest = rest[sample(len(rest), READ, seed)]
+    held = np.arange(min(READ, len(data.target_x)))
+    points = {"forget": forget.rows, "retain": rest, "validation": held}
+    return {
+        split: Outputs(
+            margin,
+            (torch.tensor(data.target_x[at]), torch.tensor(data.target_y[at]))
+            if split == "validation"
+            else (torch.tensor(data.x[at]), torch.tensor(data.y[at])),
+        )
+        for split, at in points.items()
+    }, points
+
+
+def joined(parts: list[Any]) -> tuple[torch.Tensor, ...]:
+    """Several tables of tensors, one below the other."""
+    return tuple(torch.cat(some) for some in zip(*(part.columns for part in parts), strict=True))
+
+
+def unlearners(
+    run: Any, without: NDArray[np.float64], rows: NDArray[np.intp]
+) -> dict[str, Callable[[Steps], Unlearner]]:
+    """The baselines, and matching to one retrained model: each for given steps."""
+    problem, recipe = run.problem, replace(run.recipe, seed=FIRST_ORACLE - 1)
+    model = train(problem, recipe, without, drop="row", states=0).model
+    rest = np.setdiff1d(np.arange(problem.n), rows)
+    with torch.no_grad():
+        logits = [
+            centred_logits(model, problem.train[some.tolist()])[0].detach() for some in (rows, rest)
+        ]
+
+    def matched(how: Steps) -> Unlearner:
+        how = replace(how, decay=True, clip=None)
+        return partial(match, forget_logits=logits[0], retain_logits=logits[1], how=how)
+
+    def ordinary(unlearner: Any) -> Callable[[Steps], Unlearner]:
+        return lambda how: partial(unlearner, how=how)
+
+    return {**{name: ordinary(some) for name, some in BASELINES.items()}, MATCHING: matched}
+
+
+def at_best_rate(
+    flags: Flags, runs: list[Any], rows: NDArray[np.intp], outputs: Mapping[str, Outputs],
+    oracle: Splits, unlearner: Callable[[Steps], Unlearner], title: str,
+) -> tuple[Splits, float, float]:  # fmt: skip
+    """(margins, cost, learning rate): the rate whose mean margins come nearest to the oracles' on few models.
+
+    Oracles choose: that is more than a user of these methods has, and in their favour.
+    """
+    steps = max(1, round(flags.budget * len(runs[0].order)))
+    size = len(runs[0].order[0])
+
+    def at(rate: float, some: list[Any], progress: Any = iter) -> tuple[Splits, float]:
+        how = Steps(steps, rate * flags.lr, momentum=0.9, batch_size=size, clip=CLIP)
+        found = unlearn(some, rows, outputs, method=unlearner(how), progress=progress)
+        return found.outputs(outputs), found.share
+
+    missed = {}
+    for rate in flags.rates:
+        try:
+            margins, _ = at(rate, runs[:TRIED])
+        except ValueError:  # left the finite numbers
+            continue
+        missed[rate] = sum(
+            float(np.abs(margins[s].mean(0) - oracle[s].mean(0)).mean()) for s in oracle
+        )
+    if not missed:
+        raise ValueError(f"{title} left the finite numbers at every rate of {flags.rates}; pass smaller --rates")  # fmt: skip
+    best = min(missed, key=missed.__getitem__)
+    return *at(best, runs, bar(title)), best * flags.lr
+
+
+def save(models: list[Any], folder: Path) -> None:
+    """One safetensors file a model, numbered like the runs."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, model in enumerate(models):
+        state = {name: value.contiguous() for name, value in model.state_dict().items()}
+        save_file(state, folder / f"{seed}.safetensors")

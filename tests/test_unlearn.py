@@ -1,0 +1,130 @@
+"""recipes/unlearn.py as a user meets it: one command, the same again, a file of one's own, wrong input."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+from sklearn.datasets import load_breast_cancer
+
+from recipes.forget_sets import cluster
+from recipes.unlearn import run
+
+QUICK = [
+    "--models", "6", "--epochs", "10", "--batch-size", "25", "--width", "8", "--size", "10",
+    "--rates", "0.1",
+]  # fmt: skip
+METHODS = {
+    "auto (models)", "auto (predicted outputs)", "outputs only", "fine-tune", "gradient ascent",
+    "gradient difference", "SCRUB", "NPO", "oracle matching (needs an oracle)",
+}  # fmt: skip
+
+
+def read(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_three_forget_sets_from_start_to_report(tmp_path, capsys):
+    flags = [*QUICK, "--rows", "150", "--out", str(tmp_path)]
+    run(flags)
+    said = capsys.readouterr().out
+    for words in (
+        "cluster: ",
+        "of 150 rows",
+        "floor (oracle vs oracle)",
+        "KL(unlearned || oracle)",
+    ):
+        assert words in said
+    metrics = read(tmp_path)
+    for kind in ("random", "cluster", "mislabelled"):
+        found = metrics[kind]
+        assert set(found["methods"]) > METHODS
+        assert found["direction"] == "KL(unlearned || oracle)"
+        assert found["k"] == 6
+        assert set(found["cost"]) == METHODS
+        assert 0 < found["cost"]["auto (models)"] <= 0.25
+        assert set(found["methods"]["auto (models)"]) > {"forget", "retain", "validation"}
+        table = pq.read_table(tmp_path / f"points-{kind}.parquet")
+        assert {"method", "split", "point", "score", "floor"} <= set(table.column_names)
+        saved = sorted((tmp_path / "unlearned" / kind).glob("*.safetensors"))
+        assert len(saved) == 6
+        assert load_file(saved[0])["0.weight"].shape == (8, 64)
+    assert len(metrics["random"]["rows"]) == len(metrics["mislabelled"]["rows"]) == 10
+    # rows that were learnt with wrong labels come out otherwise without them
+    nothing, floor = (
+        metrics["mislabelled"]["methods"][name]["margin error"]
+        for name in ("do nothing (ceiling)", "floor (oracle vs oracle)")
+    )
+    assert nothing > 2 * floor
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img") == 9
+    assert "Share of the gap closed" in page
+
+    kept = [p for part in ("runs", "oracles") for p in (tmp_path / part).rglob("*") if p.is_file()]
+    before = {p: p.stat().st_mtime_ns for p in kept}
+    assert len(before) > 36
+    run(flags)
+    assert {p: p.stat().st_mtime_ns for p in kept} == before
+    assert read(tmp_path) == metrics
+
+
+def written(tmp_path):
+    """A user's table in two files, and rows to forget."""
+    x, y = load_breast_cancer(return_X_y=True)
+    frame = pd.DataFrame({"radius": x[:, 0], "texture": x[:, 1], "outcome": np.where(y, "benign", "malignant")})  # fmt: skip
+    frame.iloc[:120].to_parquet(tmp_path / "mine.parquet")
+    frame.iloc[120:180].to_csv(tmp_path / "held.csv", index=False)
+    (tmp_path / "ids.txt").write_text("3, 17\n44\n")
+    return ["--data", str(tmp_path / "mine.parquet"), "--label", "outcome"]
+
+
+def test_rows_of_a_file_of_ones_own(tmp_path, capsys):
+    own = [*written(tmp_path), "--test", str(tmp_path / "held.csv")]
+    out = tmp_path / "out"
+    run([*QUICK, *own, "--forget-file", str(tmp_path / "ids.txt"), "--out", str(out)])
+    metrics = read(out)
+    assert set(metrics) == {"file", "facts"}
+    assert metrics["file"]["rows"] == [3, 17, 44]
+    assert "file: 3 of 120 rows" in capsys.readouterr().out
+
+
+def test_a_cluster_is_of_one_class_and_about_as_large_as_asked():
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2], [30, 40, 50])
+    x = rng.normal(size=(120, 2)) + 9 * y[:, None]
+    x[70:87] += 40  # seventeen of the third class lie apart
+    rows = cluster(x[y == 2], y[y == 2], 17)
+    np.testing.assert_array_equal(rows, np.arange(17))
+    for size in (5, 10, 30):
+        rows = cluster(x, y, size)
+        assert len(set(y[rows])) == 1
+        assert abs(len(rows) - size) < 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--forget", "all"], "unknown forget set ['all']; expected some of random, cluster"),
+        (["--models", "3"], "expected at least 4 models, got 3"),
+        (["--size", "400"], "expected --size from 1 to 250"),
+        (["--forget-file", "nowhere.txt"], "no file nowhere.txt"),
+        (["--forget-file", "HIGH"], "expected row numbers from 0 to 499"),
+        (["--forget-file", "WORDS"], "got ['two']"),
+        (["--forget-file", "EMPTY"], "got none"),
+        (["--forget-file", "TWICE"], "expected some of 500 rows, each once"),
+        (["--data", "nothing.csv"], "no file nothing.csv"),
+        (["--data", "mine.csv", "--forget-file", "TWICE"], "expected --test beside --forget-file"),
+    ],
+)
+def test_wrong_input_is_said_in_one_line(tmp_path, flags, words):
+    files = {"HIGH": "1 500", "WORDS": "1 two", "EMPTY": "", "TWICE": "4 4"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    given = [str(tmp_path / flag) if flag in files else flag for flag in flags]
+    with pytest.raises(SystemExit) as stopped:
+        run([*given, "--out", str(tmp_path / "out")])
+    assert words in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+    assert not (tmp_path / "out").exists()

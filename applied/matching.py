@@ -13,6 +13,7 @@ from applied.unlearners import Steps, centred_logits, match
 from attribution_core.problem import Rows, batches, take
 
 KINDS = ("forget logits", "retain logits")
+TIMES = (1.0, 3.0, 10.0)  # learning rates of Adam, in the training's
 RATES = (0.02, 0.06, 0.18)  # learning rates that matching is tried with, on the first run
 
 
@@ -24,13 +25,13 @@ class Goal:
     retain: Rows
 
     def logits(self, model: nn.Module) -> dict[str, Tensor]:
-        """Centred logits [rows, ..., c] of both sets."""
+        """Centred logits [rows, ..., c] of both sets; 0 where nothing is predicted."""
         device = next(model.parameters()).device
         with torch.no_grad():
             return {
                 name: torch.cat(
                     [
-                        centred_logits(model, take(data, some, device))[0]
+                        _counted(*centred_logits(model, take(data, some, device)))
                         for some in batches(len(data), 256)
                     ]
                 ).cpu()
@@ -51,7 +52,14 @@ class Goal:
         )
 
     def best_rate(
-        self, model: nn.Module, change: Any, left: float, runs: int, size: int, seed: int
+        self,
+        model: nn.Module,
+        change: Any,
+        left: float,
+        runs: int,
+        size: int,
+        seed: int,
+        optimizer: Any,
     ) -> tuple[Steps, int]:
         """(steps within what is left for each of the runs, steps spent on the choice)."""
         each = int(left * runs / (runs + len(RATES)))
@@ -60,8 +68,11 @@ class Goal:
                 f"expected steps left to match with, got {left:.1f} a model after rehearsals; raise `budget`"
             )
         like = Steps(each, momentum=0.8, batch_size=size, decay=True, clip=1.0, seed=seed)
+        rates = RATES
+        if hasattr(optimizer, "betas"):  # trained by Adam: matched by it
+            like, rates = replace(like, momentum=None), tuple(k * optimizer.lr for k in TIMES)
         tried = {}
-        for lr in RATES:
+        for lr in rates:
             how = replace(like, lr=lr)
             try:
                 tried[lr] = self._missed(model, self.reached(model, change, how), change)
@@ -77,3 +88,7 @@ class Goal:
             float((now[name] - was[name] - part.to(was[name])).square().mean())
             for name, part in zip(KINDS, change, strict=True)
         )
+
+
+def _counted(z: Tensor, places: Tensor) -> Tensor:
+    return z * places[..., None]

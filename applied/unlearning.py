@@ -175,7 +175,13 @@ def unlearn(
         to = change if change is not None else tuple(torch.as_tensor(moved[k]) for k in KINDS)
         size = min(len(several[0].order[0]), len(rows) + len(rest))
         how, tried = goal.best_rate(
-            several[0].model, to, budget * length - spent, len(several), size, seed
+            several[0].model,
+            to,
+            budget * length - spent,
+            len(several),
+            size,
+            seed,
+            several[0].recipe.optimizer,
         )
         spent += how.steps + tried / len(several)
         for k, run in enumerate(progress(several)):
@@ -273,14 +279,14 @@ class _Reader:
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         parts = found.changes.split(sizes, dim=1)
         return {
-            name: replace(found, changes=part)
+            name: replace(found, changes=part.reshape(-1, *self.shapes[name]))
             for name, part in zip(self.shapes, parts, strict=True)
         }
 
     def split(self, found: Rehearsal) -> dict[str, Any]:
-        """Mean changes by part, shrunk by their noise."""
+        """Mean changes by part, shrunk by their noise: outputs all alike, logits place by place."""
         return {
-            name: (part.trust * part.mean).reshape(self.shapes[name]).numpy()
+            name: (part.shrunk if name in KINDS else part.trust * part.mean).numpy()
             for name, part in self.cut(found).items()
         }
 

@@ -81,12 +81,21 @@ class Rehearsal:
         James & Stein's factor, pooled over all readings: 1 − Σ s²/k / Σ mean², s² the variance over the k
         runs. 1 for a single run, which shows no noise.
         """
-        k = len(self.changes)
-        signal = float(self.mean.square().mean())
-        if k < 2 or signal == 0:
-            return 1.0 if signal else 0.0
-        noise = float(self.changes.var(0).mean()) / k
-        return min(1.0, max(0.0, 1 - noise / signal))
+        return float(self._factor(self.changes.ndim - 1))
+
+    @property
+    def shrunk(self) -> Tensor:
+        """The mean change, each block along the last dimension shrunk by its own noise (see `trust`)."""
+        return self._factor(1) * self.mean
+
+    def _factor(self, over: int) -> Tensor:
+        """James & Stein's factor over the last dimensions, which are kept with size 1."""
+        k, dims = len(self.changes), list(range(-over, 0))
+        signal = self.mean.square().sum(dims, keepdim=True)
+        if k < 2:
+            return (signal > 0).double()
+        noise = self.changes.var(0).sum(dims, keepdim=True) / k
+        return torch.where(signal > 0, 1 - noise / signal, torch.zeros_like(signal)).clamp(0, 1)
 
 
 def rehearse(

@@ -32,7 +32,7 @@ class Steps:
         lr: learning rate; with `decay` it is held for half of the steps and then falls to 0.
         momentum: of SGD; None takes Adam.
         batch_size: retained rows of a step; as many of the forget set, or all of it where it is smaller.
-        clip: largest gradient norm, in norms of the first gradient.
+        clip: largest gradient norm; of `match`, in norms of the first gradient.
         seed: of the batches.
     """
 
@@ -195,7 +195,7 @@ def match(
             parts.append(off.sum(1) / mask.sum(1).clamp(min=1))
         return torch.cat(parts).mean()
 
-    return _descend(model, forget, retain, how, goal)
+    return _descend(model, forget, retain, how, goal, relative=True)
 
 
 def centred_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -216,8 +216,12 @@ def _descend(
     retain: Any,
     how: Steps,
     goal: Callable[[nn.Module, Callable[[], Batch], Callable[[], Batch]], Tensor],
+    relative: bool = False,
 ) -> nn.Module:
-    """A copy of the model after the steps; `goal` gets (model, next forget batch, next retain batch)."""
+    """A copy of the model after the steps; `goal` gets (model, next forget batch, next retain batch).
+
+    relative: clip in norms of the first gradient.
+    """
     new = copy.deepcopy(model)
     device = next(new.parameters()).device
     rng = np.random.default_rng([how.seed, 1])
@@ -230,7 +234,7 @@ def _descend(
         if how.momentum is None
         else torch.optim.SGD(free, how.lr, momentum=how.momentum)
     )
-    first = 0.0  # norm of the first gradient
+    unit = 0.0  # of the clip
     for step in range(how.steps):
         for group in optimizer.param_groups:
             group["lr"] = how.lr * (min(1.0, 2 * (1 - step / how.steps)) if how.decay else 1.0)
@@ -243,10 +247,9 @@ def _descend(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
         if how.clip is not None:
-            first = first or float(
-                nn.utils.get_total_norm([p.grad for p in free if p.grad is not None])
-            )
-            nn.utils.clip_grad_norm_(free, max(how.clip * first, TINY))
+            seen = [p.grad for p in free if p.grad is not None]
+            unit = unit or (float(nn.utils.get_total_norm(seen)) if relative else 1.0)
+            nn.utils.clip_grad_norm_(free, max(how.clip * unit, TINY))
         optimizer.step()
     for p in free:
         p.grad = None

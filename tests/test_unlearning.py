@@ -262,3 +262,16 @@ def test_runs_that_never_saw_the_set_are_refused(trained):
     run = train(problem, recipe, weights, drop="row", states=0)
     with pytest.raises(ValueError, match="never saw them"):
         unlearning.unlearn(run, rows)
+
+
+def test_clips_are_absolute_but_for_matching(trained):
+    """SCRUB begins at a stationary point: norms of its first gradient would be none to clip by."""
+    problem, _, runs, rows, _ = trained
+    forget, retain = sets(problem, rows)
+    model = runs[0].model
+    how = Steps(10, 0.01, momentum=0.0, clip=1e-3, batch_size=20)
+    assert (
+        1e-6
+        < moved(model, unlearners.scrub(model, forget, retain, how=how)).norm()
+        <= 10 * 0.01 * 1e-3
+    )

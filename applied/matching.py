@@ -52,16 +52,11 @@ class Goal:
         )
 
     def best_rate(
-        self,
-        model: nn.Module,
-        change: Any,
-        left: float,
-        runs: int,
-        size: int,
-        seed: int,
-        optimizer: Any,
+        self, run: Any, change: Any, left: float, runs: int, seed: int
     ) -> tuple[Steps, int]:
-        """(steps within what is left for each of the runs, steps spent on the choice)."""
+        """(steps within what is left for each of the runs, steps spent on the choice), tried on one run."""
+        model, optimizer = run.model, run.recipe.optimizer
+        size = min(len(run.order[0]), len(self.forget) + len(self.retain))
         each = int(left * runs / (runs + len(RATES)))
         if each < 1:
             raise ValueError(

@@ -173,16 +173,8 @@ def unlearn(
     models: list[nn.Module] = []
     if goal is not None:
         to = change if change is not None else tuple(torch.as_tensor(moved[k]) for k in KINDS)
-        size = min(len(several[0].order[0]), len(rows) + len(rest))
-        how, tried = goal.best_rate(
-            several[0].model,
-            to,
-            budget * length - spent,
-            len(several),
-            size,
-            seed,
-            several[0].recipe.optimizer,
-        )
+        left = budget * length - spent
+        how, tried = goal.best_rate(several[0], to, left, len(several), seed)
         spent += how.steps + tried / len(several)
         for k, run in enumerate(progress(several)):
             models.append(goal.reached(run.model, to, replace(how, seed=seed + k)))
@@ -237,7 +229,11 @@ def _checked(runs: list[Any], forget: Iterable[int], budget: float) -> NDArray[n
 def _plan(
     runs: int, length: int, budget: float, pace: Pace | None, models: bool
 ) -> tuple[Pace, int]:
-    """(how long a rehearsal is, how many runs are rehearsed), within the budget of all runs together."""
+    """(how long a rehearsal is, how many runs are rehearsed), within the budget of all runs together.
+
+    Raises:
+        ValueError: the shortest rehearsals, or those asked for, cost more, or leave no step to match with.
+    """
     matching = (MATCHING if runs > 2 * PAIRS else FEW) if models else 0.0
     whole = runs * length * budget * (1 - matching)
 
@@ -246,12 +242,18 @@ def _plan(
 
     wished = Pace() if pace is None else pace
     pairs = min(runs, max(int(whole // cost(wished.share)), min(runs, PAIRS)))
-    if pace is not None or (pairs > PAIRS and pairs < runs):
-        return wished, pairs
-    # few runs: each is rehearsed for as long as the budget allows
-    lengths = [k / 100 for k in range(round(100 * SHORTEST), round(100 * LONGEST) + 1)]
-    fitting = [share for share in lengths if pairs * cost(share) <= whole]
-    return replace(wished, share=max(fitting, default=SHORTEST)), pairs
+    if pace is None and not PAIRS < pairs < runs:
+        # few runs: each is rehearsed for as long as the budget allows
+        lengths = [k / 100 for k in range(round(100 * SHORTEST), round(100 * LONGEST) + 1)]
+        fitting = [share for share in lengths if pairs * cost(share) <= whole]
+        wished = replace(wished, share=max(fitting, default=SHORTEST))
+    spent = pairs * cost(wished.share) / runs
+    if spent > budget * length - models:
+        raise ValueError(
+            f"expected a budget that rehearsals fit in, got {budget:g} of {length} steps, while {pairs} pairs "
+            f"of {math.ceil(wished.share * length)} steps take {spent:.1f} a model; raise `budget` or give more runs"
+        )
+    return wished, pairs
 
 
 @dataclass(frozen=True, eq=False)

@@ -98,8 +98,9 @@ def against_cost(evaluation: Evaluation, steps: Mapping[str, float]) -> Figure:
         ax.axhspan(low, high, color=PALE_GREY, lw=0, alpha=0.7, label="floor, mean to p95")
         ax.axhline(ceiling, color=INK, lw=1, ls=(0, (4, 3)), label="do nothing")
         for j, method in enumerate(evaluation.methods):
-            style: dict[str, Any] = {"color": PALETTE[j % len(PALETTE)], "mec": "white", "ms": 7.5}
             mark = MARKERS[j % len(MARKERS)]
+            style: dict[str, Any] = {"color": PALETTE[j % len(PALETTE)], "mec": "white", "mew": 0.5}
+            style["ms"] = 13 if mark == "*" else 8  # a star's arms are thin
             ax.plot(steps[method], evaluation.mean(method, split), mark, label=method, **style)
         found = [f"{m} {evaluation.mean(m, split):.3g}" for m in evaluation.methods]
         told.append(f"{split}: floor {low:.3g}, do nothing {ceiling:.3g}, {', '.join(found)}")
@@ -146,9 +147,11 @@ def changes(predicted: ArrayLike, actual: ArrayLike, *, unit: str = "margin") ->
             f"expected finite pairs, predicted [z] and actual [z] with z >= 2, got {x.shape}, {y.shape}"
         )
     varied = np.ptp(x) > 0 and np.ptp(y) > 0
-    slope = np.polyfit(x, y, 1)[0] if np.ptp(x) > 0 else math.nan
-    correlation = np.corrcoef(x, y)[0, 1] if varied else math.nan
-    words = f"slope {slope:.2f}, correlation {correlation:.2f}, {len(x)} points"
+    slope = np.polyfit(x, y, 1)[0] if varied else math.nan
+    fit = "no fit: one side is constant"
+    if varied:
+        fit = f"slope {slope:.2f}, correlation {np.corrcoef(x, y)[0, 1]:.2f}"
+    words = f"{fit}, {len(x)} points"
     figure, ax = axes(
         4.4, f"predicted change of the {unit}", f"change of the {unit} after retraining", words
     )

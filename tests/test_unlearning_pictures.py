@@ -92,3 +92,9 @@ def test_gaps_are_grouped_by_forget_set():
         "Share of the gap closed: SCRUB random no effect, cluster 0.65; DMM random no effect, cluster 0.97."
     )
     assert drawn(figure)
+
+
+def test_a_constant_prediction_has_no_fit():
+    figure = changes(np.zeros(5), np.arange(5.0))
+    assert "no fit" in str(figure.get_label())
+    assert "nan" not in str(figure.get_label())

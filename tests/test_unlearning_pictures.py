@@ -95,6 +95,6 @@ def test_gaps_are_grouped_by_forget_set():
 
 
 def test_a_constant_prediction_has_no_fit():
-    figure = changes(np.zeros(5), np.arange(5.0))
+    figure = pictures.changes(np.zeros(5), np.arange(5.0))
     assert "no fit" in str(figure.get_label())
     assert "nan" not in str(figure.get_label())

@@ -256,7 +256,8 @@ def verify(
             as the decision's targets, better read on data that was not used to decide. Called
             once for the decision and all given controls, and once per seed for "random".
         control: "random" (for each seed a fresh random subset that spends the same cost), or
-            weights [n] or [c, n], or a mapping of names to "random" or weights [n].
+            weights [n] or [c, n], or a mapping of names to "random", weights [n], or weights [s, n], one
+            draw for each seed.
         seeds: training seeds; a number k means 0 .. k−1.
 
     Raises:
@@ -314,10 +315,11 @@ def _controls(control: Any, decision: Decision, seeds: list[int]) -> dict[str, N
             found[name] = random_controls(decision, seeds)
             continue
         array = np.asarray(weights, dtype=float)
-        if array.shape != (n,) or not (np.isfinite(array) & (array >= 0)).all():
+        shapes = ((n,), (len(seeds), n))
+        if array.shape not in shapes or not (np.isfinite(array) & (array >= 0)).all():
             raise ValueError(
-                f"expected finite weights >= 0 of shape [n={n}] for control {name!r}, got "
-                f"{array.shape}; pass one training weight per example"
+                f"expected finite weights >= 0 of shape [n={n}] (or [seeds={len(seeds)}, n]) for control {name!r}, "
+                f"got {array.shape}; pass one training weight per example"
             )
         found[name] = array
     return found

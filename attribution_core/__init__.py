@@ -15,6 +15,7 @@ from attribution_core.evaluation import LDS, lds
 from attribution_core.groups import group_table, kmeans_groups, random_groups
 from attribution_core.in_run import InRun, in_run
 from attribution_core.influence import influence
+from attribution_core.input_influence import gradient_matching, input_influence
 from attribution_core.leave_out import leave_one_out
 from attribution_core.magic import magic
 from attribution_core.neighbors import bm25, knn, knn_values, representation_similarity
@@ -23,6 +24,7 @@ from attribution_core.outputs import causal_lm_loss, cross_entropy, margin, squa
 from attribution_core.preflight import preflight
 from attribution_core.problem import Outputs, Problem
 from attribution_core.projection import project
+from attribution_core.refitting import refit, refitted
 from attribution_core.regression import (
     NotConverged,
     PairDatamodel,
@@ -31,6 +33,7 @@ from attribution_core.regression import (
 )
 from attribution_core.rehearsal import Pace, Rehearsal, rehearse
 from attribution_core.retraining import RetrainingTable, retrain
+from attribution_core.self_influence import self_influence
 from attribution_core.smoothness import MetagradientWarning
 from attribution_core.subsets import (
     all_subsets,
@@ -77,10 +80,12 @@ __all__ = [
     "fit_certified",
     "fit_curvature",
     "fit_datamodel",
+    "gradient_matching",
     "group_subsets",
     "group_table",
     "in_run",
     "influence",
+    "input_influence",
     "kmeans_groups",
     "knn",
     "knn_values",
@@ -95,10 +100,13 @@ __all__ = [
     "project",
     "random_groups",
     "random_subsets",
+    "refit",
+    "refitted",
     "rehearse",
     "remove",
     "representation_similarity",
     "retrain",
+    "self_influence",
     "source",
     "squared_error",
     "tracin",

@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from attribution_core.optimizers import State
-from attribution_core.problem import Batch, Params, take
+from attribution_core.problem import Batch, Column, Params, take
 from attribution_core.processes import sum_over_processes, world
 from attribution_core.steps import Steps, TrainingState
 
 Form = Literal["auto", "double", "vmap"]
-Column = str | int  # of the data: a key, or a place in the tuple
 
 
 @dataclass(frozen=True, eq=False)

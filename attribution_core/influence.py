@@ -23,7 +23,7 @@ from attribution_core.problem import Outputs, Problem, Rows, sample
 from attribution_core.processes import collect, my_rows
 from attribution_core.store import Store, fingerprint
 from attribution_core.trained import Trained, over_runs, several, trained
-from attribution_core.training import Run
+from attribution_core.training import Drop, Run
 
 QUICK = 5 * 10**9  # rows · parameters · targets up to which EK-FAC is refined in seconds
 WIDE = 2**28  # output gradients, in numbers, up to which float32 models are solved in float64
@@ -40,6 +40,7 @@ def influence(
     groups: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     exposure: float = 1.0,
+    drop: Drop = "weight",
     curvature_rows: int | None = None,
     form: Form = "auto",
     engine: Engine = "auto",
@@ -76,6 +77,9 @@ def influence(
         exposure: α, how often a problem's model saw each example, relative to a full run. A model
             trained on batches drawn from a fraction α of the data averages over αn examples, so a unit of
             weight counts 1/(αn) there. With a run: its own.
+        drop: what weight 0 meant where a problem was trained at `weights`. "weight": n is fixed, (1/n) Σ w ℓ.
+            "row": those rows were not there; n counts the others, and the absent rows get scores, too. With a
+            run: its own.
         curvature_rows: estimate the curvature on so many rows, drawn with a fixed seed; all if not given.
         engine, batch_size: how gradients are taken; change cost, never the result.
         folder: keep scores there, block by block; the same call resumes. [n, t] float32.
@@ -103,7 +107,7 @@ def influence(
     assert isinstance(source, (Problem, Run))
     if groups is not None and folder is not None:
         raise ValueError("groups cost one backward pass each and keep no folder; leave one out")
-    at = trained(source, weights, exposure)
+    at = trained(source, weights, exposure, drop)
     problem = at.problem
     base = outputs.evaluate(problem.model).numpy()  # first, for it names rows of NaN
 
@@ -113,7 +117,7 @@ def influence(
         refine = 4 if size <= QUICK else "size" if damping is None else 0
 
     def solve() -> tuple[Tensor, dict[str, Any]]:
-        fitted = _fitted(
+        fitted = fitted_curvature(
             source, at, outputs, curvature, damping,
             rows=some, labels=labels, refine=refine or 0, form=form, tolerance=tolerance,
             max_iterations=max_iterations, batch_size=batch_size, progress=progress,
@@ -159,7 +163,7 @@ def influence(
     return LinearDatamodel(scores, base, anchor, ids=names, targets=targets, meta=meta)
 
 
-def _fitted(
+def fitted_curvature(
     source: Problem | Run,
     at: Trained,
     outputs: Outputs,
@@ -167,10 +171,10 @@ def _fitted(
     damping: float | Tensor | Literal["auto"] | None,
     *,
     rows: NDArray[np.intp],
-    progress: Progress,
+    progress: Progress = iter,
     **settings: Any,
 ) -> Curvature:
-    """The curvature on some rows, with the damping asked for."""
+    """The curvature on some rows, with the damping asked for; rows of weight 0 bend nothing and are passed over."""
     if isinstance(curvature, Curvature):
         if damping is not None or settings["labels"] != "model" or settings["refine"]:
             raise ValueError(
@@ -186,10 +190,12 @@ def _fitted(
         return choose_damping(source, outputs, curvature, rows=rows, progress=progress, **settings)
     if damping is None and curvature != "hessian":
         damping = at.damping
+    bent = rows[at.weights[rows] != 0]
+    share = len(bent) / len(rows)
     return fit_curvature(
-        replace(at.problem, train=Rows(at.problem.train, rows)),
+        replace(at.problem, train=Rows(at.problem.train, bent)),
         curvature,
-        weights=at.weights[rows] * (at.problem.n / at.drawn),
+        weights=at.weights[bent] * (at.problem.n / at.drawn * share),
         damping=damping,
         progress=progress,
         **settings,

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.adjoint import Column, Form, Wanted
+from attribution_core.adjoint import Form, Wanted
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import Progress
 from attribution_core.groups import named
-from attribution_core.problem import Outputs, take
+from attribution_core.problem import Column, Outputs, floating_column, take
 from attribution_core.processes import world
 from attribution_core.replay import States, states_held
 from attribution_core.smoothness import (
@@ -199,7 +199,7 @@ def _asked(
     chosen = None
     if rows is not None:
         chosen = np.atleast_1d(np.asarray(rows, dtype=int))
-        column = _float_column(run, column)
+        column = floating_column(run.problem.train, column)
         if (
             len(np.unique(chosen)) != len(chosen)
             or not ((chosen >= 0) & (chosen < run.problem.n)).all()
@@ -214,22 +214,6 @@ def _asked(
     few = count + len(hyper) <= len(outputs) and segments == 1
     forward = can and (mode == "forward" or (mode == "auto" and few))
     return _Asked(wrt, labels, chosen, column, hyper, start, segments, forward)
-
-
-def _float_column(run: Run, column: Column | None) -> Column:
-    """The column of the data that is differentiated by."""
-    batch: Any = take(run.problem.train, [0])
-    columns = dict(batch) if isinstance(batch, dict) else dict(enumerate(batch))
-    floating = [name for name, value in columns.items() if value.is_floating_point()]
-    if column is None and floating:
-        return floating[0]
-    if column is None or column not in floating:
-        raise ValueError(
-            f"expected a column of floating numbers to differentiate by, one of {floating}, got {column!r}; "
-            "token ids have no derivative: add a column of zeros that the loss adds to the embeddings "
-            "(causal_lm_loss reads 'embedding_shift')"
-        )
-    return column
 
 
 def _hyper(run: Run, wrt: Wrt) -> dict[str, float]:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 Batch = dict[str, Tensor] | tuple[Tensor, ...]
 PerExample = Callable[[nn.Module, Any], Tensor]  # (plain module, batch of b rows) -> [b]
 Params = dict[str, Tensor]
+Column = str | int  # of the data: a key, or a place in the tuple
 
 
 @runtime_checkable
@@ -115,6 +116,26 @@ def take(data: Data, rows: ArrayLike, device: torch.device | None = None) -> Bat
             )
         return {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
     return tuple(v.to(device) for v in _tensors(batch))
+
+
+def floating_column(data: Data, column: Column | None = None) -> Column:
+    """The column of the data that can be differentiated by: the first floating one, unless named.
+
+    Raises:
+        ValueError: none, or the one named is not.
+    """
+    batch: Any = take(data, [0])
+    columns = dict(batch) if isinstance(batch, dict) else dict(enumerate(batch))
+    floating = [name for name, value in columns.items() if value.is_floating_point()]
+    if column is None and floating:
+        return floating[0]
+    if column is None or column not in floating:
+        raise ValueError(
+            f"expected a column of floating numbers to differentiate by, one of {floating}, got {column!r}; "
+            "token ids have no derivative: add a column of zeros that the loss adds to the embeddings "
+            "(causal_lm_loss reads 'embedding_shift')"
+        )
+    return column
 
 
 def rows_in(batch: Batch) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import flatten
 from attribution_core.problem import Problem
-from attribution_core.training import Run
+from attribution_core.training import Drop, Run
 
 OWN = "a run brings its own weights and exposure; do not give them again"
 
@@ -44,15 +44,20 @@ class Trained:
 
 
 def trained(
-    source: Problem | Run, weights: ArrayLike | None = None, exposure: float = 1.0
+    source: Problem | Run,
+    weights: ArrayLike | None = None,
+    exposure: float = 1.0,
+    drop: Drop = "weight",
 ) -> Trained:
     """Where a run's model stands, or a problem's that was trained at these weights and this exposure.
+
+    drop="row": rows of weight 0 were not there, so the mean loss was over the others.
 
     Raises:
         ValueError: weights that are not [n], an exposure outside (0, 1]; either given beside a run.
     """
     if isinstance(source, Run):
-        if weights is not None or exposure != 1.0:
+        if weights is not None or exposure != 1.0 or drop != "weight":
             raise ValueError(OWN)
         damping = flatten({name: value[None] for name, value in source.damping.items()})[0]
         return Trained(
@@ -63,7 +68,7 @@ def trained(
         raise ValueError(
             f"expected weights [n={source.n}] and an exposure in (0, 1], got {w.shape} and {exposure}"
         )
-    return Trained(source, w, exposure, source.n)
+    return Trained(source, w, exposure, int((w > 0).sum()) if drop == "row" else source.n)
 
 
 def several(

@@ -1,0 +1,406 @@
+"""The defence: which rows look planted, which rows stand behind a bad output, and what comes back without them.
+
+    found = detect(features, labels, trusted=(clean_features, clean_labels), signals={"loss": losses, ...})
+    print(found.table())                               # AUCs, where it is known what was planted
+    mended = repair(attack, found, victim)             # retrained without the suspects, beside random removal
+
+A few rows that somebody has looked at ("trusted") are worth more than any score that only sees the poisoned data: an
+attack that was optimised against the model is, by that, near what the model expects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from applied.recipe import Decision, Interval, Retrain, Verified, paired_interval, verify
+from attribution_core.datamodel import LinearDatamodel
+
+if TYPE_CHECKING:
+    from applied.poisoning import Attack
+
+COMBINED, NEIGHBOURS = "combined", "neighbours"
+DOUBTED = 0.3  # of the rows, left out of the first vote of the combined detector
+VOTES = 3  # rounds of it; rows change sides in the first two
+LANDMARKS = 1000  # of its kernel
+PENALTY = 0.2  # of its ridge
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """Suspicion of every training row, by several detectors; high is suspicious.
+
+    Args:
+        scores: detector -> [n]. "combined" is in signed units where trusted rows were given: above 0, the rows that
+            are believed dispute the label.
+        planted: [n], what was really changed; None where nobody knows.
+    """
+
+    scores: Mapping[str, NDArray[np.float64]]
+    planted: NDArray[np.bool_] | None = None
+
+    @property
+    def combined(self) -> NDArray[np.float64]:
+        """The combined detector's scores, [n]."""
+        return self.scores[COMBINED]
+
+    @property
+    def suspects(self) -> NDArray[np.intp]:
+        """Rows whose label is disputed: combined above 0, the most suspicious first."""
+        order = np.argsort(-self.combined, kind="stable")
+        return order[self.combined[order] > 0]
+
+    def auc(self, name: str = COMBINED) -> float:
+        """Chance that a planted row looks more suspicious than one that is not; ties count half.
+
+        Raises:
+            ValueError: nobody knows what was planted.
+        """
+        from sklearn.metrics import roc_auc_score
+
+        if self.planted is None:
+            raise ValueError("expected planted=[n] to judge a detector by, got none")
+        return float(roc_auc_score(self.planted, self.scores[name]))
+
+    def table(self) -> str:
+        """One line a detector, the best first."""
+        ranked = sorted(self.scores, key=self.auc, reverse=True)
+        width = max(map(len, ranked))
+        lines = [f"{name:{width}}  {self.auc(name):.4f}" for name in ranked]
+        return "\n".join([f"{'detector':{width}}  AUC", *lines])
+
+
+def detect(
+    features: ArrayLike | None = None,
+    labels: ArrayLike | None = None,
+    *,
+    trusted: tuple[ArrayLike, ArrayLike] | None = None,
+    signals: Mapping[str, ArrayLike] | None = None,
+    neighbours: int = 10,
+    planted: ArrayLike | None = None,
+) -> Detection:
+    """How suspicious every training row is.
+
+    "neighbours": the share of the nearest rows with another label. "combined": rows vote on each other's labels by
+    kernel ridge regression, margin_i = p_i(own label) − max other p_i, each by a vote that it has no part in (exact
+    leave-one-out). Trusted rows always vote; of the others first those that trusted rows and signals doubt least,
+    then those that the vote before agrees with. Its score is −margin. Without trusted rows or labels it is the mean
+    over detectors of −log(1 − rank), and says nothing about where to stop.
+
+    Args:
+        features: [n, ...], inputs or representations, on comparable scales.
+        labels: [n] integers, as they stand in the poisoned data.
+        trusted: (features [m, ...], labels [m]) of rows known to be right: a hundred or two do.
+        signals: more detectors, name -> [n], high is suspicious: `self_influence(run)`, each row's loss,
+            `influence(run, loss_on_trusted).scores.mean(1)` (positive: harms what is trusted).
+        planted: [n] truth, to judge by.
+
+    Raises:
+        ValueError: shapes that do not fit, values that are not finite, nothing to detect with.
+
+    Source: the vote is this project's; Koh & Liang 2017, sec. 5.4, for self-influence; Northcutt et al. 2021.
+
+    >>> x = np.r_[np.zeros(20), np.ones(20)][:, None] + np.linspace(0, 0.1, 40)[:, None]
+    >>> y = np.repeat([0, 1], 20)
+    >>> y[3] = 1
+    >>> detect(x, y, trusted=([[0.0], [1.0]], [0, 1])).suspects.tolist()
+    [3]
+    """
+    given = {name: np.asarray(values, dtype=float) for name, values in (signals or {}).items()}
+    y = None if labels is None else np.asarray(labels)
+    x = None if features is None else _flat(features)
+    n = len(x) if x is not None else len(next(iter(given.values()), []))
+    _check(given, n, x, y, planted)
+    if x is not None and y is not None:
+        given[NEIGHBOURS] = _disagreement(x, y, min(neighbours, n - 1))
+    if x is not None and y is not None and trusted is not None:
+        clean_x, clean_y = _flat(trusted[0]), np.asarray(trusted[1])
+        if clean_x.shape[1:] != x.shape[1:] or clean_y.shape != (len(clean_x),):
+            raise ValueError(
+                f"expected trusted features [m, {x.shape[1]}] and labels [m], got {clean_x.shape} and {clean_y.shape}"
+            )
+        combined = -_Vote.of(x, y, clean_x, clean_y).margins(sum(map(_surprise, given.values())))
+    else:
+        combined = np.mean([_surprise(values) for values in given.values()], axis=0)
+    truth = None if planted is None else np.asarray(planted, dtype=bool)
+    return Detection({**given, COMBINED: combined}, truth)
+
+
+def _check(given: Mapping[str, NDArray[Any]], n: int, x: Any, y: Any, planted: Any) -> None:
+    if n == 0 or (not given and (x is None or y is None)):
+        raise ValueError("expected features and labels, or signals, to detect with; got neither")
+    shapes = {**given, **({} if y is None else {"labels": y})}
+    shapes |= {} if planted is None else {"planted": np.asarray(planted)}
+    for name, values in shapes.items():
+        if values.shape != (n,) or not np.isfinite(values).all():
+            raise ValueError(f"expected finite {name} [n={n}], got shape {values.shape}")
+    if x is not None and not np.isfinite(x).all():
+        raise ValueError("expected finite features, got NaN or infinity; mend those rows")
+
+
+def _flat(features: ArrayLike) -> NDArray[np.float64]:
+    x = np.asarray(features, dtype=float)
+    return x.reshape(len(x), -1)
+
+
+def _surprise(values: NDArray[Any]) -> NDArray[np.float64]:
+    """−log(1 − rank share): an exponential variable where nothing is planted, large at the top."""
+    from scipy.stats import rankdata
+
+    return -np.log1p(-rankdata(values) / (len(values) + 1))
+
+
+def _disagreement(x: NDArray[Any], y: NDArray[Any], k: int) -> NDArray[np.float64]:
+    from sklearn.neighbors import NearestNeighbors
+
+    near = NearestNeighbors(n_neighbors=k).fit(x).kneighbors(return_distance=False)
+    return (y[near] != y[:, None]).mean(axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Vote:
+    """Labels disputed by kernel ridge regression of the rows that are believed.
+
+    Args:
+        phi, own: [n, m] kernel features of the rows, [n, c] their labels as indicators.
+        trusted_phi, trusted_own: the same of trusted rows.
+    """
+
+    phi: NDArray[np.float64]
+    own: NDArray[np.float64]
+    trusted_phi: NDArray[np.float64]
+    trusted_own: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, x: Any, y: Any, clean_x: Any, clean_y: Any) -> _Vote:
+        from sklearn.kernel_approximation import Nystroem
+        from sklearn.metrics import pairwise_distances
+
+        both = np.concatenate([clean_x, x])
+        few = both[np.random.default_rng(0).permutation(len(both))[:LANDMARKS]]
+        distance = pairwise_distances(few, metric="sqeuclidean")
+        middle = float(np.median(distance[np.triu_indices(len(few), 1)])) or 1.0
+        kernel = Nystroem(
+            gamma=1.0 / middle, n_components=min(len(both), LANDMARKS), random_state=0
+        )
+        phi = kernel.fit_transform(both)
+        classes = np.unique(np.concatenate([clean_y, y]))
+        own = (np.concatenate([clean_y, y])[:, None] == classes).astype(float)
+        m = len(clean_x)
+        return cls(phi[m:], own[m:], phi[:m], own[:m])
+
+    def margins(self, doubt: Any) -> NDArray[np.float64]:
+        """p(own label) − largest other p of every row, by the last vote."""
+        n = len(self.phi)
+        nobody = np.zeros(n, dtype=bool)
+        doubt = _surprise(-self.one(nobody)) + doubt
+        believed = nobody.copy()
+        believed[np.argsort(doubt, kind="stable")[: round((1 - DOUBTED) * n)]] = True
+        for _ in range(VOTES - 1):
+            believed = self.one(believed) > 0
+        return self.one(believed)
+
+    def one(self, believed: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Margins [n] by the votes of trusted rows and those believed; nobody votes on itself."""
+        phi = np.concatenate([self.trusted_phi, self.phi[believed]])
+        own = np.concatenate([self.trusted_own, self.own[believed]])
+        inverse = np.linalg.inv(phi.T @ phi + PENALTY * np.eye(phi.shape[1]))
+        p = self.phi @ (inverse @ (phi.T @ own))
+        leverage = np.einsum(
+            "ij,jk,ik->i", self.phi[believed], inverse, self.phi[believed], optimize=True
+        )
+        mine = self.own[believed]
+        p[believed] = mine - (mine - p[believed]) / (1 - leverage)[:, None]
+        right = (p * self.own).sum(axis=1)
+        return right - np.where(self.own > 0, -np.inf, p).max(axis=1)
+
+
+# --- one bad output ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Who stands behind one output.
+
+    Args:
+        ids: [k] the rows that raise it most, the strongest first; scores: [k], by how much per unit of weight.
+        predicted: change of the output without them.
+        weights: [n], the training weights without them.
+        verified: retrained without them, beside as many random rows; None where nothing was retrained.
+    """
+
+    ids: NDArray[Any]
+    scores: NDArray[np.float64]
+    predicted: float
+    weights: NDArray[np.float64]
+    verified: Verified | None = None
+
+
+def trace(
+    datamodel: LinearDatamodel,
+    target: Any = 0,
+    *,
+    k: int = 10,
+    retrain: Retrain | None = None,
+    seeds: int | Sequence[int] = 3,
+) -> Trace:
+    """The training rows that raise one bad output most: its proponents, if the output is a loss.
+
+        ids = argmax_k scores[:, target],   predicted change without them = −Σ anchor_i scores_i
+
+    Args:
+        datamodel: of bad outputs, which are to become small.
+        target: name of the output, or its column number.
+        k: how many rows at most; rows of weight 0, or that lower it, are never among them.
+        retrain: (weights, seeds) -> all outputs of the datamodel, to check by removal.
+
+    Raises:
+        ValueError: an output that is none; no row that raises it.
+    """
+    names = [str(name) for name in np.asarray(datamodel.targets)]
+    j = names.index(str(target)) if str(target) in names else -1
+    if j < 0:
+        raise ValueError(f"expected a target among {names[:20]}, got {target!r}")
+    effect = datamodel.anchor * datamodel.scores[:, j]
+    order = np.argsort(-effect, kind="stable")[:k]
+    order = order[effect[order] > 0]
+    if not len(order):
+        raise ValueError(f"expected rows that raise {names[j]!r}, got none; is it a loss?")
+    weights = np.array(datamodel.anchor, dtype=float)
+    weights[order] = 0.0
+    verified = None
+    if retrain is not None:
+        decision = Decision(
+            weights=weights, ids=np.asarray(datamodel.ids)[weights > 0], predicted=datamodel.predict(weights),
+            baseline=datamodel.base, targets=np.asarray(datamodel.targets), meta={"application": "trace"},
+        )  # fmt: skip
+        controls = {"nothing removed": datamodel.anchor}
+        controls["random"] = _removed_at_random(datamodel.anchor, len(order), seeds)
+        verified = verify(decision, retrain, control=controls, seeds=seeds)
+    return Trace(
+        np.asarray(datamodel.ids)[order], datamodel.scores[order, j], -float(effect[order].sum()), weights, verified
+    )  # fmt: skip
+
+
+def _removed_at_random(
+    weights: NDArray[Any], k: int, seeds: int | Sequence[int]
+) -> NDArray[np.float64]:
+    """[s, n]: k random rows of positive weight taken away, a draw for each seed."""
+    listed = range(seeds) if isinstance(seeds, int) else seeds
+    drawn = np.repeat(np.asarray(weights, dtype=float)[None], len(listed), axis=0)
+    there = np.flatnonzero(drawn[0] > 0)
+    for row, seed in zip(drawn, listed, strict=True):
+        row[np.random.default_rng([seed, 0xDE]).choice(there, k, replace=False)] = 0.0
+    return drawn
+
+
+# --- repair --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Repair:
+    """What came back without the suspects.
+
+    Args:
+        removed: [r] places in the poisoned training data; planted: how many of them were.
+        verified: retrained without them, beside as many random rows taken away.
+        attacked, clean: [s, t] outputs under the attack and without one, same seeds.
+    """
+
+    removed: NDArray[np.intp]
+    planted: int
+    verified: Verified
+    attacked: NDArray[np.float64]
+    clean: NDArray[np.float64]
+    targets: list[str] = field(default_factory=list)
+
+    def recovered(self, target: str | int = 0, arm: str = "repaired") -> Interval:
+        """(attacked − repaired)/(attacked − clean) of one output, over victims: 1 is all of it.
+
+        The other `arm` is "random": as many rows taken away at random.
+        """
+        j = self.targets.index(target) if isinstance(target, str) else target
+        outputs = self.verified.actual if arm == "repaired" else self.verified.control[arm]
+        lost = self.attacked[:, j] - self.clean[:, j]
+        return paired_interval((self.attacked[:, j] - outputs[:, j]) / lost)
+
+    def table(self) -> str:
+        """Every output: clean, attacked, repaired, random removal, and the share recovered."""
+        rows = [["output", "clean", "attacked", "repaired", "random removal", "recovered"]]
+        for j, name in enumerate(self.targets):
+            means = (
+                self.clean,
+                self.attacked,
+                self.verified.actual,
+                self.verified.control["random"],
+            )
+            rows.append([name, *(f"{m[:, j].mean():.4g}" for m in means), str(self.recovered(j))])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return "\n".join(
+            [f"{len(self.removed)} rows removed, {self.planted} of them planted", *lines]
+        )
+
+
+def repair(
+    attack: Attack,
+    suspicion: Detection | ArrayLike,
+    victim: Callable[..., Any],
+    *,
+    remove: int | None = None,
+    seeds: int | Sequence[int] | None = None,
+) -> Repair:
+    """Take the most suspicious rows away, retrain (or unlearn), and say how much of the damage came back.
+
+    Args:
+        attack: what was done; gives the poisoned data and the outputs with and without it.
+        suspicion: a `Detection` (its combined scores), or scores [n] of the poisoned data, high is suspicious.
+        victim: as the attack's; or anything (table, weights [m, N], seeds) -> outputs that forgets the rows of
+            weight 0, such as an unlearner.
+        remove: how many rows; by default the detection's suspects, whose labels are disputed.
+        seeds: those of the attack, unless given.
+
+    Raises:
+        ValueError: scores that do not fit; no suspects; scores without a number of rows to remove; other seeds
+            than the attack's, which could not be paired.
+    """
+    there = np.flatnonzero(attack.weights > 0)
+    detection = isinstance(suspicion, Detection)
+    scores = suspicion.combined if isinstance(suspicion, Detection) else np.asarray(suspicion, dtype=float)  # fmt: skip
+    if scores.shape != (len(there),):
+        raise ValueError(f"expected suspicion [n={len(there)}], got {scores.shape}")
+    if remove is None and not detection:
+        raise ValueError("expected `remove` beside plain scores: they do not say where to stop")
+    count = int((scores > 0).sum()) if remove is None else remove
+    if not 0 < count < len(there):
+        raise ValueError(f"expected some, not all, of {len(there)} rows to remove, got {count}")
+    chosen = list(attack.verified.seeds) if seeds is None else list(range(seeds)) if isinstance(seeds, int) else list(seeds)  # fmt: skip
+    if chosen != list(attack.verified.seeds):
+        raise ValueError(
+            f"expected the attack's seeds {list(attack.verified.seeds)}, got {chosen}; pairs need the same"
+        )
+    removed = np.argsort(-scores, kind="stable")[:count]
+    weights = attack.weights.copy()
+    weights[there[removed]] = 0.0
+    t = len(attack.targets)
+    decision = Decision(
+        weights=weights, ids=np.flatnonzero(weights > 0), predicted=np.full(t, np.nan),
+        baseline=np.full(t, np.nan), targets=np.array(attack.targets), meta={"application": "repair"},
+    )  # fmt: skip
+    random = _removed_at_random(attack.weights, count, chosen)
+
+    def retrain(weights: NDArray[Any], *, seeds: list[int]) -> Any:
+        return victim(attack.versions.problem, weights, seeds)
+
+    verified = verify(decision, retrain, control={"random": random}, seeds=chosen)
+    planted = int((attack.versions.clean[there[removed]] == 0).sum())
+    return Repair(
+        removed, planted, verified, attack.outputs(), attack.outputs("no attack"), attack.targets
+    )

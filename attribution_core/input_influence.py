@@ -1,0 +1,181 @@
+"""How a trained model's outputs move with the inputs of training rows: the influence hypergradient, and a baseline.
+
+`magic(run, outputs, wrt="inputs", rows=...)` has the exact derivative through training. Here stand its two cheaper
+relatives: one curvature solve at the trained model, and the alignment of gradients, which asks for no curvature.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from attribution_core.curvature import Curvature, Kind
+from attribution_core.datamodel import LinearDatamodel
+from attribution_core.gradients import flatten, output_gradients, unflatten
+from attribution_core.influence import fitted_curvature
+from attribution_core.problem import (
+    Batch,
+    Column,
+    Outputs,
+    Params,
+    Problem,
+    batches,
+    call,
+    floating_column,
+    sample,
+    take,
+)
+from attribution_core.trained import trained
+from attribution_core.training import Run
+
+
+def input_influence(
+    source: Problem | Run,
+    outputs: Outputs,
+    *,
+    rows: ArrayLike,
+    column: Column | None = None,
+    curvature: Kind | Literal["auto"] | Curvature = "auto",
+    damping: float | Tensor | None = None,
+    curvature_rows: int | None = None,
+    batch_size: int = 256,
+) -> LinearDatamodel:
+    """Influence datamodel by the inputs of training rows: scores = −(w_i/(α n)) ∂/∂x_i ⟨∇_θ ℓ_i(θ), (H + λ)⁻¹ a_j⟩.
+
+    Exact, for infinitesimal changes, at the optimum of a strongly convex problem with the exact Hessian.
+
+    Args:
+        source: a problem whose model is trained, or a run.
+        rows: training rows, [k]; column: of their inputs, by default the first floating one.
+        curvature, damping, curvature_rows: as of `influence`.
+
+    Returns:
+        scores [k · numbers, t], output units per unit of input; anchor: the inputs; ids: row · numbers + place;
+        meta["shape"] [k, ...]. The same layout as `magic(wrt="inputs")`.
+
+    Raises:
+        ValueError: rows that are none, or twice; no floating column; see `fit_curvature`.
+
+    Source: Koh & Liang 2017, eq. 5 (I_pert,loss).
+    """
+    at = trained(source)
+    problem = at.problem
+    name, places = _asked(problem, rows, column)
+    some = sample(problem.n, curvature_rows)
+    fitted = fitted_curvature(
+        source, at, outputs, curvature, damping, rows=some, labels="model", refine=0
+    )
+    targets = flatten(output_gradients(problem.model, outputs)).double().cpu()
+    directions = unflatten((fitted.solve(targets) * -at.unit), problem.params)
+    parts = []
+    for chosen in batches(places, batch_size):
+        w = torch.from_numpy(at.weights[chosen]).to(problem.device)
+        parts.append(_along(problem, chosen, name, directions, w))
+    meta = {"method": "input_influence", "damping": fitted.damping, **fitted.meta}
+    base = outputs.evaluate(problem.model).numpy()
+    names = np.asarray(outputs.names) if outputs.names else None
+    return _by_inputs(problem, places, name, torch.cat(parts), base, names, meta)
+
+
+def gradient_matching(
+    source: Problem | Run, goal: Outputs, *, rows: ArrayLike, column: Column | None = None
+) -> LinearDatamodel:
+    """Alignment of what training on some rows does with what the adversary wants: cos(−∇ goal, Σ_i ∇ℓ_i), and its slope.
+
+    The baseline of data poisoning: rows whose gradient points where descent would raise the goal. It looks at one
+    model and no curvature. The output is a cosine, not a prediction of the goal.
+
+    Args:
+        goal: one output, which the adversary wants large: descending along −∇ goal raises it.
+        rows, column: as of `input_influence`.
+
+    Returns:
+        scores [k · numbers, 1] of the one output "alignment".
+
+    Raises:
+        ValueError: several goals; rows that are none; no floating column.
+
+    Source: Geiping et al. 2021 (Witches' Brew), eq. 3, for untargeted goals Fowl et al. 2021.
+    """
+    if len(goal) != 1:
+        raise ValueError(f"expected one goal, got {len(goal)} outputs; pass goal.mean()")
+    problem = trained(source).problem
+    name, places = _asked(problem, rows, column)
+    wanted = -flatten(output_gradients(problem.model, goal))[0]
+    batch: Any = take(problem.train, places, problem.device)
+    x = batch[name].clone().requires_grad_()
+    params = {key: value.clone().requires_grad_() for key, value in problem.params.items()}
+    total = call(problem.model, problem.loss, params, _replaced(batch, name, x)).sum()
+    found = torch.autograd.grad(
+        total, list(params.values()), create_graph=True, materialize_grads=True
+    )
+    joint = torch.cat([g.flatten() for g in found])
+    cosine = torch.nn.functional.cosine_similarity(joint, wanted.to(joint), dim=0)
+    (slope,) = torch.autograd.grad(cosine, x)
+    scores = slope.flatten(1).double().cpu()[:, :, None]
+    meta = {"method": "gradient_matching"}
+    base = np.array([float(cosine.detach())])
+    return _by_inputs(problem, places, name, scores, base, np.array(["alignment"]), meta)
+
+
+def _asked(
+    problem: Problem, rows: ArrayLike, column: Column | None
+) -> tuple[Column, NDArray[np.intp]]:
+    """The column and the rows, checked."""
+    places = np.atleast_1d(np.asarray(rows, dtype=int))
+    inside = (places >= 0) & (places < problem.n)
+    if not len(places) or len(np.unique(places)) != len(places) or not inside.all():
+        raise ValueError(
+            f"expected different rows of 0 to {problem.n - 1}, got {places[:10].tolist()}"
+        )
+    return floating_column(problem.train, column), places
+
+
+def _along(
+    problem: Problem, rows: NDArray[np.intp], column: Column, directions: Params, w: Tensor
+) -> Tensor:
+    """∂/∂x_i w_i ⟨∇ℓ_i, v_j⟩, [rows, numbers, t]: forward along v, back to the inputs."""
+    batch: Any = take(problem.train, rows, problem.device)
+    x = batch[column].clone().requires_grad_()
+    leaf = {key: value.clone().requires_grad_() for key, value in problem.params.items()}
+    total = (call(problem.model, problem.loss, leaf, _replaced(batch, column, x)) * w.to(x)).sum()
+    grads = torch.autograd.grad(
+        total, list(leaf.values()), create_graph=True, materialize_grads=True
+    )
+    found = []
+    for j in range(len(next(iter(directions.values())))):
+        along = torch.stack(
+            [(g * directions[key][j].to(g)).sum() for key, g in zip(leaf, grads, strict=True)]
+        ).sum()
+        (slope,) = torch.autograd.grad(along, x, retain_graph=True, materialize_grads=True)
+        found.append(slope.flatten(1).double().cpu())
+    return torch.stack(found, dim=2)
+
+
+def _replaced(batch: Any, column: Column, x: Tensor) -> Batch:
+    if isinstance(batch, dict):
+        return {**batch, str(column): x}
+    return tuple(x if k == column else value for k, value in enumerate(batch))
+
+
+def _by_inputs(
+    problem: Problem,
+    rows: NDArray[np.intp],
+    column: Column,
+    scores: Tensor,
+    base: NDArray[Any],
+    targets: NDArray[Any] | None,
+    meta: dict[str, Any],
+) -> LinearDatamodel:
+    """The layout of `magic(wrt="inputs")`."""
+    batch: Any = take(problem.train, rows)
+    anchor = batch[column].flatten(1).double().numpy()
+    numbers = anchor.shape[1]
+    ids = (rows[:, None] * numbers + np.arange(numbers)).ravel()
+    meta = {**meta, "wrt": "inputs", "shape": list(batch[column].shape)}
+    flat = scores.reshape(len(ids), -1).numpy()
+    return LinearDatamodel(flat, base, anchor.ravel(), ids=ids, targets=targets, meta=meta)

@@ -1,0 +1,90 @@
+"""Scikit-learn's linear models fitted again on other training weights: exact retraining of convex problems.
+
+fitted = LogisticRegression(C=0.1, tol=1e-10).fit(X, y)
+problem = Problem.from_sklearn(fitted, X, y)
+table = refit(fitted, problem, outputs, weights)            # as `retrain`, without a seed to depend on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from attribution_core.gradients import Progress
+from attribution_core.linear_models import LinearModel, from_sklearn
+from attribution_core.problem import Outputs, Problem, take
+from attribution_core.retraining import RetrainingTable
+
+
+def refitted(fitted: Any, problem: Problem, weights: ArrayLike) -> Problem:
+    """The problem with the model that the estimator would be, had it been fitted at these weights.
+
+    Args:
+        fitted: the estimator that `problem` was made of; a copy is fitted.
+        problem: of `Problem.from_sklearn`, or of rows made from it (other versions of rows, say).
+        weights: [n], passed as sample_weight; rows of weight 0 are left out.
+
+    Raises:
+        ValueError: weights that do not fit; a class without a row left; a RidgeClassifier, whose encoded labels
+            cannot be taken back; a problem whose model is no LinearModel.
+    """
+    from sklearn.base import clone
+
+    w = np.asarray(weights, dtype=float)
+    if w.shape != (problem.n,) or not (np.isfinite(w) & (w >= 0)).all() or not w.any():
+        raise ValueError(
+            f"expected finite weights >= 0 [n={problem.n}], not all 0, got shape {w.shape}"
+        )
+    if not isinstance(problem.model, LinearModel) or type(fitted).__name__ == "RidgeClassifier":
+        raise ValueError(
+            "expected a problem of Problem.from_sklearn and an estimator other than RidgeClassifier, got "
+            f"{type(problem.model).__name__} and {type(fitted).__name__}; use retrain for other models"
+        )
+    rows = np.flatnonzero(w)
+    batch: Any = take(problem.train, rows)
+    x, y = (column.numpy() for column in batch)
+    one = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    again = clone(fitted).fit(x, one, sample_weight=w[rows])
+    if hasattr(again, "classes_") and len(again.classes_) != problem.model.width:
+        raise ValueError(
+            f"expected rows of each of the {problem.model.width} classes, got {len(again.classes_)} classes; leave "
+            "some rows of every class"
+        )
+    model = from_sklearn(again, x, one, weights=w[rows]).model
+    return replace(problem, model=model)
+
+
+def refit(
+    fitted: Any,
+    problem: Problem,
+    outputs: Outputs,
+    weights: ArrayLike,
+    *,
+    seeds: int | Sequence[int] = 1,
+    progress: Progress = iter,
+) -> RetrainingTable:
+    """Outputs of the estimator fitted at every row of weights [m, n]; the counterpart of `retrain`.
+
+    The optimum depends on no seed: outputs are repeated for each, so that whatever asks for seeds can ask here.
+
+    Raises:
+        ValueError: see `refitted`.
+
+    >>> from sklearn.linear_model import LinearRegression
+    >>> from attribution_core import squared_error
+    >>> x, y = np.array([[0.0], [1.0], [2.0]]), np.array([0.0, 1.0, 4.0])
+    >>> line = LinearRegression().fit(x, y)
+    >>> problem = Problem.from_sklearn(line, x, y)
+    >>> at_two = Outputs(lambda model, batch: model(batch[0])[:, 0], (problem.train[[2]][0],))
+    >>> refit(line, problem, at_two, [[1, 1, 1], [1, 1, 0]]).outputs.round(3).ravel().tolist()
+    [3.667, 2.0]
+    """
+    table: NDArray[Any] = np.atleast_2d(np.asarray(weights, dtype=float))
+    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
+    found = [outputs.evaluate(refitted(fitted, problem, w).model).numpy() for w in progress(table)]
+    per_seed = np.repeat(np.stack(found)[:, None], len(chosen), axis=1)
+    return RetrainingTable(table, per_seed, chosen, {"drop": "row", "fitted": str(fitted)})

@@ -1,0 +1,354 @@
+"""The work of poison.py: a split of the data at a time, attacked, retrained, searched and mended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from applied.poisoning import (
+    Attack,
+    Detection,
+    Repair,
+    ThreatModel,
+    attempt,
+    detect,
+    flip_labels,
+    relabelled,
+    repair,
+)
+from applied.versions import Versions
+from attribution_core import (
+    SGD,
+    LinearDatamodel,
+    Outputs,
+    Problem,
+    Recipe,
+    cross_entropy,
+    fit_curvature,
+    influence,
+    refit,
+    refitted,
+    retrain,
+    self_influence,
+    train,
+)
+from recipes.classification import Classification, embedded, from_file, problem_of
+from recipes.value_data import bar
+
+if TYPE_CHECKING:
+    from recipes.poison import Flags
+
+ATTACKS = ("random", "confident", "one shot", "in rounds")
+TARGET, HELD_OUT, ACCURACY = "target loss", "held-out loss", "held-out accuracy"
+SURROGATES = 3  # trainings that a network's surrogate is the mean of
+BATCH = 1024  # rows that are scored at a time
+FIRST_VICTIM = 1000  # seed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one attack of one split came to, in numbers.
+
+    Args:
+        clean, changed, random: output -> value without attack, change by the attack, by a random attack of the
+            same budget; means over victims. predicted: output -> change, where it was predicted.
+        auc: detector -> chance that a changed row looks more suspicious than another.
+        suspects, caught: rows that were removed, and how many of them were changed ones.
+        recovered: output -> share of the damage that came back; by_random: by removing as many at random.
+        curves: detector -> ROC curve, (false, true) positive rates.
+    """
+
+    split: int
+    budget: float
+    attack: str
+    rows: int
+    clean: dict[str, float]
+    changed: dict[str, float]
+    random: dict[str, float]
+    predicted: dict[str, float]
+    auc: dict[str, float]
+    suspects: int
+    caught: int
+    recovered: dict[str, float]
+    by_random: dict[str, float]
+    curves: dict[str, tuple[list[float], list[float]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """One split: the model under audit, how its surrogates and victims are trained, and what a defender holds.
+
+    Args:
+        problem: the training data and the model on them, trained.
+        surrogate, victim: as `flip_labels` takes them.
+        trained: poisoned problem -> (problem with the model trained on it, what `influence` takes).
+        names: of the victims' outputs.
+        trusted: rows that the defender has looked at.
+    """
+
+    data: Classification
+    problem: Problem
+    classes: int
+    surrogate: Callable[[Problem, NDArray[np.float64]], LinearDatamodel]
+    victim: Callable[..., Any]
+    trained: Callable[[Problem], Any]
+    names: tuple[str, ...]
+    trusted: tuple[NDArray[Any], NDArray[Any]]
+    seeds: list[int]
+
+
+def checked(flags: Flags) -> None:
+    """Raise where flags say nothing that can be done.
+
+    Raises:
+        ValueError: budgets, rounds, splits or victims that are none.
+    """
+    if not flags.budgets or not all(0 < budget < 1 for budget in flags.budgets):
+        raise ValueError(f"expected budgets in (0, 1), shares of the labels, got {flags.budgets}")
+    for name in ("rounds", "splits", "victims", "jobs"):
+        if getattr(flags, name) < 1:
+            raise ValueError(f"expected at least one of --{name}, got {getattr(flags, name)}")
+
+
+def study(flags: Flags) -> list[Outcome]:
+    """All splits, side by side on `jobs` threads; each is kept in a file and read back by the same call."""
+    from joblib import Parallel, delayed, parallel_config
+
+    splits = range(flags.seed, flags.seed + flags.splits)
+    with parallel_config(
+        backend="loky", n_jobs=min(flags.jobs, len(splits)), inner_max_num_threads=1
+    ):
+        found = Parallel(return_as="generator")(delayed(one_split)(flags, k) for k in splits)
+        return [x for part in bar("splits")(found, total=len(splits)) for x in part]
+
+
+def one_split(flags: Flags, split: int) -> list[Outcome]:
+    """Every budget and attack of one split."""
+    torch.set_num_threads(1)  # small tensors: threads wait more than they work
+    from attribution_core.store import fingerprint, write_text
+
+    settings = {
+        k: v
+        for k, v in asdict(flags).items()
+        if k not in ("out", "jobs", "splits", "seed", "budgets")
+    }
+    bench = prepared(flags, split)
+    made_of = fingerprint(bench.problem, settings, split)[:16]
+    outcomes = []
+    for budget in flags.budgets:
+        for name in ATTACKS:
+            path = (
+                flags.out / "splits" / f"{split}-{budget:g}-{name.replace(' ', '-')}-{made_of}.json"
+            )
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(
+                    path, json.dumps(asdict(judged(bench, budget, name, flags.rounds, split)))
+                )
+            outcomes.append(Outcome(**json.loads(path.read_text(encoding="utf-8"))))
+    return outcomes
+
+
+def prepared(flags: Flags, split: int) -> Bench:
+    """Training, target, trusted and test rows, and how models are made of them."""
+    if flags.data in ("digits", "breast_cancer"):
+        data = embedded(flags.data, 0.0, 0, split)
+    else:
+        data = from_file(flags.data, flags.label, None, flags.test, split)
+    half = len(data.target_x) // 2
+    trusted = data.target_x[half:], data.target_y[half:]
+    target = data.target_x[:half], data.target_y[:half]
+    kinds = [TARGET] * half + [HELD_OUT] * len(data.test_x) + [ACCURACY] * len(data.test_x)
+    x = torch.tensor(np.concatenate([target[0], data.test_x, data.test_x]))
+    y = torch.tensor(np.concatenate([target[1], data.test_y, data.test_y]))
+    hits = torch.tensor([float(kind == ACCURACY) for kind in kinds])
+    make = exact if flags.width == 0 else network
+    return make(flags, data, trusted, (x, y, hits), kinds)
+
+
+def loss_or_hit(model: Any, batch: Any) -> torch.Tensor:
+    """Cross entropy, or where the third column is 1, whether the largest logit is the label's."""
+    logits = model(batch[0])
+    hit = (logits.argmax(1) == batch[1]).to(logits)
+    loss = torch.nn.functional.cross_entropy(logits, batch[1], reduction="none")
+    return torch.where(batch[2] > 0, hit, loss)
+
+
+def exact(flags: Flags, data: Classification, trusted: Any, read: Any, kinds: list[str]) -> Bench:
+    """Logistic regression: surrogate and victims at the optimum."""
+    from sklearn.linear_model import LogisticRegression
+
+    x, y, hits = read
+    strength = 1.0 / (flags.decay * len(data.x))
+    fitted = LogisticRegression(C=strength, tol=1e-6, max_iter=5000).fit(data.x, data.y)
+    problem = Problem.from_sklearn(fitted, data.x, data.y)
+    outputs = Outputs(loss_or_hit, (x.double(), y, hits)).mean(by=kinds)
+    smooth = hits == 0
+    losses = Outputs(cross_entropy, (x[smooth].double(), y[smooth])).mean(by=[k for k in kinds if k != ACCURACY])  # fmt: skip
+
+    def surrogate(table: Problem, w: NDArray[np.float64]) -> LinearDatamodel:
+        at = refitted(fitted, table, w)
+        return influence(at, losses, weights=w, drop="row", curvature="hessian", batch_size=BATCH)
+
+    def victim(table: Problem, w: NDArray[np.float64], seeds: Any) -> Any:
+        return refit(fitted, table, outputs, w, seeds=seeds)
+
+    def trained(poisoned: Problem) -> Any:
+        return refitted(fitted, poisoned, np.ones(poisoned.n))
+
+    return Bench(
+        data, problem, len(data.classes), surrogate, victim, trained, outputs.names, trusted, [0]
+    )
+
+
+def network(flags: Flags, data: Classification, trusted: Any, read: Any, kinds: list[str]) -> Bench:
+    """A small network: surrogates and victims trained from fresh seeds."""
+    x, y, hits = read
+    problem, make = problem_of(data, flags.width, 0.0)
+    size = min(flags.batch_size, problem.n)
+    recipe = Recipe(SGD(flags.lr, momentum=0.9), size, flags.epochs, init=make)
+    outputs = Outputs(loss_or_hit, (x, y, hits)).mean(by=kinds)
+    smooth = hits == 0
+    losses = Outputs(cross_entropy, (x[smooth], y[smooth])).mean(by=[k for k in kinds if k != ACCURACY])  # fmt: skip
+    seeds = list(range(FIRST_VICTIM, FIRST_VICTIM + flags.victims))
+
+    def runs(table: Problem, w: NDArray[np.float64]) -> Any:
+        return [
+            train(table, replace(recipe, seed=seed), w, drop="row", states=0)
+            for seed in range(SURROGATES)
+        ]
+
+    def surrogate(table: Problem, w: NDArray[np.float64]) -> LinearDatamodel:
+        return influence(runs(table, w), losses, curvature="ekfac", batch_size=BATCH)
+
+    def victim(table: Problem, w: NDArray[np.float64], seeds: Any) -> Any:
+        return retrain(table, recipe, outputs, w, seeds=seeds)
+
+    def trained(poisoned: Problem) -> Any:
+        return train(poisoned, replace(recipe, seed=FIRST_VICTIM), states=0)
+
+    trained_problem = replace(problem, model=trained(problem).model)
+    return Bench(
+        data, trained_problem, len(data.classes), surrogate, victim, trained, outputs.names, trusted,
+        seeds,
+    )  # fmt: skip
+
+
+def judged(bench: Bench, budget: float, name: str, rounds: int, split: int) -> Outcome:
+    """One attack: what it changed, who would have seen it, what comes back."""
+    attack = attacked(bench, budget, name, rounds, split)
+    found = searched(bench, attack)
+    mended = repair(attack, found, bench.victim) if len(found.suspects) else None
+    return outcome(bench, attack, found, mended, budget, name, split)
+
+
+def attacked(bench: Bench, budget: float, name: str, rounds: int, split: int) -> Attack:
+    """The attack by name, verified on victims."""
+    threat = ThreatModel(budget, "labels")
+    if name in ("one shot", "in rounds"):
+        many = 1 if name == "one shot" else min(rounds, threat.rows(bench.problem.n))
+        return flip_labels(
+            bench.problem, threat, bench.surrogate, bench.victim, classes=bench.classes, goal=TARGET,
+            rounds=many, targets=bench.names, seeds=bench.seeds,
+        )  # fmt: skip
+    versions = relabelled(bench.problem, bench.classes)
+    k = threat.rows(bench.problem.n)
+    rng = np.random.default_rng([split, 0xA7])
+    weights = confident(bench, versions, k) if name == "confident" else at_random(bench, versions, k, rng)  # fmt: skip
+    return attempt(
+        versions, weights, threat, bench.victim, targets=bench.names, seeds=bench.seeds, name=name
+    )
+
+
+def at_random(bench: Bench, versions: Versions, k: int, rng: Any) -> NDArray[np.float64]:
+    """Random labels on random rows."""
+    rows = rng.choice(bench.problem.n, k, replace=False)
+    return flipped(bench, versions, rows, (bench.data.y[rows] + rng.integers(1, bench.classes, k)) % bench.classes)  # fmt: skip
+
+
+def confident(bench: Bench, versions: Versions, k: int) -> NDArray[np.float64]:
+    """The least likely label on the rows that the model is surest of."""
+    with torch.no_grad():
+        p = (
+            bench.problem.model(bench.problem.train[list(range(bench.problem.n))][0])
+            .softmax(1)
+            .numpy()
+        )
+    rows = np.argsort(-p[np.arange(len(p)), bench.data.y], kind="stable")[:k]
+    return flipped(bench, versions, rows, p[rows].argmin(axis=1))
+
+
+def flipped(
+    bench: Bench, versions: Versions, rows: NDArray[Any], labels: NDArray[Any]
+) -> NDArray[np.float64]:
+    """Weights with other labels on some rows."""
+    weights = versions.clean.copy()
+    weights[rows * bench.classes + bench.data.y[rows]] = 0.0
+    weights[rows * bench.classes + labels] = 1.0
+    return weights
+
+
+def searched(bench: Bench, attack: Attack) -> Detection:
+    """What a defender sees, who holds the poisoned data and the trusted rows."""
+    at = bench.trained(attack.poisoned)
+    own = at if isinstance(at, Problem) else at.trained()
+    batch: Any = own.train[list(range(own.n))]
+    with torch.no_grad():
+        losses = cross_entropy(own.model, batch).double().numpy()
+    x, y = torch.tensor(bench.trusted[0]).to(batch[0]), torch.tensor(bench.trusted[1])
+    trusted = Outputs(cross_entropy, (x, y)).mean()
+    curve: Any = fit_curvature(at, "hessian") if isinstance(at, Problem) else "ekfac"
+    planted = np.zeros(own.n, dtype=bool)
+    planted[attack.places] = True
+    return detect(
+        batch[0].numpy(), batch[1].numpy(), trusted=bench.trusted, planted=planted,
+        signals={
+            "loss": losses,
+            "self-influence": self_influence(at, curvature=curve),
+            "influence on trusted rows": influence(at, trusted, curvature=curve, batch_size=BATCH).scores[:, 0],
+        },
+    )  # fmt: skip
+
+
+def outcome(
+    bench: Bench, attack: Attack, found: Detection, mended: Repair | None, budget: float, name: str, split: int
+) -> Outcome:  # fmt: skip
+    """The numbers of one attack."""
+    from sklearn.metrics import roc_curve
+
+    names = attack.targets
+    assert found.planted is not None
+    curves = {}
+    for detector, scores in found.scores.items():
+        wrong, right, _ = roc_curve(found.planted, scores)
+        curves[detector] = (wrong.tolist(), right.tolist())
+
+    def each(values: Callable[[int], float]) -> dict[str, float]:
+        return {target: float(values(j)) for j, target in enumerate(names)}
+
+    return Outcome(
+        split=split, budget=budget, attack=name, rows=len(attack.changed),
+        clean=each(lambda j: attack.outputs("no attack")[:, j].mean()),
+        changed=each(lambda j: attack.effect(j).mean),
+        random=each(lambda j: attack.effect(j, "random").mean),
+        predicted={t: float(p) for t, p in zip(names, attack.predicted, strict=True) if np.isfinite(p)},
+        auc={detector: found.auc(detector) for detector in found.scores},
+        suspects=0 if mended is None else len(mended.removed),
+        caught=0 if mended is None else mended.planted,
+        recovered={} if mended is None else each(lambda j: share(mended, j)),
+        by_random={} if mended is None else each(lambda j: share(mended, j, "random")),
+        curves=curves,
+    )  # fmt: skip
+
+
+def share(mended: Repair, j: int, arm: str = "repaired") -> float:
+    """Recovered of the damage, ratio of means over victims."""
+    outputs = mended.verified.actual if arm == "repaired" else mended.verified.control[arm]
+    lost = (mended.attacked[:, j] - mended.clean[:, j]).mean()
+    return float((mended.attacked[:, j] - outputs[:, j]).mean() / lost) if lost else float("nan")

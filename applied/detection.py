@@ -12,16 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from applied.attack import Attack
 from applied.recipe import Decision, Interval, Retrain, Verified, paired_interval, verify
 from attribution_core.datamodel import LinearDatamodel
-
-if TYPE_CHECKING:
-    from applied.poisoning import Attack
 
 COMBINED, NEIGHBOURS = "combined", "neighbours"
 DOUBTED = 0.3  # of the rows, left out of the first vote of the combined detector
@@ -262,8 +260,9 @@ def trace(
         ValueError: an output that is none; no row that raises it.
     """
     names = [str(name) for name in np.asarray(datamodel.targets)]
-    j = names.index(str(target)) if str(target) in names else -1
-    if j < 0:
+    at = names.index(str(target)) if str(target) in names else target
+    j = at if isinstance(at, (int, np.integer)) else -1
+    if not 0 <= j < len(names):
         raise ValueError(f"expected a target among {names[:20]}, got {target!r}")
     effect = datamodel.anchor * datamodel.scores[:, j]
     order = np.argsort(-effect, kind="stable")[:k]

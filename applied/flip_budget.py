@@ -85,7 +85,7 @@ class FlipBudgets:
             lines.append(
                 f"{self.targets[j]!s:>10}  {self.margin[j]:8.3f}  {self.predicted[j]:9.0f}  {self.actual[j]:7.0f}"
             )
-        if np.isfinite(self.actual).any():
+        if len(self.ratio):
             lines.append(
                 f"{self.within():.0%} within 30 %; actual = {self.calibration()} × predicted"
             )
@@ -158,7 +158,7 @@ def budget_to_flip(
         z = _fewest(
             float(margin[j]), d, spread if caution else None, quota, threat.source_quota, most
         )
-        predicted[j] = math.inf if z is None else math.ceil(z - 1e-6)
+        predicted[j] = math.inf if z is None else max(1, math.ceil(z - 1e-6))
         order = _in_order(d, quota, threat.source_quota, most)
         rows.append(order)
         into.append(order * mean.shape[1] + best[order] if relabel else np.full(len(order), -1))
@@ -252,7 +252,7 @@ def _smallest(
         open_ = np.flatnonzero((high - low > 1) & (tried > 0))
         if not len(open_):
             break
-        weights = np.stack([_changed(found, j, int(tried[j])) for j in open_])
+        weights = np.stack([_changed(found, int(j), int(tried[j])) for j in open_])
         trained = victim(found.versions.problem, weights, listed)
         outputs = np.asarray(trained.per_seed, dtype=float).mean(axis=1)
         for j, value in zip(open_, outputs[np.arange(len(open_)), open_], strict=True):

@@ -20,21 +20,22 @@ stated ball, and rows that the caller brings are all that an attack chooses from
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from applied.attack import Attack, Quota, Said, goal_of, instead, random_rows, verified_attack
 from applied.detection import Detection, Repair, Trace, detect, repair, trace
 from applied.flip_budget import FlipBudgets, budget_to_flip
-from applied.recipe import Decision, Interval, Retrained, Verified, paired_interval, verify
+from applied.perturbation import perturb
+from applied.recipe import Retrained
 from applied.threat import ThreatModel
-from applied.versions import Versions, joined, relabelled, rewritten
+from applied.versions import Versions, joined, relabelled
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.problem import Column, Problem, floating_column, take
+from attribution_core.problem import Column, Problem
 
 __all__ = [
     "Attack", "Detection", "FlipBudgets", "Repair", "ThreatModel", "Trace", "Versions", "attempt", "budget_to_flip",
@@ -43,93 +44,6 @@ __all__ = [
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 Surrogate = Callable[[Problem, NDArray[np.float64]], LinearDatamodel]
-InputSurrogate = Callable[[Problem, NDArray[np.intp], int], LinearDatamodel]
-NO_ATTACK, RANDOM = "no attack", "random"
-
-
-@dataclass(frozen=True)
-class Victim:
-    """How an attack's victims are trained: (table, weights [m, N], seeds) -> outputs, bound to its table."""
-
-    train: Callable[..., Retrained]
-    table: Problem
-
-    def __call__(self, weights: NDArray[Any], *, seeds: Sequence[int]) -> Retrained:
-        return self.train(self.table, weights, seeds)
-
-
-@dataclass(frozen=True, eq=False)
-class Attack:
-    """What was changed, what that was predicted to do, and what it did to freshly trained victims.
-
-    Args:
-        name: of the attack.
-        threat: what the adversary might do.
-        versions: the table of rows that could be trained on.
-        changed: [k] rows of the training data (rows brought in are numbered from n on).
-        verified: weights of the attack, outputs retrained with them, without an attack, and with a random one,
-            paired by seed.
-        predicted: [t], the predicted change of every output by the attack; nan where the surrogate predicts no
-            such output.
-        meta: how it was made.
-    """
-
-    name: str
-    threat: ThreatModel
-    versions: Versions
-    changed: NDArray[np.intp]
-    verified: Verified
-    predicted: NDArray[np.float64]
-    meta: dict[str, Any]
-
-    @property
-    def weights(self) -> NDArray[np.float64]:
-        """[N], which version of every row is trained on."""
-        return self.verified.decision.weights
-
-    @property
-    def poisoned(self) -> Problem:
-        """The problem that the victim is given: its training data hold the changed rows."""
-        return self.versions.take(self.weights)
-
-    @property
-    def places(self) -> NDArray[np.intp]:
-        """[k], where the changed rows stand in `poisoned.train`."""
-        there = np.flatnonzero(self.weights > 0)
-        return np.flatnonzero(self.versions.clean[there] == 0)
-
-    @property
-    def targets(self) -> list[str]:
-        """Names of the outputs."""
-        return [str(name) for name in self.verified.decision.targets]
-
-    def outputs(self, arm: str = "attack") -> NDArray[np.float64]:
-        """Retrained outputs [s, t] of "attack", "no attack" or "random"."""
-        return self.verified.actual if arm == "attack" else self.verified.control[arm]
-
-    def effect(self, target: str | int = 0, arm: str = "attack") -> Interval:
-        """What an attack changed of one output, with a 95 % interval over victims, paired by seed."""
-        j = self.targets.index(str(target)) if isinstance(target, str) else target
-        return paired_interval(self.outputs(arm)[:, j], self.outputs(NO_ATTACK)[:, j])
-
-    def table(self) -> str:
-        """Every output without attack, and its change: predicted, actual, by a random attack."""
-        rows = [["output", NO_ATTACK, "predicted change", "actual change", "random change"]]
-        for j, name in enumerate(self.targets):
-            said = "-" if np.isnan(self.predicted[j]) else f"{self.predicted[j]:+.4g}"
-            rows.append([
-                name, f"{self.outputs(NO_ATTACK)[:, j].mean():.4g}", said, str(self.effect(j)),
-                str(self.effect(j, RANDOM)),
-            ])  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        many = len(self.verified.seeds)
-        over = "1 victim" if many == 1 else f"{many} victims, [95 % t interval over seeds]"
-        head = f"{self.name}: {self.threat}; {len(self.changed)} rows changed; {over}"
-        return "\n".join([head, *lines])
 
 
 def flip_labels(
@@ -177,7 +91,7 @@ def flip_labels(
     """
     # rewrite: a flip moves weight from a row as it is to the same row with another label
     k = threat.rows(problem.n)
-    quota = _Quota(threat.check("labels", sources, problem.n), threat.source_quota)
+    quota = Quota(threat.check("labels", sources, problem.n), threat.source_quota)
     if not 1 <= rounds <= k:
         raise ValueError(f"expected 1 to {k} rounds for {k} flips, got {rounds}")
     versions = relabelled(problem, classes, column)
@@ -188,7 +102,7 @@ def flip_labels(
         # plug in: the datamodel around the data poisoned so far
         f = surrogate(versions.problem, weights)
         first = f if first is None else first
-        value = f.scores @ _goal(f, goal)
+        value = f.scores @ goal_of(f, goal)
         current = versions.current(weights)
         gain = value - value[current[row]]
         gain[(weights > 0) | np.isin(row, changed)] = 0.0
@@ -200,11 +114,11 @@ def flip_labels(
         changed = np.r_[changed, row[chosen]]
     assert first is not None
     _some(changed, "flip")
-    rng_of = partial(_random_flips, versions, k, quota)
+    random = partial(_random_flips, versions, k, quota)
     name = "flip_labels" if rounds == 1 else f"flip_labels, {rounds} rounds"
-    return _attack(
-        name, threat, versions, weights, changed, first, f.predict(weights) - first.base, rng_of, victim, targets,
-        seeds, {"rounds": rounds, "surrogate": dict(f.meta)},
+    return verified_attack(
+        name, threat, versions, weights, changed, _by(f, weights, first), random, victim, targets, seeds,
+        {"rounds": rounds, "surrogate": dict(f.meta)},
     )  # fmt: skip
 
 
@@ -243,16 +157,18 @@ def insert(
         raise ValueError(
             f"a threat model that cannot be met: {k} rows of a pool of {len(places)}; lower the budget"
         )
-    labels = threat.check("rows", sources, len(places))
+    if not 1 <= rounds <= k:
+        raise ValueError(f"expected 1 to {k} rounds for {k} rows, got {rounds}")
+    labels = replace(threat, budget=k).check("rows", sources, len(places))
     row = versions.row
     padded = None if labels is None else np.r_[np.full(problem.n, labels[0]), labels]
-    quota = _Quota(padded, threat.source_quota)
+    quota = Quota(padded, threat.source_quota)
     weights, changed, first = versions.clean.copy(), np.zeros(0, dtype=int), None
-    for size in progress(_parts(k, min(rounds, k))):
+    for size in progress(_parts(k, rounds)):
         # plug in
         f = surrogate(versions.problem, weights)
         first = f if first is None else first
-        gain = f.scores @ _goal(f, goal)
+        gain = f.scores @ goal_of(f, goal)
         gain[weights > 0] = 0.0
 
         # optimize
@@ -261,102 +177,10 @@ def insert(
         changed = np.r_[changed, row[chosen]]
     assert first is not None
     _some(changed, "row of the pool")
-    rng_of = partial(_random_rows, versions, places, k, quota)
-    return _attack(
-        "insert", threat, versions, weights, changed, first, f.predict(weights) - first.base, rng_of, victim, targets,
-        seeds, {"rounds": rounds, "surrogate": dict(f.meta)},
-    )  # fmt: skip
-
-
-def perturb(
-    problem: Problem,
-    threat: ThreatModel,
-    surrogate: InputSurrogate,
-    victim: Callable[..., Retrained],
-    *,
-    rows: ArrayLike | None = None,
-    column: Column | None = None,
-    steps: int = 40,
-    step_size: float | None = None,
-    momentum: float = 0.9,
-    goal: str | ArrayLike | None = None,
-    sources: ArrayLike | None = None,
-    targets: Sequence[str] | None = None,
-    seeds: int | Sequence[int] = 3,
-    name: str = "perturb",
-    progress: Progress = iter,
-) -> Attack:
-    """Move the inputs of some rows, inside a ball around them, to where training on them raises the goal most.
-
-        max goal · f(x)    ‖x_i − original_i‖ ≤ epsilon;      x ← nearest in the ball (x + η · direction of m)
-
-    with m the running mean of ∂ goal/∂x over steps, direction its sign ("inf") or its unit vector a row ("2"), and η
-    falling linearly to a tenth.
-
-    Args:
-        threat: with may_change="inputs".
-        surrogate: (problem with the rows as they are now, rows [k], step) -> datamodel by their inputs:
-            `magic(train(..., seed=step), outputs, wrt="inputs", rows=rows)` (exactly through training),
-            `input_influence` (one curvature solve), or `gradient_matching` (the usual baseline). Training with
-            another seed at every step makes poisons that work on fresh seeds.
-        rows: which rows are moved; by default those whose inputs reach furthest at first order, on one call of the
-            surrogate over all rows.
-        column: of the inputs, by default the first floating one.
-        steps, step_size: step_size is 2.5 epsilon / steps unless given.
-        momentum: of the running mean.
-        goal: as in `flip_labels`.
-        targets: names of the victim's outputs; by default those of the surrogate. Outputs of these names that the
-            surrogate does not have are not predicted.
-
-    Returns:
-        An attack whose prediction is the sum over steps of what each first-order model predicts of its step. The
-        random control moves random rows by random signs (directions) as far as the ball allows.
-
-    Raises:
-        ValueError: see `flip_labels`; rows that are more than the budget; no floating column.
-
-    Source: Engstrom et al. 2025 (arXiv 2503.13751) for metagradients; Koh & Liang 2017, sec. 5.2, for influence.
-    """
-    # rewrite: moved rows are other versions of rows; their inputs are what is chosen
-    k = threat.rows(problem.n)
-    quota = _Quota(threat.check("inputs", sources, problem.n), threat.source_quota)
-    at = floating_column(problem.train, column)
-    chosen = _furthest(problem, threat, surrogate, goal, k, quota) if rows is None else np.sort(np.asarray(rows, dtype=int))  # fmt: skip
-    if len(chosen) > k or len(np.unique(chosen)) < len(chosen):
-        raise ValueError(
-            f"expected at most {k} different rows, as the budget says, got {len(chosen)}"
-        )
-    original = _inputs(problem, chosen, at)
-    x, mean = original.copy(), np.zeros_like(original)
-    assert threat.epsilon is not None
-    size = 2.5 * threat.epsilon / steps if step_size is None else step_size
-    moved: Any = 0.0
-    for step in progress(range(steps)):
-        # plug in: the datamodel by inputs, around the inputs as they are now
-        versions, places = rewritten(problem, chosen, x, at)
-        f = surrogate(versions.take(_instead(versions, places)), chosen, step)
-        slope = (f.scores @ _goal(f, goal)).reshape(x.shape)
-        mean = momentum * mean + (1 - momentum) * slope
-
-        # optimize: one step up, back into the ball
-        rate = size * (1 - 0.9 * step / max(steps - 1, 1))
-        new = threat.within(x + rate * _direction(mean, threat.norm), original)
-        moved = moved + (new - x).ravel() @ f.scores
-        x = new
-    noise = [_noisy(problem, threat, at, k, quota, seed) for seed in _listed(seeds)]
-    versions, places = rewritten(
-        problem,
-        np.concatenate([chosen, *(some for some, _ in noise)]),
-        np.concatenate([x, *(moved for _, moved in noise)]),
-        at,
-    )
-    ends = np.cumsum([len(chosen), *(len(some) for some, _ in noise)])
-    weights = _instead(versions, places[: ends[0]])
-    random = [_instead(versions, places[a:b]) for a, b in pairwise(ends)]
-    meta = {"steps": steps, "step_size": size, "surrogate": dict(f.meta), "rows": chosen}
-    return _attack(
-        name, threat, versions, weights, chosen, f, np.asarray(moved), lambda seed: random[_listed(seeds).index(seed)],
-        victim, targets, seeds, meta,
+    random = partial(_random_rows, versions, places, k, quota)
+    return verified_attack(
+        "insert", threat, versions, weights, changed, _by(f, weights, first), random, victim, targets, seeds,
+        {"rounds": rounds, "surrogate": dict(f.meta)},
     )  # fmt: skip
 
 
@@ -390,7 +214,8 @@ def attempt(
     taken = versions.row[w > 0]
     if len(np.unique(taken)) < len(taken):
         raise ValueError("expected one version of a row at most, got rows in two versions")
-    changed = versions.row[(w > 0) & (versions.clean == 0)]
+    lost = np.setdiff1d(versions.row[versions.clean > 0], taken)
+    changed = np.r_[versions.row[(w > 0) & (versions.clean == 0)], lost]
     k = threat.rows(versions.n)
     if not 1 <= len(changed) <= k:
         raise ValueError(f"expected 1 to {k} changed rows, as the budget says, got {len(changed)}")
@@ -398,66 +223,20 @@ def attempt(
         raise ValueError(
             "expected targets, the names of the victim's outputs, or a datamodel; got neither"
         )
-    f = datamodel
-    if f is None:
-        f = LinearDatamodel(np.zeros((len(w), 0)), np.zeros(0), versions.clean)
-    drawn = random or partial(_random_flips, versions, k, _Quota(None, None))
-    moved = f.predict(w) - f.predict(versions.clean)
-    return _attack(name, threat, versions, w, changed, f, moved, drawn, victim, targets, seeds, {})
+    said = Said([], np.zeros(0), np.zeros(0))
+    if datamodel is not None:
+        before = datamodel.predict(versions.clean)
+        names = np.asarray(datamodel.targets).astype(str)
+        said = Said(names, before, datamodel.predict(w) - before)
+    drawn = random or partial(_random_flips, versions, k, Quota(None, None))
+    return verified_attack(
+        name, threat, versions, w, changed, said, drawn, victim, targets, seeds, {}
+    )
 
 
-# --- choosing --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Quota:
-    """How many rows one source may bring."""
-
-    sources: NDArray[Any] | None  # by row
-    most: int | None
-
-    def best(
-        self, gain: NDArray[Any], row: NDArray[np.intp], k: int, taken: NDArray[np.intp]
-    ) -> NDArray[np.intp]:
-        """Places of the k largest positive gains, one of a row at most, within what is left of the quotas.
-
-        Rows within sources within the budget are nested limits (a laminar matroid): taking the best that still
-        fits is the optimum.
-        """
-        used: dict[Any, int] = {}
-        for old in taken:
-            used[self._source(old)] = used.get(self._source(old), 0) + 1
-        found: list[int] = []
-        rows: set[int] = set()
-        for place in np.argsort(-gain, kind="stable"):
-            if gain[place] <= 0 or len(found) == k:
-                break
-            source = self._source(row[place])
-            full = self.most is not None and used.get(source, 0) >= self.most
-            if row[place] in rows or full:
-                continue
-            found.append(place)
-            rows.add(row[place])
-            used[source] = used.get(source, 0) + 1
-        return np.array(found, dtype=int)
-
-    def _source(self, row: int) -> Any:
-        return None if self.sources is None else self.sources[row]
-
-
-def _goal(f: LinearDatamodel, goal: str | ArrayLike | None) -> NDArray[np.float64]:
-    """[t], the combination of outputs that is to become large."""
-    names = [str(name) for name in np.asarray(f.targets)]
-    if goal is None:
-        return np.full(len(names), 1.0 / len(names))
-    if isinstance(goal, str):
-        if goal not in names:
-            raise ValueError(f"expected a goal among the outputs {names[:20]}, got {goal!r}")
-        return np.array([float(name == goal) for name in names])
-    given = np.asarray(goal, dtype=float)
-    if given.shape != (len(names),) or not np.isfinite(given).all():
-        raise ValueError(f"expected a finite goal [t={len(names)}], got {given.shape}")
-    return given
+def _by(f: LinearDatamodel, weights: NDArray[Any], first: LinearDatamodel) -> Said:
+    """From the first datamodel's anchor to where the last one predicts."""
+    return Said(np.asarray(f.targets).astype(str), first.base, f.predict(weights) - first.base)
 
 
 def _parts(k: int, rounds: int) -> list[int]:
@@ -472,110 +251,21 @@ def _some(changed: NDArray[np.intp], what: str) -> None:
         )
 
 
-def _furthest(
-    problem: Problem,
-    threat: ThreatModel,
-    surrogate: InputSurrogate,
-    goal: Any,
-    k: int,
-    quota: _Quota,
-) -> NDArray[np.intp]:
-    """Rows whose inputs reach furthest: the largest first-order gain inside the ball."""
-    everyone = np.arange(problem.n)
-    f = surrogate(problem, everyone, 0)
-    slope = (f.scores @ _goal(f, goal)).reshape(problem.n, -1)
-    reach = np.abs(slope).sum(1) if threat.norm == "inf" else np.linalg.norm(slope, axis=1)
-    return np.sort(quota.best(reach, everyone, k, everyone[:0]))
-
-
-def _direction(mean: NDArray[Any], norm: str) -> NDArray[Any]:
-    if norm == "inf":
-        return np.sign(mean)
-    length = np.linalg.norm(mean.reshape(len(mean), -1), axis=1)
-    return mean / np.maximum(length, 1e-300).reshape(-1, *[1] * (mean.ndim - 1))
-
-
-# --- versions and controls ---------------------------------------------------------------------------
-
-
-def _inputs(problem: Problem, rows: NDArray[np.intp], column: Column) -> NDArray[np.float64]:
-    batch: Any = take(problem.train, rows)
-    return batch[column].double().cpu().numpy()
-
-
-def _instead(versions: Versions, places: NDArray[np.intp]) -> NDArray[np.float64]:
-    """The clean weights with some new versions in the place of the old ones."""
-    weights = versions.clean.copy()
-    weights[versions.current(weights)[versions.row[places]]] = 0.0
-    weights[places] = 1.0
-    return weights
-
-
-def _random_places(
-    rows: NDArray[np.intp], k: int, quota: _Quota, rng: np.random.Generator
-) -> NDArray[np.intp]:
-    """k random rows within the quotas."""
-    order = rng.permutation(len(rows))
-    chosen = quota.best(1.0 + rng.random(len(rows))[order], rows[order], k, rows[:0])
-    return rows[order][chosen]
-
-
-def _random_flips(versions: Versions, k: int, quota: _Quota, seed: int) -> NDArray[np.float64]:
+def _random_flips(versions: Versions, k: int, quota: Quota, seed: int) -> NDArray[np.float64]:
     """Random rows with random other labels."""
     rng = np.random.default_rng([seed, 0xF1])
     classes = len(versions.row) // versions.n
-    rows = _random_places(np.arange(versions.n), k, quota, rng)
+    rows = random_rows(np.arange(versions.n), k, quota, rng)
     old = versions.current(versions.clean)[rows] % classes
-    return _instead(
-        versions, rows * classes + (old + rng.integers(1, classes, len(rows))) % classes
-    )
+    return instead(versions, rows * classes + (old + rng.integers(1, classes, len(rows))) % classes)
 
 
 def _random_rows(
-    versions: Versions, places: NDArray[np.intp], k: int, quota: _Quota, seed: int
+    versions: Versions, places: NDArray[np.intp], k: int, quota: Quota, seed: int
 ) -> NDArray[np.float64]:
     """Random rows of the pool."""
     rng = np.random.default_rng([seed, 0xF2])
-    rows = _random_places(versions.row[places], k, quota, rng)
+    rows = random_rows(versions.row[places], k, quota, rng)
     weights = versions.clean.copy()
     weights[places[np.isin(versions.row[places], rows)]] = 1.0
     return weights
-
-
-def _noisy(
-    problem: Problem, threat: ThreatModel, column: Column, k: int, quota: _Quota, seed: int
-) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """(random rows, their inputs moved at random as far as the ball allows)."""
-    rng = np.random.default_rng([seed, 0xF3])
-    rows = np.sort(_random_places(np.arange(problem.n), k, quota, rng))
-    x = _inputs(problem, rows, column)
-    assert threat.epsilon is not None
-    noise = threat.epsilon * _direction(rng.standard_normal(x.shape), threat.norm)
-    return rows, threat.within(x + noise, x)
-
-
-def _listed(seeds: int | Sequence[int]) -> list[int]:
-    return list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-
-
-def _attack(
-    name: str, threat: ThreatModel, versions: Versions, weights: NDArray[np.float64], changed: NDArray[np.intp],
-    f: LinearDatamodel, moved: NDArray[np.float64], random: Callable[[int], NDArray[np.float64]],
-    victim: Callable[..., Retrained], targets: Sequence[str] | None, seeds: int | Sequence[int], meta: dict[str, Any],
-) -> Attack:  # fmt: skip
-    """Victims retrained with the attack, without one, and with a random one of the same budget."""
-    known = [str(target) for target in np.asarray(f.targets)]
-    names = known if targets is None else [str(target) for target in targets]
-    said = dict(zip(known, moved, strict=True))
-    base = dict(zip(known, f.base, strict=True))
-    predicted = np.array([said.get(target, np.nan) for target in names])
-    before = np.array([base.get(target, np.nan) for target in names])
-    decision = Decision(
-        weights=weights, ids=np.flatnonzero(weights > 0), predicted=before + predicted, baseline=before,
-        targets=np.array(names), meta={"application": "poisoning", "attack": name, **meta},
-    )  # fmt: skip
-    controls = {NO_ATTACK: versions.clean, RANDOM: np.stack([random(s) for s in _listed(seeds)])}
-    verified = verify(
-        decision, Victim(victim, versions.problem), control=controls, seeds=_listed(seeds)
-    )
-    return Attack(name, threat, versions, np.sort(changed), verified, predicted, meta)

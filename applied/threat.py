@@ -50,7 +50,7 @@ class ThreatModel:
             raise ValueError(f"expected may_change labels, inputs or rows, got {self.may_change!r}")
         if self.knowledge not in ("model", "surrogate"):
             raise ValueError(f"expected knowledge 'model' or 'surrogate', got {self.knowledge!r}")
-        whole = self.budget >= 1 and self.budget == math.floor(self.budget)
+        whole = self.budget >= 1 and self.budget % 1 == 0
         if not (math.isfinite(self.budget) and (0 < self.budget < 1 or whole)):
             raise ValueError(
                 f"expected a budget of at least one row, or a share of the rows in (0, 1), got {self.budget}; "

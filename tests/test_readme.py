@@ -8,7 +8,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_code_blocks_run_in_order():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
@@ -18,6 +18,12 @@ def test_the_code_blocks_run_in_order():
     worth, rows = names["worth"], names["rows"]
     assert abs(worth.remainder) < 1e-9 * abs(worth.change)
     assert abs(rows.remainder) < 0.05 * abs(rows.change)
+    # flips cost what was predicted, to a third, are found, and mostly undone
+    attack, found, mended = names["attack"], names["found"], names["mended"]
+    assert 0.67 < attack.predicted[1] / attack.effect("target loss").mean < 1.1
+    assert attack.effect("target loss").mean > 2 * attack.effect("target loss", "random").mean
+    assert found.auc() > 0.99
+    assert mended.recovered("target loss").mean > 0.5
     exact, run, tests = names["exact"], names["run"], names["tests"]
     predicted = exact.without([0]) - exact.base
     actual = run.again([0.0] + [1.0] * 499).outputs(tests).numpy() - exact.base

@@ -1,0 +1,220 @@
+"""Inputs moved inside a ball: by exact metagradients, by influence, or by matching gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from applied.attack import (
+    Attack,
+    Quota,
+    Said,
+    goal_of,
+    instead,
+    listed,
+    random_rows,
+    verified_attack,
+)
+from applied.recipe import Retrained
+from applied.threat import ThreatModel
+from applied.versions import rewritten
+from attribution_core.datamodel import LinearDatamodel
+from attribution_core.problem import Column, Problem, floating_column, take
+from attribution_core.store import claim, fingerprint
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+InputSurrogate = Callable[[Problem, NDArray[np.intp], int], LinearDatamodel]
+
+
+def perturb(
+    problem: Problem,
+    threat: ThreatModel,
+    surrogate: InputSurrogate,
+    victim: Callable[..., Retrained],
+    *,
+    rows: ArrayLike | None = None,
+    column: Column | None = None,
+    steps: int = 40,
+    step_size: float | None = None,
+    momentum: float = 0.9,
+    goal: str | ArrayLike | None = None,
+    sources: ArrayLike | None = None,
+    targets: Sequence[str] | None = None,
+    seeds: int | Sequence[int] = 3,
+    name: str = "perturb",
+    folder: str | Path | None = None,
+    progress: Progress = iter,
+) -> Attack:
+    """Move the inputs of some rows, inside a ball around them, to where training on them raises the goal most.
+
+        max goal · f(x)    ‖x_i − original_i‖ ≤ epsilon;      x ← nearest in the ball (x + η · direction of m)
+
+    with m the running mean of ∂ goal/∂x over steps, direction its sign ("inf") or its unit vector a row ("2"), and η
+    falling linearly to a tenth.
+
+    Args:
+        threat: with may_change="inputs".
+        surrogate: (problem with the rows as they are now, rows [k], step) -> datamodel by their inputs:
+            `magic(train(..., seed=step), outputs, wrt="inputs", rows=rows)` (exactly through training),
+            `input_influence` (one curvature solve), or `gradient_matching` (the usual baseline). Training with
+            another seed at every step makes poisons that work on fresh seeds.
+        rows: which rows are moved; by default those whose inputs reach furthest at first order, on one call of the
+            surrogate over all rows.
+        column: of the inputs, by default the first floating one.
+        steps, step_size: step_size is 2.5 epsilon / steps unless given.
+        momentum: of the running mean.
+        goal: as in `flip_labels`.
+        targets: names of the victim's outputs; by default those of the surrogate. Outputs of these names that the
+            surrogate does not have are not predicted.
+        folder: keep the inputs there after every step; the same call goes on where a killed one stopped, and another
+            victim is shown the same inputs.
+
+    Returns:
+        An attack whose prediction is what the surrogates say: the mean over the last tenth of the steps, less the
+        first. The random control moves random rows by random signs (directions) as far as the ball allows.
+
+    Raises:
+        ValueError: see `flip_labels`; rows that are none or more than the budget; no floating column; a step size
+            that is not positive; a folder that belongs to another attack.
+
+    Source: Engstrom et al. 2025 (arXiv 2503.13751) for metagradients; Koh & Liang 2017, sec. 5.2, for influence.
+    """
+    # rewrite: moved rows are other versions of rows; their inputs are what is chosen
+    k = threat.rows(problem.n)
+    quota = Quota(threat.check("inputs", sources, problem.n), threat.source_quota)
+    at = floating_column(problem.train, column)
+    chosen = _furthest(problem, threat, surrogate, goal, k, quota) if rows is None else np.sort(np.asarray(rows, dtype=int))  # fmt: skip
+    inside = len(chosen) and chosen[0] >= 0 and chosen[-1] < problem.n
+    if not inside or len(chosen) > k or len(np.unique(chosen)) < len(chosen):
+        raise ValueError(
+            f"expected 1 to {k} different rows of 0 to {problem.n - 1}, as the budget says, got {len(chosen)}: "
+            f"{chosen[:5].tolist()} ..."
+        )
+    if steps < 1 or (step_size is not None and not 0 < step_size < np.inf):
+        raise ValueError(
+            f"expected steps >= 1 and a positive step_size, got {steps} and {step_size}"
+        )
+    original = _inputs(problem, chosen, at)
+    assert threat.epsilon is not None
+    size = 2.5 * threat.epsilon / steps if step_size is None else step_size
+    state = _Ascent(original, np.zeros_like(original), [])
+    kept = _kept(
+        folder,
+        problem,
+        replace(threat, knowledge="model"),
+        chosen,
+        at,
+        steps,
+        size,
+        momentum,
+        goal,
+        surrogate,
+    )
+    if kept is not None and kept.exists():
+        state = _Ascent.load(kept)
+    for step in progress(range(len(state.levels), steps)):
+        # plug in: the datamodel by inputs, around the inputs as they are now
+        versions, places = rewritten(problem, chosen, state.x, at)
+        f = surrogate(versions.take(instead(versions, places)), chosen, step)
+        slope = (f.scores @ goal_of(f, goal)).reshape(original.shape)
+        mean = momentum * state.mean + (1 - momentum) * slope
+
+        # optimize: one step up, back into the ball
+        rate = size * (1 - 0.9 * step / max(steps - 1, 1))
+        x = threat.within(state.x + rate * _direction(mean, threat.norm), original)
+        state = _Ascent(x, mean, [*state.levels, f.base], np.asarray(f.targets).astype(str))
+        if kept is not None:
+            state.save(kept)
+    noise = [_noisy(problem, threat, at, k, quota, seed) for seed in listed(seeds)]
+    versions, places = rewritten(
+        problem,
+        np.concatenate([chosen, *(some for some, _ in noise)]),
+        np.concatenate([state.x, *(moved for _, moved in noise)]),
+        at,
+    )
+    ends = np.cumsum([len(chosen), *(len(some) for some, _ in noise)])
+    weights = instead(versions, places[: ends[0]])
+    random = [instead(versions, places[a:b]) for a, b in pairwise(ends)]
+    return verified_attack(
+        name, threat, versions, weights, chosen, state.said, lambda seed: random[listed(seeds).index(seed)],
+        victim, targets, seeds, {"steps": steps, "step_size": size, "momentum": momentum},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Ascent:
+    """Inputs on their way: where they are, the mean slope, and the surrogates' outputs so far."""
+
+    x: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    levels: list[NDArray[np.float64]]
+    targets: NDArray[Any] = field(default_factory=lambda: np.zeros(0, dtype=str))
+
+    @property
+    def said(self) -> Said:
+        """The mean over the last tenth of the surrogates, less the first, which saw no change."""
+        tail = max(1, len(self.levels) // 10)
+        return Said(self.targets, self.levels[0], np.mean(self.levels[-tail:], axis=0) - self.levels[0])  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        part = path.with_suffix(".part.npz")
+        np.savez(part, x=self.x, mean=self.mean, levels=np.stack(self.levels), targets=self.targets)
+        part.replace(path)  # whole or not at all
+
+    @classmethod
+    def load(cls, path: Path) -> _Ascent:
+        with np.load(path) as held:
+            return cls(held["x"], held["mean"], list(held["levels"]), held["targets"])
+
+
+def _kept(folder: str | Path | None, *made_of: Any) -> Path | None:
+    """The file that steps are kept in."""
+    if folder is None:
+        return None
+    return claim(folder, "perturb.json", "steps", fingerprint(*made_of)) / "perturb.npz"
+
+
+def _furthest(
+    problem: Problem,
+    threat: ThreatModel,
+    surrogate: InputSurrogate,
+    goal: Any,
+    k: int,
+    quota: Quota,
+) -> NDArray[np.intp]:
+    """Rows whose inputs reach furthest: the largest first-order gain inside the ball."""
+    everyone = np.arange(problem.n)
+    f = surrogate(problem, everyone, 0)
+    slope = (f.scores @ goal_of(f, goal)).reshape(problem.n, -1)
+    reach = np.abs(slope).sum(1) if threat.norm == "inf" else np.linalg.norm(slope, axis=1)
+    return np.sort(quota.best(reach, everyone, k, everyone[:0]))
+
+
+def _direction(mean: NDArray[Any], norm: str) -> NDArray[Any]:
+    if norm == "inf":
+        return np.sign(mean)
+    length = np.linalg.norm(mean.reshape(len(mean), -1), axis=1)
+    return mean / np.maximum(length, 1e-300).reshape(-1, *[1] * (mean.ndim - 1))
+
+
+def _inputs(problem: Problem, rows: NDArray[np.intp], column: Column) -> NDArray[np.float64]:
+    batch: Any = take(problem.train, rows)
+    return batch[column].double().cpu().numpy()
+
+
+def _noisy(
+    problem: Problem, threat: ThreatModel, column: Column, k: int, quota: Quota, seed: int
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """(random rows, their inputs moved at random as far as the ball allows)."""
+    rng = np.random.default_rng([seed, 0xF3])
+    rows = np.sort(random_rows(np.arange(problem.n), k, quota, rng))
+    x = _inputs(problem, rows, column)
+    assert threat.epsilon is not None
+    noise = threat.epsilon * _direction(rng.standard_normal(x.shape), threat.norm)
+    return rows, threat.within(x + noise, x)

@@ -10,6 +10,7 @@ attack that was optimised against the model is, by that, near what the model exp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,7 +143,7 @@ def _check(given: Mapping[str, NDArray[Any]], n: int, x: Any, y: Any, planted: A
 
 def _flat(features: ArrayLike) -> NDArray[np.float64]:
     x = np.asarray(features, dtype=float)
-    return x.reshape(len(x), -1)
+    return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def _surprise(values: NDArray[Any]) -> NDArray[np.float64]:
@@ -306,7 +307,8 @@ class Repair:
 
     Args:
         removed: [r] places in the poisoned training data; planted: how many of them were.
-        verified: retrained without them, beside as many random rows taken away.
+        verified: retrained without them, beside as many random rows taken away ("random"), and beside exactly what
+            was planted ("planted": the most that removal can do).
         attacked, clean: [s, t] outputs under the attack and without one, same seeds.
     """
 
@@ -320,7 +322,7 @@ class Repair:
     def recovered(self, target: str | int = 0, arm: str = "repaired") -> Interval:
         """(attacked − repaired)/(attacked − clean) of one output, over victims: 1 is all of it.
 
-        The other `arm` is "random": as many rows taken away at random.
+        The other arms are "random", as many rows taken away at random, and "planted", exactly the planted ones.
         """
         j = self.targets.index(target) if isinstance(target, str) else target
         outputs = self.verified.actual if arm == "repaired" else self.verified.control[arm]
@@ -329,13 +331,24 @@ class Repair:
 
     def table(self) -> str:
         """Every output: clean, attacked, repaired, random removal, and the share recovered."""
-        rows = [["output", "clean", "attacked", "repaired", "random removal", "recovered"]]
+        rows = [
+            [
+                "output",
+                "clean",
+                "attacked",
+                "repaired",
+                "random removal",
+                "planted removed",
+                "recovered",
+            ]
+        ]
         for j, name in enumerate(self.targets):
             means = (
                 self.clean,
                 self.attacked,
                 self.verified.actual,
                 self.verified.control["random"],
+                self.verified.control["planted"],
             )
             rows.append([name, *(f"{m[:, j].mean():.4g}" for m in means), str(self.recovered(j))])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -398,7 +411,8 @@ def repair(
     def retrain(weights: NDArray[Any], *, seeds: list[int]) -> Any:
         return victim(attack.versions.problem, weights, seeds)
 
-    verified = verify(decision, retrain, control={"random": random}, seeds=chosen)
+    kept = attack.weights * attack.versions.clean
+    verified = verify(decision, retrain, control={"random": random, "planted": kept}, seeds=chosen)
     planted = int((attack.versions.clean[there[removed]] == 0).sum())
     return Repair(
         removed, planted, verified, attack.outputs(), attack.outputs("no attack"), attack.targets

@@ -53,11 +53,16 @@ class Goal:
 
     def best_rate(
         self, run: Any, change: Any, left: float, runs: int, seed: int
-    ) -> tuple[Steps, int]:
-        """(steps within what is left for each of the runs, steps spent on the choice), tried on one run."""
+    ) -> tuple[Steps, float]:
+        """(how to match within what is left for each of the runs, what it and the choice cost each, in training steps).
+
+        Batches are half of the training's: twice as many steps come nearer at the same cost. Tried on one run.
+        """
         model, optimizer = run.model, run.recipe.optimizer
-        size = min(len(run.order[0]), len(self.forget) + len(self.retain))
-        each = int(left * runs / (runs + len(RATES)))
+        batch = len(run.order[0])
+        size = max(2, min(batch, len(self.forget) + len(self.retain)) // 2)
+        tries = 1 + len(RATES) / runs
+        each = int(left * batch / size / tries)
         if each < 1:
             raise ValueError(
                 f"expected steps left to match with, got {left:.1f} a model after rehearsals; raise `budget`"
@@ -66,7 +71,7 @@ class Goal:
         rates = RATES
         if hasattr(optimizer, "betas"):  # trained by Adam: matched by it
             like, rates = replace(like, momentum=None), tuple(k * optimizer.lr for k in TIMES)
-        tried = {}
+        tried = {0.0: self._missed(model, model, change)}  # better left alone than made worse
         for lr in rates:
             how = replace(like, lr=lr)
             try:
@@ -74,7 +79,7 @@ class Goal:
             except ValueError:  # left the finite numbers
                 tried[lr] = math.inf
         best = min(tried, key=tried.__getitem__)
-        return replace(like, lr=best), each * len(RATES)
+        return replace(like, lr=best), each * tries * size / batch
 
     def _missed(self, before: nn.Module, after: nn.Module, change: Any) -> float:
         """Mean squared distance of logits from those wanted, both sets alike."""

@@ -100,7 +100,7 @@ def roc(
         mean = np.mean([np.interp(shown, false, true) for false, true in pairs], axis=0)
         wide, label = 2.8 if name == best else 1.6, f"{name}, AUC {auc:.4f}"
         x, y = [0, *shown], [0, *mean]  # up from the corner
-        ax.plot(x, y, color=PALETTE[j % 7], lw=wide, label=label)
+        ax.plot(x, y, color=PALETTE[j % 7], lw=wide, label=label, zorder=1 + wide)
         told.append(f"{name} {auc:.4f}")
     ax.set(xlim=(-0.01 * most, most), ylim=(0, 1.02))
     figure.legend(loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False)

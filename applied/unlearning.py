@@ -24,7 +24,7 @@ from applied.matching import KINDS, Goal
 from applied.unlearners import Unlearner
 from applied.yardstick import Evaluation, attack, evaluate, gaussian_klom, klom
 from attribution_core.problem import Outputs, Rows, sample
-from attribution_core.rehearsal import SLOPE_BATCHES, Pace, Rehearsal, rehearse
+from attribution_core.rehearsal import Pace, Rehearsal, rehearse
 
 __all__ = [
     "Evaluation", "Pace", "Unlearned", "attack", "evaluate", "gaussian_klom", "klom", "unlearn",
@@ -35,8 +35,8 @@ MATCHING, FEW = (
     0.6,
     0.3,
 )  # of the budget, for fine-tuning; the rest is for rehearsals; FEW: of few runs
-PAIRS = 5  # rehearsals at least, as far as there are runs: below, noise cannot be told from change
-SHORTEST, LONGEST = 0.05, 0.5  # of a training's steps, a rehearsal
+ROUNDING = 1e-9
+PAIRS = 2  # rehearsals at least: one shows no noise, and longer ones tell more than many
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +108,11 @@ def unlearn(
 
         outputs:  f_z + trust · (f̂_z(1 − 1_F) − f̂_z(1))     models:  matched to logits that moved alike
 
-    "auto" predicts by rehearsals (`rehearse`): pairs of trainings of a fifth of the steps or less, with and
-    without F. Changes are averaged over runs and shrunk by their noise (`Rehearsal.trust`), each kind of output
-    by itself. Two fifths of the budget go into rehearsals, on some of the runs, the rest into matching each; with
-    up to ten runs, seven tenths.
+    "auto" predicts by rehearsals (`rehearse`): pairs of trainings with and without F, as long as the budget of
+    all runs allows for two of them. From 2 / budget runs on (2.5 times as many for models) **some runs are
+    really trained again without F**, and the others move as those did; with fewer, pairs train on smaller
+    batches. Changes are averaged over runs and shrunk by their noise (`Rehearsal.trust`), each kind of output by
+    itself. Two fifths of the budget go into rehearsals, the rest into matching each; with few runs, seven tenths.
 
     Args:
         runs: a trained `Run`, or several of the same problem (the more, the less noise).
@@ -124,7 +125,7 @@ def unlearn(
         change: predicted changes of the logits to match, from any datamodel, in the place of rehearsals:
             (of the forget rows [F, ..., c], of the rows `retained(run, forget)` [R, ..., c]).
         budget: training steps for each model, in those of its training.
-        pace: how rehearsals are taken; by default a fifth of the steps, or as long as few runs allow.
+        pace: how rehearsals are taken; by default as long as the budget allows.
         retain_rows: how many retained rows are matched at most.
         seed: of batches and of the sample of retained rows.
         progress: wraps the loops over runs (tqdm).
@@ -156,7 +157,7 @@ def unlearn(
     spent, meta = 0.0, {}
     wanted = {} if datamodel is not None else named
     if (change is None and goal is not None) or wanted:
-        plan, pairs = _plan(len(several), length, budget, pace, goal is not None)
+        plan, pairs = _plan(several, budget, pace, goal is not None)
         reader = _Reader(wanted, goal if change is None else None)
         found = rehearse(several[:pairs], without, reader, pace=plan, progress=progress)
         moved = reader.split(found)
@@ -174,8 +175,9 @@ def unlearn(
     if goal is not None:
         to = change if change is not None else tuple(torch.as_tensor(moved[k]) for k in KINDS)
         left = budget * length - spent
-        how, tried = goal.best_rate(several[0], to, left, len(several), seed)
-        spent += how.steps + tried / len(several)
+        meta["rehearsed"] = spent / length
+        how, matching = goal.best_rate(several[0], to, left, len(several), seed)
+        spent += matching
         for k, run in enumerate(progress(several)):
             models.append(goal.reached(run.model, to, replace(how, seed=seed + k)))
         meta["matching"] = how
@@ -226,34 +228,29 @@ def _checked(runs: list[Any], forget: Iterable[int], budget: float) -> NDArray[n
     return rows
 
 
-def _plan(
-    runs: int, length: int, budget: float, pace: Pace | None, models: bool
-) -> tuple[Pace, int]:
+def _plan(runs: list[Any], budget: float, pace: Pace | None, models: bool) -> tuple[Pace, int]:
     """(how long a rehearsal is, how many runs are rehearsed), within the budget of all runs together.
 
     Raises:
         ValueError: the shortest rehearsals, or those asked for, cost more, or leave no step to match with.
     """
-    matching = (MATCHING if runs > 2 * PAIRS else FEW) if models else 0.0
-    whole = runs * length * budget * (1 - matching)
-
-    def cost(share: float) -> float:
-        return 2 * math.ceil(share * length) + min(SLOPE_BATCHES, math.ceil(share * length))
-
-    wished = Pace() if pace is None else pace
-    pairs = min(runs, max(int(whole // cost(wished.share)), min(runs, PAIRS)))
-    if pace is None and not PAIRS < pairs < runs:
-        # few runs: each is rehearsed for as long as the budget allows
-        lengths = [k / 100 for k in range(round(100 * SHORTEST), round(100 * LONGEST) + 1)]
-        fitting = [share for share in lengths if pairs * cost(share) <= whole]
-        wished = replace(wished, share=max(fitting, default=SHORTEST))
-    spent = pairs * cost(wished.share) / runs
-    if spent > budget * length - models:
+    n, length, size = len(runs), len(runs[0].order), len(runs[0].order[0])
+    many = n * budget * (1 - MATCHING) >= PAIRS  # whole trainings
+    matching = (MATCHING if many else FEW) if models else 0.0
+    whole, least = n * length * budget * (1 - matching), min(n, PAIRS)
+    paces = [Pace(1.0)] + [Pace(rows / size) for rows in range(size // 2, 0, -1)]
+    if pace is not None:
+        paces = [pace]
+    fitting = (some for some in paces if least * some.cost(runs[0]) <= whole + ROUNDING)
+    plan = next(fitting, paces[-1])
+    pairs = min(n, max(int((whole + ROUNDING) // plan.cost(runs[0])), least))
+    spent = pairs * plan.cost(runs[0]) / n
+    if spent > budget * length + ROUNDING - models:
         raise ValueError(
             f"expected a budget that rehearsals fit in, got {budget:g} of {length} steps, while {pairs} pairs "
-            f"of {math.ceil(wished.share * length)} steps take {spent:.1f} a model; raise `budget` or give more runs"
+            f"on batches of {plan.size(runs[0])} take {spent:.1f} a model; raise `budget` or give more runs"
         )
-    return wished, pairs
+    return plan, pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,11 +283,8 @@ class _Reader:
         }
 
     def split(self, found: Rehearsal) -> dict[str, Any]:
-        """Mean changes by part, shrunk by their noise: outputs all alike, logits place by place."""
-        return {
-            name: (part.shrunk if name in KINDS else part.trust * part.mean).numpy()
-            for name, part in self.cut(found).items()
-        }
+        """Mean changes by part, shrunk by their noise."""
+        return {name: (part.trust * part.mean).numpy() for name, part in self.cut(found).items()}
 
     def trust(self, found: Rehearsal) -> dict[str, float]:
         """How far each part's mean change is believed."""

@@ -32,17 +32,14 @@ ADVERSARY = (
     "part in the attack. The defender sees the poisoned data and a few trusted rows, and does not know who changed "
     "what, nor how much."
 )
-WIDE = 9  # letters of a heading before it goes on below
+WIDE = 10  # letters of a heading before it goes on below
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: means over splits.
+    """A line of the table, over splits: accuracy in points, predicted and random of the target loss.
 
-    Args:
-        accuracy: change in points; held_out, target: change of losses; predicted, random: of the target loss.
-        auc: detector -> AUC, the combined one last.
-        recovered, by_random: share of the held-out loss's damage; nan where there were no suspects.
+    `recovered`, `by_random` (removal) and `possible` (only the changed rows removed) are shares of the held-out loss's damage; nan where nobody was suspected.
     """
 
     budget: float
@@ -58,6 +55,7 @@ class Row:
     caught: float
     recovered: Interval
     by_random: Interval
+    possible: Interval
 
     @property
     def best(self) -> list[str]:
@@ -91,32 +89,28 @@ def row_of(some: Sequence[Outcome]) -> Row:
         suspects=over(lambda x: x.suspects).mean, caught=over(lambda x: x.caught).mean,
         recovered=over(lambda x: x.recovered.get(HELD_OUT, math.nan)),
         by_random=over(lambda x: x.by_random.get(HELD_OUT, math.nan)),
+        possible=over(lambda x: x.possible.get(HELD_OUT, math.nan)),
     )  # fmt: skip
-
-
-# --- the printed table -------------------------------------------------------------------------------
 
 
 def print_table(outcomes: Sequence[Outcome]) -> None:
     """A line for every budget and attack, and below it what they add up to in words."""
     rows = rows_of(outcomes)
-    head = [
-        "budget", "attack", "rows", "accuracy, points", "held-out loss", "target loss", "predicted",
-        "random attack", *rows[0].auc, "removed / caught", "recovered",
-    ]  # fmt: skip
-    print(f"\n{columns(head, [cells(row) for row in rows])}\n")
+    lines = [cells(row) for row in rows]
+    print(f"\n{columns(list(lines[0]), [list(line.values()) for line in lines])}\n")
     print("\n".join(words_of(outcomes, rows)))
 
 
-def cells(row: Row) -> list[str]:
-    """Text of a line."""
-    return [
-        f"{100 * row.budget:g} %", row.attack, f"{row.rows:g}", spread(row.accuracy, "+.1f"),
-        spread(row.held_out, "+.3f"), spread(row.target, "+.3f"), number(row.predicted, "+.3f"),
-        number(row.random, "+.3f"),
-        *starred(row).values(),
-        f"{row.suspects:.0f} / {row.caught:.0f}" if row.suspects else "none", spread(row.recovered, ".2f"),
-    ]  # fmt: skip
+def cells(row: Row) -> dict[str, str]:
+    """Heading -> text of a line."""
+    return {
+        "budget": f"{100 * row.budget:g} %", "attack": row.attack, "rows": f"{row.rows:g}",
+        "accuracy, points": spread(row.accuracy, "+.1f"),
+        "held-out loss": spread(row.held_out, "+.3f"), "target loss": spread(row.target, "+.3f"),
+        "predicted": number(row.predicted, "+.3f"), "random attack": number(row.random, "+.3f"),
+        **starred(row), "removed / caught": f"{row.suspects:.0f} / {row.caught:.0f}",
+        "recovered": spread(row.recovered, ".2f"), "at most": number(row.possible.mean, ".2f"),
+    }  # fmt: skip
 
 
 def starred(row: Row) -> dict[str, str]:
@@ -155,14 +149,14 @@ def words_of(outcomes: Sequence[Outcome], rows: Sequence[Row]) -> list[str]:
     splits = len({x.split for x in outcomes})
     first = [x for x in outcomes if (x.budget, x.attack) == (rows[0].budget, rows[0].attack)]
     clean = {name: np.mean([x.clean[name] for x in first]) for name in (ACCURACY, HELD_OUT, TARGET)}
-    noise = "means over splits ± half of the 95 % t interval" if splits > 1 else "no intervals"
+    noise = ", means with 95 % t intervals over splits" if splits > 1 else ""
     return [
         f"Changes beside no attack, whose accuracy is {clean[ACCURACY]:.4f}, held-out loss {clean[HELD_OUT]:.4f} and "
-        f"target loss {clean[TARGET]:.4f}; {splits} split{'s'[: splits != 1]}, {noise}.",
+        f"target loss {clean[TARGET]:.4f}; {splits} split{'s'[: splits != 1]}{noise}.",
         f"Detectors by AUC, * the best. {verdict(rows)}",
         agreement(rows),
         "Removed: rows whose label the combined detector disputes, and how many of them were changed; recovered: of "
-        "the damage to the held-out loss, without them.",
+        "the damage to the held-out loss, without them; at most: where exactly the changed rows are removed.",
     ]  # fmt: skip
 
 
@@ -191,9 +185,6 @@ def name_of(x: Row | Outcome) -> str:
     return f"{x.attack} at {100 * x.budget:g} %"
 
 
-# --- the report --------------------------------------------------------------------------------------
-
-
 def write_report(flags: Flags, outcomes: Sequence[Outcome]) -> None:
     """report.html, metrics.json and outcomes.parquet."""
     rows, facts = rows_of(outcomes), facts_of(flags, outcomes)
@@ -201,10 +192,10 @@ def write_report(flags: Flags, outcomes: Sequence[Outcome]) -> None:
     words = words_of(outcomes, rows)
     sections = {
         "What was asked": [report.paragraph(AUDIT), report.paragraph(ADVERSARY.format(budgets=budgets))],
-        "What the attacks moved": [moved(rows), report.paragraph(words[0]), report.paragraph(words[2]),
+        "What the attacks moved": [html([moved(row) for row in rows]), report.paragraph(words[0]), report.paragraph(words[2]),
                                    *map(report.picture, effects(outcomes))],
-        "Who would have noticed": [noticed(rows), report.paragraph(words[1]), *map(report.picture, rocs(outcomes))],
-        "What comes back": [mended(rows), report.paragraph(words[3]), report.picture(recovery(outcomes))],
+        "Who would have noticed": [html([{"attack": name_of(row), **starred(row)} for row in rows]), report.paragraph(words[1]), *map(report.picture, rocs(outcomes))],
+        "What comes back": [html([mended(row) for row in rows]), report.paragraph(words[3]), report.picture(recovery(outcomes))],
         "How this was made": [report.facts(facts)],
     }  # fmt: skip
     page = report.Page("How far a few wrong labels move this model", facts["data"], sections)
@@ -214,62 +205,42 @@ def write_report(flags: Flags, outcomes: Sequence[Outcome]) -> None:
     print(f"Judged on {facts['victims']}.\n\nwritten to {flags.out}/report.html")
 
 
-def moved(rows: Sequence[Row]) -> str:
+def html(lines: Sequence[dict[str, Any]]) -> str:
+    """A table of the report; the keys are its headings."""
+    return report.table([list(line.values()) for line in lines], list(lines[0]))
+
+
+def moved(row: Row) -> dict[str, Any]:
     """Changes of the outputs."""
-    head = (
-        "attack",
-        "rows",
-        "accuracy, points",
-        "held-out loss",
-        "target loss",
-        "predicted",
-        "random attack",
-    )
-    lines = [
-        (name_of(x), f"{x.rows:g}", x.accuracy, x.held_out, x.target, x.predicted, x.random)
-        for x in rows
-    ]
-    return report.table(lines, head)
+    return {
+        "attack": name_of(row), "rows": f"{row.rows:g}", "accuracy, points": row.accuracy,
+        "held-out loss": row.held_out, "target loss": row.target, "predicted": row.predicted,
+        "random attack": row.random,
+    }  # fmt: skip
 
 
-def noticed(rows: Sequence[Row]) -> str:
-    """AUC of every detector."""
-    lines = [(name_of(x), *starred(x).values()) for x in rows]
-    return report.table(lines, ("attack", *rows[0].auc))
-
-
-def mended(rows: Sequence[Row]) -> str:
+def mended(row: Row) -> dict[str, Any]:
     """Rows removed, and what that brings back."""
-    head = (
-        "attack",
-        "removed",
-        "of them changed",
-        "changed in all",
-        "recovered",
-        "removing at random",
-    )
-    lines = [
-        (name_of(x), *(f"{n:.0f}" for n in (x.suspects, x.caught, x.rows)), x.recovered, x.by_random)
-        for x in rows
-    ]  # fmt: skip
-    return report.table(lines, head)
+    counts = {"removed": row.suspects, "of them changed": row.caught, "changed in all": row.rows}
+    shares = {"recovered": row.recovered, "removing at random": row.by_random}
+    return {"attack": name_of(row), **{k: f"{n:.0f}" for k, n in counts.items()}, **shares}
 
 
 def effects(outcomes: Sequence[Outcome]) -> list[Any]:
     """Both losses and the accuracy against the budget."""
     budgets = sorted({x.budget for x in outcomes})
+    attacks = dict.fromkeys(x.attack for x in outcomes)
+    ordered = sorted(outcomes, key=lambda x: (x.split, x.budget))
+
+    def of(attack: str, values: str, output: str) -> Any:
+        found = [getattr(x, values).get(output, math.nan) for x in ordered if x.attack == attack]
+        return np.reshape(found, (-1, len(budgets)))
+
     figures = []
     for output in (TARGET, HELD_OUT, ACCURACY):
-        found: dict[str, Any] = {}
-        said: dict[str, Any] = {}
-        for attack in dict.fromkeys(x.attack for x in outcomes):
-            mine = sorted(
-                (x for x in outcomes if x.attack == attack), key=lambda x: (x.split, x.budget)
-            )
-            shape = (-1, len(budgets))
-            found[attack] = np.reshape([x.changed[output] for x in mine], shape)
-            if all(output in x.predicted for x in mine):
-                said[attack] = np.reshape([x.predicted[output] for x in mine], shape)
+        found = {attack: of(attack, "changed", output) for attack in attacks}
+        said = {attack: of(attack, "predicted", output) for attack in attacks}
+        said = {attack: x for attack, x in said.items() if np.isfinite(x).all()}
         label = f"change of the {output}"
         figures.append(pictures.effect_against_budget(budgets, found, predicted=said, ylabel=label))
     return figures
@@ -287,12 +258,15 @@ def rocs(outcomes: Sequence[Outcome]) -> list[Any]:
 
 def recovery(outcomes: Sequence[Outcome]) -> Any:
     """Of the held-out loss, all budgets and attacks."""
-    shares: dict[str, list[float]] = {}
-    random: dict[str, list[float]] = {}
-    for x in outcomes:
-        shares.setdefault(name_of(x), []).append(x.recovered.get(HELD_OUT, math.nan))
-        random.setdefault(name_of(x), []).append(x.by_random.get(HELD_OUT, math.nan))
-    return pictures.recovery(shares, random, output=HELD_OUT)
+    names = dict.fromkeys(map(name_of, outcomes))
+
+    def of(values: str) -> dict[str, Any]:
+        return {
+            k: [getattr(x, values).get(HELD_OUT, math.nan) for x in outcomes if name_of(x) == k]
+            for k in names
+        }
+
+    return pictures.recovery(of("recovered"), of("by_random"), output=HELD_OUT)
 
 
 def facts_of(flags: Flags, outcomes: Sequence[Outcome]) -> dict[str, str]:
@@ -309,35 +283,19 @@ def facts_of(flags: Flags, outcomes: Sequence[Outcome]) -> dict[str, str]:
         model, how = "logistic regression", f"to the optimum, weight decay {flags.decay:g}"
         surrogate = "influence (exact Hessian) at the optimum"
         victims = "one victim an attack and split, fitted to the optimum"
-    splits = len({x.split for x in outcomes})
     return {
         "data": Path(flags.data).name, "model": model, "training": how, "threat model": "; ".join(threats),
         "surrogate": f"{surrogate}; attacks in rounds ask it up to {flags.rounds} times", "victims": victims,
-        "splits": f"{splits}, with other training, target, trusted and held-out rows each",
+        "splits": f"{len({x.split for x in outcomes})}, with other training, target, trusted and held-out rows each",
     }  # fmt: skip
 
 
 def write_outcomes(flags: Flags, outcomes: Sequence[Outcome]) -> None:
-    """outcomes.parquet: a line for every split, budget and attack."""
+    """outcomes.parquet: a line for every split, budget and attack; a column for every entry of a mapping."""
     import pyarrow
     from pyarrow import parquet
 
-    lines = [flat(asdict(x)) for x in outcomes]
-    names = dict.fromkeys(name for line in lines for name in line)
-    table = pyarrow.table({name: [line.get(name) for line in lines] for name in names})
     part = flags.out / "outcomes.part"
+    table = pyarrow.Table.from_pylist([asdict(x) for x in outcomes]).flatten()
     parquet.write_table(table, part)
     os.replace(part, flags.out / "outcomes.parquet")
-
-
-def flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries as columns, their names joined by points; the two sides of a curve apart."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if name == "curves":
-            value = {k: {"false": false, "true": true} for k, (false, true) in value.items()}
-        if isinstance(value, dict):
-            found |= {f"{name}.{k}": v for k, v in flat(value).items()}
-        else:
-            found[name] = value
-    return found

@@ -59,6 +59,7 @@ class Outcome:
         clean, changed, random: output -> value without attack, change by the attack, by a random attack of the
             same budget; means over victims. predicted: output -> change, where it was predicted.
         auc: detector -> chance that a changed row looks more suspicious than another.
+        possible: output -> share that comes back where exactly the changed rows are removed.
         suspects, caught: rows that were removed, and how many of them were changed ones.
         recovered: output -> share of the damage that came back; by_random: by removing as many at random.
         curves: detector -> ROC curve, (false, true) positive rates.
@@ -77,6 +78,7 @@ class Outcome:
     caught: int
     recovered: dict[str, float]
     by_random: dict[str, float]
+    possible: dict[str, float]
     curves: dict[str, tuple[list[float], list[float]]]
 
 
@@ -111,6 +113,8 @@ def checked(flags: Flags) -> None:
     """
     if not flags.budgets or not all(0 < budget < 1 for budget in flags.budgets):
         raise ValueError(f"expected budgets in (0, 1), shares of the labels, got {flags.budgets}")
+    if len(set(flags.budgets)) < len(flags.budgets):
+        raise ValueError(f"expected different budgets, got {flags.budgets}; each is counted once")
     for name in ("rounds", "splits", "victims", "jobs"):
         if getattr(flags, name) < 1:
             raise ValueError(f"expected at least one of --{name}, got {getattr(flags, name)}")
@@ -139,7 +143,7 @@ def one_split(flags: Flags, split: int) -> list[Outcome]:
         if k not in ("out", "jobs", "splits", "seed", "budgets")
     }
     bench = prepared(flags, split)
-    made_of = fingerprint(bench.problem, settings, split)[:16]
+    made_of = fingerprint(bench.problem, bench.data, settings, split)[:16]
     outcomes = []
     for budget in flags.budgets:
         for name in ATTACKS:
@@ -343,6 +347,7 @@ def outcome(
         caught=0 if mended is None else mended.planted,
         recovered={} if mended is None else each(lambda j: share(mended, j)),
         by_random={} if mended is None else each(lambda j: share(mended, j, "random")),
+        possible={} if mended is None else each(lambda j: share(mended, j, "planted")),
         curves=curves,
     )  # fmt: skip
 

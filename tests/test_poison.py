@@ -1,0 +1,219 @@
+"""recipes/poison.py as a user meets it: one command, the same again, a file of one's own, wrong input."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from sklearn.datasets import load_breast_cancer
+
+from applied.pictures import digits
+from applied.recipe import paired_interval
+from recipes import poisoning
+from recipes.poison import run
+from recipes.poison_report import print_table, rows_of, write_report
+from recipes.poisoning import ATTACKS, Outcome
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--data", "breast_cancer", "--splits", "2", "--jobs", "1", "--budgets", "0.1", "--rounds", "2"]  # fmt: skip
+NETWORK = ["--width", "4", "--victims", "2", "--epochs", "1", "--batch-size", "75"]
+DETECTORS = ("loss", "self-influence", "influence on trusted rows", "neighbours", "combined")
+
+
+def read(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def splits(folder, attack):
+    """What was kept of every split."""
+    found = sorted((folder / "splits").glob(f"*-{attack.replace(' ', '-')}-*.json"))
+    return [json.loads(path.read_text()) for path in found]
+
+
+def check_files(folder, said):
+    """Table, report, metrics and parquet hold the same numbers, those of the splits."""
+    rows = read(folder)["rows"]
+    assert [row["attack"] for row in rows] == list(ATTACKS)
+    page = (folder / "report.html").read_text()
+    table = pq.read_table(folder / "outcomes.parquet").to_pandas()
+    assert len(table) == 2 * len(ATTACKS)
+    for row in rows:
+        kept = splits(folder, row["attack"])
+        target = paired_interval([x["changed"]["target loss"] for x in kept])
+        assert row["target"] == pytest.approx(vars(target))
+        half = target.high - target.mean
+        line = next(x for x in said.splitlines() if f"10 %  {row['attack']} " in x)
+        points = 100 * np.mean([x["changed"]["held-out accuracy"] for x in kept])
+        assert f" {points:+.1f} ±" in line
+        assert f" {target.mean:+.3f} ±{half:.3f} " in line
+        assert digits(target.mean) in page
+        mine = table[table.attack == row["attack"]]
+        assert mine["changed.target loss"].mean() == pytest.approx(target.mean)
+        assert tuple(row["auc"]) == tuple(sorted(DETECTORS))
+        for detector, value in row["auc"].items():
+            assert value == pytest.approx(mine[f"auc.{detector}"].mean())
+            star = "*" if value == max(row["auc"].values()) else ""
+            assert f"{value:.4f}{star}" in line
+            assert f"{value:.4f}{star}" in page
+        assert f"{mine.suspects.mean():.0f} / {mine.caught.mean():.0f}" in line
+        assert digits(row["recovered"]["mean"]) in page
+        assert row["random"] == pytest.approx(mine["random.target loss"].mean())
+    clean = table["clean.held-out loss"].mean()
+    assert f"held-out loss {clean:.4f}" in said
+    assert "2 splits" in said
+    assert page.count("<img") == 3 + len(ATTACKS) + 1
+    for words in ("An audit of one&#x27;s own model", "other labels to 10 %", "may change labels of 0.1"):  # fmt: skip
+        assert words in page
+    return rows
+
+
+def test_logistic_regression_from_start_to_report_and_again(tmp_path, capsys, monkeypatch):
+    run([*QUICK, "--out", str(tmp_path)])
+    rows = check_files(tmp_path, said := capsys.readouterr().out)
+    assert "Judged on one victim an attack and split, fitted to the optimum." in said
+    by = {row["attack"]: row for row in rows}
+    assert by["in rounds"]["target"]["mean"] > 2 * by["in rounds"]["random"] > 0
+    for name in ("random", "confident"):
+        assert by[name]["predicted"] is None
+    ratio = by["in rounds"]["predicted"] / by["in rounds"]["target"]["mean"]
+    assert f"in rounds at 10 % {100 * ratio - 100:+.0f} %" in said
+    assert all(row["auc"]["combined"] > 0.9 for row in rows)
+
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "splits").iterdir()}
+    metrics = read(tmp_path)
+    monkeypatch.setattr(poisoning, "judged", None)  # would be called to attack and to retrain
+    run([*QUICK, "--out", str(tmp_path)])
+    assert capsys.readouterr().out == said
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "splits").iterdir()} == kept
+    assert read(tmp_path) == metrics
+
+
+def test_a_network_is_judged_on_fresh_victims(tmp_path, capsys):
+    run([*QUICK, *NETWORK, "--out", str(tmp_path)])
+    check_files(tmp_path, said := capsys.readouterr().out)
+    assert "Judged on 2 victims an attack and split, fresh seeds." in said
+    assert read(tmp_path)["facts"]["model"] == "hidden layer of 4"
+
+
+def written(tmp_path, rows=200):
+    """A user's table in a file."""
+    x, y = load_breast_cancer(return_X_y=True)
+    frame = pd.DataFrame(
+        {"radius": x[:, 0], "texture": x[:, 1], "outcome": np.where(y, "benign", "malignant")}
+    )
+    frame.iloc[:rows].to_csv(tmp_path / "mine.csv", index=False)
+    return ["--data", str(tmp_path / "mine.csv"), "--label", "outcome"]
+
+
+def test_a_file_of_ones_own_and_one_split(tmp_path, capsys):
+    own = [*written(tmp_path), "--splits", "1", "--jobs", "1", "--budgets", "0.1", "--rounds", "1"]
+    run([*own, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "1 split." in said
+    assert "±" not in said
+    assert read(tmp_path / "out")["facts"]["data"] == "mine.csv"
+    assert read(tmp_path / "out")["rows"][0]["rows"] == 12  # a tenth of three fifths of 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--budgets", "0"], "expected budgets in (0, 1), shares of the labels, got (0.0,)"),
+        (["--budgets", "0.1", "1"], "expected budgets in (0, 1)"),
+        (["--budgets", "0.0001"], "expected a budget of 1 to 300 rows"),
+        (["--splits", "0"], "expected at least one of --splits, got 0"),
+        (["--rounds", "0"], "expected at least one of --rounds, got 0"),
+        (["--data", "nothing.csv"], "no file nothing.csv"),
+        (["--data", "OWN", "--label", "diagnosis"], "expected columns ['diagnosis']"),
+    ],
+)
+def test_wrong_input_is_said_in_one_line(tmp_path, flags, words):
+    written(tmp_path)
+    given = [str(tmp_path / "mine.csv") if flag == "OWN" else flag for flag in flags]
+    with pytest.raises(SystemExit) as stopped:
+        run([*QUICK, *given, "--out", str(tmp_path / "out")])
+    assert words in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = (
+        "import sys, recipes.poison as r\n"
+        "try: r.run(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    spent = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
+    assert spent < 1.0  # seconds of processor time, which other processes do not lengthen
+    assert "--budgets" in done.stdout
+
+
+def made_up(split=0, attack="one shot", auc=(0.7, 0.8), **other):
+    """An outcome in round numbers."""
+    names = ("target loss", "held-out loss", "held-out accuracy")
+    curves = {name: ([0.0, 0.5, 1.0], [0.0, 1.0, 1.0]) for name in ("combined", "loss")}
+    given = {
+        "split": split, "budget": 0.05, "attack": attack, "rows": 5,
+        "clean": dict(zip(names, (0.5, 0.4, 0.9), strict=True)),
+        "changed": dict(zip(names, (0.2 + 0.1 * split, 0.1, -0.02), strict=True)),
+        "random": dict.fromkeys(names, 0.01), "predicted": {"target loss": 0.125},
+        "auc": dict(zip(("combined", "loss"), auc, strict=True)), "suspects": 8, "caught": 4,
+        "recovered": dict.fromkeys(names, 0.75), "by_random": dict.fromkeys(names, -0.5), "possible": dict.fromkeys(names, 0.9), "curves": curves,
+    }  # fmt: skip
+    return Outcome(**{**given, **other})
+
+
+def test_rows_are_means_and_the_combined_detector_comes_last():
+    first, second = rows_of([made_up(0), made_up(0, "in rounds"), made_up(1), made_up(1, "in rounds")])[:2]  # fmt: skip
+    assert (first.attack, second.attack) == ("one shot", "in rounds")
+    assert first.accuracy.mean == pytest.approx(-2)  # points
+    assert vars(first.target) == pytest.approx(vars(paired_interval([0.2, 0.3])))
+    assert list(first.auc) == ["loss", "combined"]
+
+
+def test_the_table_says_which_detector_won_and_how_good_predictions_were(capsys):
+    print_table([made_up(), made_up(attack="in rounds", auc=(0.9, 0.8))])
+    said = capsys.readouterr().out
+    assert "best in 1 of 2 rows; not in one shot at 5 %: loss 0.8000, combined 0.7000." in said
+    assert "one shot at 5 % -38 %" in said  # .125 / .2 − 1
+    assert "accuracy is 0.9000, held-out loss 0.4000 and target loss 0.5000" in said
+    lines = said.splitlines()
+    assert len({line.index("8 / 4") for line in lines if "8 / 4" in line}) == 1
+    print_table([made_up(auc=(0.8, 0.8))])
+    assert "The combined detector was the best in every row (1 of 1)." in capsys.readouterr().out
+
+
+def test_nobody_suspected_and_nothing_predicted(tmp_path, capsys):
+    from recipes.poison import Flags
+
+    none = {
+        "predicted": {},
+        "suspects": 0,
+        "caught": 0,
+        "recovered": {},
+        "by_random": {},
+        "possible": {},
+    }
+    outcomes = [made_up(k, **none) for k in range(2)]
+    print_table(outcomes)
+    write_report(replace(Flags(), out=tmp_path), outcomes)
+    said = capsys.readouterr().out
+    assert "nothing was predicted" in said
+    line = next(x for x in said.splitlines() if "one shot" in x)
+    assert re.search(r"0 / 0 +- +-$", line)
+    assert "nan" not in said
+    assert read(tmp_path)["rows"][0]["recovered"]["mean"] is None
+    assert pq.read_table(tmp_path / "outcomes.parquet").num_rows == 2

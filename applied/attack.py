@@ -159,6 +159,17 @@ class Quota:
             used[source] = used.get(source, 0) + 1
         return np.array(found, dtype=int)
 
+    def refuse(self, rows: NDArray[np.intp]) -> None:
+        """Raise where rows that somebody chose are more than a source may bring."""
+        if self.sources is None or self.most is None:
+            return
+        names, counts = np.unique(self.sources[rows], return_counts=True)
+        if (counts > self.most).any():
+            raise ValueError(
+                f"expected at most {self.most} rows a source, as the threat model says, got {counts.max()} of "
+                f"{names[counts.argmax()]!r}"
+            )
+
     def _source(self, row: int) -> Any:
         return None if self.sources is None else self.sources[row]
 

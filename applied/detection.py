@@ -25,7 +25,7 @@ from attribution_core.datamodel import LinearDatamodel
 COMBINED, NEIGHBOURS = "combined", "neighbours"
 DOUBTED = 0.3  # of the rows, left out of the first vote of the combined detector
 VOTES = 3  # rounds of it; rows change sides in the first two
-LANDMARKS = 1000  # of its kernel
+LANDMARKS = 500  # of its kernel
 PENALTY = 0.2  # of its ridge
 
 

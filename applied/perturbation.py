@@ -96,6 +96,7 @@ def perturb(
             f"expected 1 to {k} different rows of 0 to {problem.n - 1}, as the budget says, got {len(chosen)}: "
             f"{chosen[:5].tolist()} ..."
         )
+    quota.refuse(chosen)
     if steps < 1 or (step_size is not None and not 0 < step_size < np.inf):
         raise ValueError(
             f"expected steps >= 1 and a positive step_size, got {steps} and {step_size}"
@@ -131,7 +132,7 @@ def perturb(
         state = _Ascent(x, mean, [*state.levels, f.base], np.asarray(f.targets).astype(str))
         if kept is not None:
             state.save(kept)
-    noise = [_noisy(problem, threat, at, k, quota, seed) for seed in listed(seeds)]
+    noise = [_noisy(problem, threat, at, len(chosen), quota, seed) for seed in listed(seeds)]
     versions, places = rewritten(
         problem,
         np.concatenate([chosen, *(some for some, _ in noise)]),

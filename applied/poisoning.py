@@ -100,7 +100,7 @@ def flip_labels(
     first = None
     for size in progress(_parts(k, rounds)):
         # plug in: the datamodel around the data poisoned so far
-        f = surrogate(versions.problem, weights)
+        f = surrogate(versions.problem, weights.copy())
         first = f if first is None else first
         value = f.scores @ goal_of(f, goal)
         current = versions.current(weights)
@@ -114,7 +114,7 @@ def flip_labels(
         changed = np.r_[changed, row[chosen]]
     assert first is not None
     _some(changed, "flip")
-    random = partial(_random_flips, versions, k, quota)
+    random = partial(_random_flips, versions, len(changed), quota)
     name = "flip_labels" if rounds == 1 else f"flip_labels, {rounds} rounds"
     return verified_attack(
         name, threat, versions, weights, changed, _by(f, weights, first), random, victim, targets, seeds,
@@ -166,7 +166,7 @@ def insert(
     weights, changed, first = versions.clean.copy(), np.zeros(0, dtype=int), None
     for size in progress(_parts(k, rounds)):
         # plug in
-        f = surrogate(versions.problem, weights)
+        f = surrogate(versions.problem, weights.copy())
         first = f if first is None else first
         gain = f.scores @ goal_of(f, goal)
         gain[weights > 0] = 0.0
@@ -177,7 +177,7 @@ def insert(
         changed = np.r_[changed, row[chosen]]
     assert first is not None
     _some(changed, "row of the pool")
-    random = partial(_random_rows, versions, places, k, quota)
+    random = partial(_random_rows, versions, places, len(changed), quota)
     return verified_attack(
         "insert", threat, versions, weights, changed, _by(f, weights, first), random, victim, targets, seeds,
         {"rounds": rounds, "surrogate": dict(f.meta)},
@@ -192,6 +192,7 @@ def attempt(
     *,
     datamodel: LinearDatamodel | None = None,
     random: Callable[[int], NDArray[np.float64]] | None = None,
+    sources: ArrayLike | None = None,
     targets: Sequence[str] | None = None,
     seeds: int | Sequence[int] = 3,
     name: str = "attempt",
@@ -203,10 +204,11 @@ def attempt(
         weights: [N], 0 or 1, which version of every row is trained on.
         datamodel: predicts its effect, f̂(weights) − f̂(clean); nothing is predicted without it.
         random: seed -> weights [N] of the random control; by default random labels (of a table of `relabelled`).
+        sources: [rows], who brings each, for source quotas.
         targets: names of the victim's outputs; needed without a datamodel.
 
     Raises:
-        ValueError: more changed rows than the budget; a row in two versions; weights that do not fit.
+        ValueError: more changed rows than the budget or a quota; a row in two versions; weights that do not fit.
     """
     w = np.asarray(weights, dtype=float)
     if w.shape != versions.clean.shape or not np.isin(w, (0.0, 1.0)).all():
@@ -219,6 +221,9 @@ def attempt(
     k = threat.rows(versions.n)
     if not 1 <= len(changed) <= k:
         raise ValueError(f"expected 1 to {k} changed rows, as the budget says, got {len(changed)}")
+    labels = threat.check(threat.may_change, sources, int(versions.row.max()) + 1)
+    quota = Quota(labels, threat.source_quota)
+    quota.refuse(changed)
     if datamodel is None and targets is None:
         raise ValueError(
             "expected targets, the names of the victim's outputs, or a datamodel; got neither"
@@ -228,7 +233,7 @@ def attempt(
         before = datamodel.predict(versions.clean)
         names = np.asarray(datamodel.targets).astype(str)
         said = Said(names, before, datamodel.predict(w) - before)
-    drawn = random or partial(_random_flips, versions, k, Quota(None, None))
+    drawn = random or partial(_random_flips, versions, len(changed), quota)
     return verified_attack(
         name, threat, versions, w, changed, said, drawn, victim, targets, seeds, {}
     )

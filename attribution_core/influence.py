@@ -22,7 +22,7 @@ from attribution_core.groups import group_directional
 from attribution_core.problem import Outputs, Problem, Rows, sample
 from attribution_core.processes import collect, my_rows
 from attribution_core.store import Store, fingerprint
-from attribution_core.trained import Trained, over_runs, several, trained
+from attribution_core.trained import OWN, Trained, over_runs, several, trained
 from attribution_core.training import Drop, Run
 
 QUICK = 5 * 10**9  # rows · parameters · targets up to which EK-FAC is refined in seconds
@@ -96,6 +96,8 @@ def influence(
     Source: Koh & Liang 2017, eq. 2, with the sign of ∂ output / ∂ weight; anchors as in DESIGN.
     """
     runs = several(source, weights, exposure)
+    if runs is not None and drop != "weight":
+        raise ValueError(OWN)
     if runs is not None:
         one = partial(
             influence, outputs=outputs, curvature=curvature, damping=damping, labels=labels,

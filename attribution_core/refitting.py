@@ -23,6 +23,8 @@ from attribution_core.retraining import RetrainingTable
 def refitted(fitted: Any, problem: Problem, weights: ArrayLike) -> Problem:
     """The problem with the model that the estimator would be, had it been fitted at these weights.
 
+    Its weight decay is that of the rows of positive weight alone: pass it on as `influence(..., weights=w, drop="row")`.
+
     Args:
         fitted: the estimator that `problem` was made of; a copy is fitted.
         problem: of `Problem.from_sklearn`, or of rows made from it (other versions of rows, say).
@@ -54,8 +56,8 @@ def refitted(fitted: Any, problem: Problem, weights: ArrayLike) -> Problem:
             f"expected rows of each of the {problem.model.width} classes, got {len(again.classes_)} classes; leave "
             "some rows of every class"
         )
-    model = from_sklearn(again, x, one, weights=w[rows]).model
-    return replace(problem, model=model)
+    made = from_sklearn(again, x, one, weights=w[rows])
+    return replace(problem, model=made.model, weight_decay=made.weight_decay)
 
 
 def refit(

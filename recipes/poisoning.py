@@ -121,41 +121,35 @@ def checked(flags: Flags) -> None:
 
 
 def study(flags: Flags) -> list[Outcome]:
-    """All splits, side by side on `jobs` threads; each is kept in a file and read back by the same call."""
+    """All splits and budgets, side by side on `jobs` cores; what is finished is kept and read back by the same call."""
     from joblib import Parallel, delayed, parallel_config
 
     splits = range(flags.seed, flags.seed + flags.splits)
-    with parallel_config(
-        backend="loky", n_jobs=min(flags.jobs, len(splits)), inner_max_num_threads=1
-    ):
-        found = Parallel(return_as="generator")(delayed(one_split)(flags, k) for k in splits)
-        return [x for part in bar("splits")(found, total=len(splits)) for x in part]
+    parts = [(split, budget) for split in splits for budget in flags.budgets]
+    workers = min(flags.jobs, len(parts))
+    with parallel_config(backend="loky", n_jobs=workers, inner_max_num_threads=1):
+        found = Parallel(return_as="generator")(delayed(one_part)(flags, *part) for part in parts)
+        return [x for some in bar("splits x budgets")(found, total=len(parts)) for x in some]
 
 
-def one_split(flags: Flags, split: int) -> list[Outcome]:
-    """Every budget and attack of one split."""
+def one_part(flags: Flags, split: int, budget: float) -> list[Outcome]:
+    """Every attack of one split and budget."""
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
     from attribution_core.store import fingerprint, write_text
 
-    settings = {
-        k: v
-        for k, v in asdict(flags).items()
-        if k not in ("out", "jobs", "splits", "seed", "budgets")
-    }
+    shared = ("out", "jobs", "splits", "seed", "budgets")
+    settings = {k: v for k, v in asdict(flags).items() if k not in shared}
     bench = prepared(flags, split)
     made_of = fingerprint(bench.problem, bench.data, settings, split)[:16]
     outcomes = []
-    for budget in flags.budgets:
-        for name in ATTACKS:
-            path = (
-                flags.out / "splits" / f"{split}-{budget:g}-{name.replace(' ', '-')}-{made_of}.json"
-            )
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_text(
-                    path, json.dumps(asdict(judged(bench, budget, name, flags.rounds, split)))
-                )
-            outcomes.append(Outcome(**json.loads(path.read_text(encoding="utf-8"))))
+    for name in ATTACKS:
+        file = f"{split}-{budget:g}-{name.replace(' ', '-')}-{made_of}.json"
+        path = flags.out / "splits" / file
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found = judged(bench, budget, name, flags.rounds, split)
+            write_text(path, json.dumps(asdict(found)))
+        outcomes.append(Outcome(**json.loads(path.read_text(encoding="utf-8"))))
     return outcomes
 
 

@@ -51,9 +51,9 @@ class World:
 
     def surrogate(self, table, w):
         assert len(table.train) == len(w) == len(self.scores)
-        self.asked.append(w.copy())
+        self.asked.append(w)  # an attack that goes on must not change it
         slope = self.scores + self.curve * (w @ self.u) * self.u[:, None]
-        return LinearDatamodel(slope, self.value(w), w.copy(), targets=np.array(self.names))
+        return LinearDatamodel(slope, self.value(w), w, targets=np.array(self.names))
 
     def victim(self, table, weights, seeds):
         values = self.value(weights)
@@ -209,6 +209,28 @@ def test_rounds_see_the_data_poisoned_so_far(n, k, rounds, parts):
     last = World(truth.scores, curve=0.02).surrogate(attack.versions.problem, truth.asked[-1])
     expected = last.predict(attack.weights) - truth.value(clean)
     np.testing.assert_allclose(attack.predicted, expected, rtol=0, atol=1e-12)
+
+
+def test_a_flipped_row_is_not_flipped_again():
+    """A surrogate that changes its mind: row 0 is worth most in both rounds, by another label each time."""
+    problem = labelled()
+    y = problem.train.columns[1].numpy()
+    asked = []
+
+    def surrogate(table, w):
+        scores = np.zeros((N, CLASSES))
+        scores[0, (y[0] + 1 + len(asked)) % CLASSES] = 10.0
+        scores[3, (y[3] + 1) % CLASSES] = 1.0
+        asked.append(w)
+        return LinearDatamodel(scores.reshape(-1, 1), [0.0], w, targets=np.array(["a"]))
+
+    truth = World(np.ones((N * CLASSES, 1)))
+    attack = flip_labels(
+        problem, ThreatModel(2, "labels"), surrogate, truth.victim, rounds=2, seeds=1
+    )
+    assert attack.changed.tolist() == [0, 3]
+    assert labels_in(attack)[0] == (y[0] + 1) % CLASSES  # as the first round chose
+    assert attack.predicted.tolist() == [1.0]
 
 
 def test_rounds_spend_no_quota_twice():

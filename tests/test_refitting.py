@@ -91,7 +91,9 @@ def test_refits_are_fits_by_hand(name):
     before = predicted(fitted, fresh)
     for w, found in zip(weights, table.outputs, strict=True):
         kept = w > 0
-        again = type(estimator)(**estimator.get_params()).fit(x[kept], y[kept], sample_weight=w[kept])
+        again = type(estimator)(**estimator.get_params()).fit(
+            x[kept], y[kept], sample_weight=w[kept]
+        )
         # the same calls with the same numbers: only logits are computed otherwise
         np.testing.assert_allclose(found, predicted(again, fresh), rtol=0, atol=1e-12)
     np.testing.assert_array_equal(predicted(fitted, fresh), before)  # a copy was fitted
@@ -109,7 +111,8 @@ def test_a_refit_solves_the_normal_equations():
     theta = np.linalg.solve((a.T * w) @ a + 0.7 * np.eye(3), (a.T * w) @ (y - mean_y))
     np.testing.assert_allclose(found.model.weight.detach().numpy()[0], theta, rtol=1e-10)
     assert float(found.model.bias.detach()[0]) == pytest.approx(mean_y - mean_x @ theta, rel=1e-10)
-    assert found.weight_decay == problem.weight_decay
+    # alpha over the rows that are there: what influence(drop="row") divides the losses by
+    assert found.weight_decay["weight"] == pytest.approx(0.7 / np.count_nonzero(w), rel=1e-12)
     assert found.train is problem.train
 
 
@@ -119,7 +122,9 @@ def test_a_refit_is_where_its_scores_are_slopes(name):
     problem = Problem.from_sklearn(estimator.fit(x, y), x, y)
     w = choices(y)[1]
     outputs = Outputs(output, problem.train)
-    f = influence(refitted(estimator, problem, w), outputs, curvature="hessian", weights=w)
+    f = influence(
+        refitted(estimator, problem, w), outputs, curvature="hessian", weights=w, drop="row"
+    )
     move = np.random.default_rng(0).normal(size=N) * (w > 0)
     h = 1e-3
     up, down = refit(estimator, problem, outputs, np.stack([w + h * move, w - h * move])).outputs
@@ -137,7 +142,9 @@ def test_row_order_and_weight_zero_do_not_matter():
     other = Problem.from_sklearn(estimator, x[order], y[order])
     first = refit(estimator, problem, outputs, w).outputs
     # two fits to gradients of 1e-12 over decays of 1/(C n)
-    np.testing.assert_allclose(refit(estimator, other, outputs, w[order]).outputs, first, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        refit(estimator, other, outputs, w[order]).outputs, first, rtol=0, atol=1e-9
+    )
     spoilt = x.copy()
     spoilt[w == 0] = 1e6  # never seen
     torch_x = torch.from_numpy(spoilt)
@@ -193,7 +200,11 @@ def test_weights_that_do_not_fit(weights):
 def test_a_class_without_rows(classes):
     estimator, x, y = logistic(classes)
     problem = Problem.from_sklearn(estimator.fit(x, y), x, y)
-    message = "one class|at least 2 classes|rows of each of the 2" if classes == 2 else "rows of each of the 4 classes, got 3"
+    message = (
+        "one class|at least 2 classes|rows of each of the 2"
+        if classes == 2
+        else "rows of each of the 4 classes, got 3"
+    )
     with pytest.raises(ValueError, match=message):
         refitted(estimator, problem, (y != 1).astype(float))
 
@@ -206,3 +217,24 @@ def test_models_that_it_cannot_fit():
     network = menagerie.mlp()
     with pytest.raises(ValueError, match="got Sequential and LogisticRegression; use retrain"):
         refitted(LogisticRegression(), network, np.ones(network.n))
+
+
+def test_scores_at_fewer_rows_are_slopes_of_refits():
+    """Rows left out or brought in change n; drop="row" and the decay of the refit follow it together."""
+    estimator, x, y = ridge()
+    problem = Problem.from_sklearn(estimator.fit(x, y), x, y)
+    w = np.ones(len(x))
+    w[: len(x) // 3] = 0.0
+    outputs = Outputs(lambda model, batch: model(batch[0])[:, 0], (torch.tensor(x[:2]),))
+    at = refitted(estimator, problem, w)
+    scores = influence(at, outputs, weights=w, drop="row", curvature="hessian").scores
+    step = 1e-6  # least squares: the slope's own change is of this size, rounding of 1e-10
+    for row in (0, len(x) - 1):
+        moved = w.copy()
+        moved[row] += step
+        slope = (refit(estimator, problem, outputs, moved).outputs - at_outputs(at, outputs)) / step
+        np.testing.assert_allclose(scores[row], slope[0], rtol=1e-4)
+
+
+def at_outputs(problem, outputs):
+    return outputs.evaluate(problem.model).numpy()

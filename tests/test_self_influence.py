@@ -102,7 +102,9 @@ def test_batch_size_changes_nothing(size, monkeypatch):
     module = importlib.import_module("attribution_core.self_influence")
     asked = []
     gradients = module.row_gradients
-    monkeypatch.setattr(module, "row_gradients", lambda *a: asked.append(len(a[3][0])) or gradients(*a))
+    monkeypatch.setattr(
+        module, "row_gradients", lambda *a: asked.append(len(a[3][0])) or gradients(*a)
+    )
     monkeypatch.setattr(module, "HELD", 1)  # a large model: one row at a time
     np.testing.assert_allclose(self_influence(problem, batch_size=size), expected, rtol=1e-10)
     assert asked == [1] * 9
@@ -147,10 +149,14 @@ def test_ekfac_of_a_small_network():
     y = y.copy()
     wrong = np.arange(0, 150, 15)
     y[wrong] = (y[wrong] + 5) % 10
-    problem = Problem(menagerie.digits_model(0, 16), cross_entropy, (torch.tensor(x), torch.tensor(y)))
+    problem = Problem(
+        menagerie.digits_model(0, 16), cross_entropy, (torch.tensor(x), torch.tensor(y))
+    )
     run = train(problem, Recipe(SGD(0.1, momentum=0.9), 30, 15))
     found = self_influence(run, curvature="ekfac")
-    np.testing.assert_allclose(found, diagonal(run, curvature="ekfac"), rtol=1e-3)  # of a float32 network
+    np.testing.assert_allclose(
+        found, diagonal(run, curvature="ekfac"), rtol=1e-3
+    )  # of a float32 network
     assert found.min() >= 0
     planted = np.isin(np.arange(150), wrong)
     above = (found[planted][:, None] > found[~planted]).mean()

@@ -86,7 +86,9 @@ def test_a_quota_that_leaves_too_few_rows():
 
 
 def test_another_kind_of_attack_is_refused():
-    with pytest.raises(ValueError, match="may_change='rows', got 'labels'; this attack changes row"):
+    with pytest.raises(
+        ValueError, match="may_change='rows', got 'labels'; this attack changes row"
+    ):
         ThreatModel(1, "labels").check("rows", None, 5)
 
 
@@ -147,9 +149,7 @@ def test_nothing_in_the_ball_is_nearer(seed, norm):
 
 
 def test_it_says_what_it_is():
-    text = str(
-        ThreatModel(0.05, "inputs", "surrogate", "2", 0.5, (0.0, 1.0), source_quota=3)
-    )
+    text = str(ThreatModel(0.05, "inputs", "surrogate", "2", 0.5, (0.0, 1.0), source_quota=3))
     for words in ("inputs of 0.05 of the rows", "knows the surrogate", "within 0.5 (2 norm)",
                   "inputs in [0, 1]", "at most 3 rows a source"):  # fmt: skip
         assert words in text

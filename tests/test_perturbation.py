@@ -1,0 +1,103 @@
+"""Moved inputs: killed and resumed, shown to other victims, refused where they break the threat model."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from applied.poisoning import ThreatModel, perturb
+from attribution_core import LinearDatamodel, Problem, cross_entropy
+
+THREAT = ThreatModel(3, "inputs", epsilon=0.3, box=(0.0, 1.0))
+FAILS_AT = {
+    "step": None
+}  # a global: what a surrogate closes over is part of its folder's fingerprint
+
+
+def small():
+    rng = np.random.default_rng(0)
+    x, y = torch.tensor(rng.random((10, 4))), torch.tensor(rng.integers(0, 2, 10))
+    model = torch.nn.Linear(4, 2).double()
+    torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
+    return Problem(model, cross_entropy, (x, y))
+
+
+def surrogate(problem, rows, step):
+    if step == FAILS_AT["step"]:
+        raise KeyboardInterrupt
+    x = problem.train[rows.tolist()][0].numpy()
+    wave = np.cos(3 * x + step + np.arange(4)).reshape(-1, 1)  # depends on the step and the inputs
+    return LinearDatamodel(wave, [float(np.sin(3 * x + step).sum())], x.ravel(), targets=["loss"])
+
+
+def victim(table, weights, seeds):
+    rows = table.train[list(range(table.n))][0].numpy().sum(1)
+    return SimpleNamespace(
+        per_seed=np.stack([[[w @ rows + seed] for seed in seeds] for w in np.atleast_2d(weights)])
+    )
+
+
+def moved(folder=None, **changes):
+    settings = {"steps": 6, "rows": [1, 4, 7], "folder": folder, "seeds": 2, **changes}
+    return perturb(small(), settings.pop("threat", THREAT), surrogate, victim, **settings)
+
+
+def inputs(attack):
+    return attack.poisoned.train[attack.places.tolist()][0].numpy()
+
+
+def test_a_killed_attack_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    whole = moved()
+    monkeypatch.setitem(FAILS_AT, "step", 3)
+    with pytest.raises(KeyboardInterrupt):
+        moved(tmp_path)
+    monkeypatch.setitem(FAILS_AT, "step", 2)  # steps that are done are not asked for again
+    again = moved(tmp_path)
+    assert np.array_equal(inputs(again), inputs(whole))
+    assert np.array_equal(again.predicted, whole.predicted)
+    assert np.array_equal(again.outputs(), whole.outputs())
+
+
+def test_other_victims_see_the_same_inputs(tmp_path, monkeypatch):
+    first = moved(tmp_path)
+    monkeypatch.setitem(FAILS_AT, "step", 0)  # nothing is asked of the surrogate
+    other = moved(tmp_path, threat=replace(THREAT, knowledge="surrogate"), seeds=4)
+    assert np.array_equal(inputs(first), inputs(other))
+    assert len(other.outputs()) == 4
+    assert "knows the surrogate" in other.table()
+
+
+def test_a_folder_of_another_attack_is_refused(tmp_path):
+    moved(tmp_path)
+    with pytest.raises(ValueError, match="another run"):
+        moved(tmp_path, momentum=0.5)
+
+
+def test_inputs_stay_in_ball_and_box_and_labels_stay():
+    attack, problem = moved(steps=20), small()
+    old, labels = problem.train[attack.changed.tolist()]
+    assert (np.abs(inputs(attack) - old.numpy()) <= 0.3 + 1e-12).all()
+    assert inputs(attack).min() >= 0
+    assert inputs(attack).max() <= 1
+    assert torch.equal(attack.poisoned.train[attack.places.tolist()][1], labels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rows": [1, 2, 3, 4]}, "at most|1 to 3"),
+        ({"rows": [1, 1]}, "different rows"),
+        ({"rows": [10]}, "of 0 to 9"),
+        ({"rows": []}, "different rows"),
+        ({"steps": 0}, "steps >= 1"),
+        ({"step_size": -1.0}, "positive step_size"),
+        ({"column": 1}, "floating"),
+        ({"goal": "accuracy"}, "among the outputs"),
+        ({"threat": ThreatModel(3, "labels")}, "may_change='inputs'"),
+    ],
+)
+def test_what_breaks_the_threat_model_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        moved(**changes)

@@ -70,9 +70,9 @@ class FlipBudgets:
         found = paired_interval(-np.log(self.ratio))
         return Interval(*(math.exp(x) for x in (found.mean, found.low, found.high)))
 
-    def some(self, which: ArrayLike) -> FlipBudgets:
+    def some(self, which: slice | ArrayLike) -> FlipBudgets:
         """Some of the outputs."""
-        at = np.arange(len(self.targets))[np.asarray(which)]
+        at = np.arange(len(self.targets))[which if isinstance(which, slice) else np.asarray(which)]
         return FlipBudgets(
             self.targets[at], self.margin[at], self.predicted[at], self.actual[at],
             [self.rows[j] for j in at], [self.into[j] for j in at], self.versions,

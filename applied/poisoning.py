@@ -28,10 +28,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from applied.attack import Attack, Quota, Said, goal_of, instead, random_rows, verified_attack
-from applied.detection import Detection, Repair, Trace, detect, repair, trace
+from applied.detection import Detection, detect
 from applied.flip_budget import FlipBudgets, budget_to_flip
 from applied.perturbation import perturb
 from applied.recipe import Retrained
+from applied.repairing import Repair, Trace, repair, trace
 from applied.threat import ThreatModel
 from applied.versions import Versions, joined, relabelled
 from attribution_core.datamodel import LinearDatamodel

@@ -19,10 +19,8 @@ from applied.detection import (
     Detection,
     _Vote,
     detect,
-    repair,
-    trace,
 )
-from applied.poisoning import ThreatModel, flip_labels, insert
+from applied.poisoning import ThreatModel, flip_labels, insert, repair, trace
 from attribution_core import LinearDatamodel, Outputs, Problem, cross_entropy, influence
 from attribution_core.refitting import refit
 

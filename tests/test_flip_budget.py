@@ -261,6 +261,7 @@ def test_numbers_and_table_of_outputs():
     assert [line.split()[0] for line in lines[1:7]] == ["o1", "o5", "o3", "o0", "o4", "o2"]
     assert lines[-1].startswith("67% within 30 %; actual = ")
     assert len(found.table(2).splitlines()) == 4
+    assert found.some(slice(None, None, 2)).targets.tolist() == found.targets[::2].tolist()
     few = found.some([4, 0])
     assert few.targets.tolist() == ["o4", "o0"]
     assert few.predicted.tolist() == [20, 10]

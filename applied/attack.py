@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.recipe import Decision, Interval, Retrained, Verified, paired_interval, verify
+from applied.recipe import Decision, Interval, Retrained, Verified, aligned, paired_interval, verify
 from applied.threat import ThreatModel
 from applied.versions import Versions
 from attribution_core.datamodel import LinearDatamodel
@@ -100,11 +100,7 @@ class Attack:
                 name, f"{self.outputs(NO_ATTACK)[:, j].mean():.4g}", said, str(self.effect(j)),
                 str(self.effect(j, RANDOM)),
             ])  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows)
         many = len(self.verified.seeds)
         over = "1 victim" if many == 1 else f"{many} victims, [95 % t interval over seeds]"
         head = f"{self.name}: {self.threat}; {len(self.changed)} rows changed; {over}"

@@ -103,7 +103,18 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+        known = math.isfinite(self.low) and math.isfinite(self.high)
+        return f"{self.mean:.4g}" + (f" [{self.low:.4g}, {self.high:.4g}]" if known else "")
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of text whose columns stand below each other.
+
+    >>> aligned([["a", "bcd"], ["ef", "g"]])
+    ['a   bcd', 'ef  g']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def paired_interval(a: ArrayLike, b: ArrayLike = 0.0) -> Interval:
@@ -223,11 +234,7 @@ class Verified:
             add(label, self.predicted.mean(), lambda values: values.mean(axis=1))
         spent = [f"{cost:g}" for cost in (self.decision.cost, *self.cost.values())]
         rows.append(["cost", "", *spent])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows)
         expected = float((self.predicted - self.decision.baseline).mean())
         for name in self.control:
             line = f"actual - {name}: {self.difference(name)}, paired by seed"

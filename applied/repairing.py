@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from applied.attack import Attack
 from applied.detection import Detection
-from applied.recipe import Decision, Interval, Retrain, Verified, paired_interval, verify
+from applied.recipe import Decision, Interval, Retrain, Verified, aligned, paired_interval, verify
 from attribution_core.datamodel import LinearDatamodel
 
 
@@ -145,11 +145,7 @@ class Repair:
                 self.verified.control["planted"],
             )
             rows.append([name, *(f"{m[:, j].mean():.4g}" for m in means), str(self.recovered(j))])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows)
         return "\n".join(
             [f"{len(self.removed)} rows removed, {self.planted} of them planted", *lines]
         )

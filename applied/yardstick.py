@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from applied.divergence import attack, gaussian_klom, klom, sample
+from applied.recipe import aligned
 
 __all__ = ["CEILING", "FLOOR", "Evaluation", "attack", "evaluate", "gaussian_klom", "klom"]
 
@@ -150,9 +151,9 @@ class Evaluation:
             found = self.readings(method)
             cells = [_cell(name, found[name], floor[name]) for name in floor]
             rows.append([method, *cells, "over-forgets" if self.over(method) else ""])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, f"{self.direction}, nats, {self.kind}, {self.k} models of each"])
+        return "\n".join(
+            [*aligned(rows), f"{self.direction}, nats, {self.kind}, {self.k} models of each"]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What `table` tells, for json: None for nan."""

@@ -227,6 +227,18 @@ def test_random_subset_cannot_spend_more_than_there_is():
         random_subset(np.ones(4), 5, np.random.default_rng(0))
 
 
+def test_a_control_may_have_one_draw_a_seed(world, decision):
+    draws = np.random.default_rng(5).integers(0, 2, (3, N)).astype(float)
+    both = verify(decision, world, control={"mine": draws}, seeds=[3, 1, 2])
+    for row, seed, outputs in zip(draws, [3, 1, 2], both.control["mine"], strict=True):
+        assert np.array_equal(outputs, world(row[None], seeds=[seed]).per_seed[0, 0])
+    assert both.cost["mine"] == pytest.approx((draws @ decision.costs).mean())
+
+
+def test_an_unknown_interval_is_not_printed():
+    assert str(paired_interval([2.0])) == "2"
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
@@ -271,7 +283,7 @@ def test_outputs_of_another_shape_are_refused(world, decision):
     [
         ("best", "expected control 'random' or weights, got 'best'"),
         ({}, "at least one control"),
-        (np.ones(N - 1), r"shape \[n=12\] for control 'control', got \(11,\)"),
+        (np.ones(N - 1), r"shape \[n=12\] .* for control 'control', got \(11,\)"),
         ({"filter": np.full(N, np.nan)}, "finite weights >= 0 .* 'filter'"),
         (np.ones((2, N + 1)), r"'control 1', got \(13,\)"),
         ({"filter": -np.ones(N)}, "finite weights >= 0 .* 'filter'"),

@@ -36,7 +36,8 @@ MATCHING, FEW = (
     0.3,
 )  # of the budget, for fine-tuning; the rest is for rehearsals; FEW: of few runs
 ROUNDING = 1e-9
-PAIRS = 2  # rehearsals at least: one shows no noise, and longer ones tell more than many
+PAIRS = 2  # rehearsals at least: one shows no noise, and larger batches tell more than many
+LARGEST = 0.5  # share of a batch: no rehearsal is the whole training without the forget set
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +109,11 @@ def unlearn(
 
         outputs:  f_z + trust · (f̂_z(1 − 1_F) − f̂_z(1))     models:  matched to logits that moved alike
 
-    "auto" predicts by rehearsals (`rehearse`): pairs of trainings with and without F, as long as the budget of
-    all runs allows for two of them. From 2 / budget runs on (2.5 times as many for models) **some runs are
-    really trained again without F**, and the others move as those did; with fewer, pairs train on smaller
-    batches. Changes are averaged over runs and shrunk by their noise (`Rehearsal.trust`), each kind of output by
-    itself. Two fifths of the budget go into rehearsals, the rest into matching each; with few runs, seven tenths.
+    "auto" predicts by rehearsals (`rehearse`): pairs of trainings with and without F, on half of a batch's rows
+    or on as many as the budget of all runs allows for two of them, and then as many pairs as it allows; never
+    the whole training without F. Changes are averaged over runs and shrunk by their noise (`Rehearsal.trust`),
+    each kind of output by itself. Two fifths of the budget go into rehearsals, the rest into matching each
+    model; seven tenths where two fifths are less than two pairs on half batches (below 25 runs at a fifth).
 
     Args:
         runs: a trained `Run`, or several of the same problem (the more, the less noise).
@@ -125,7 +126,7 @@ def unlearn(
         change: predicted changes of the logits to match, from any datamodel, in the place of rehearsals:
             (of the forget rows [F, ..., c], of the rows `retained(run, forget)` [R, ..., c]).
         budget: training steps for each model, in those of its training.
-        pace: how rehearsals are taken; by default as long as the budget allows.
+        pace: how rehearsals are taken; by default on batches as large as the budget allows.
         retain_rows: how many retained rows are matched at most.
         seed: of batches and of the sample of retained rows.
         progress: wraps the loops over runs (tqdm).
@@ -229,21 +230,27 @@ def _checked(runs: list[Any], forget: Iterable[int], budget: float) -> NDArray[n
 
 
 def _plan(runs: list[Any], budget: float, pace: Pace | None, models: bool) -> tuple[Pace, int]:
-    """(how long a rehearsal is, how many runs are rehearsed), within the budget of all runs together.
+    """(how rehearsals are taken, of how many runs), within the budget of all runs together.
 
     Raises:
-        ValueError: the shortest rehearsals, or those asked for, cost more, or leave no step to match with.
+        ValueError: batches of one row; the smallest rehearsals, or those asked for, cost more, or leave no step
+            to match with.
     """
-    n, length, size = len(runs), len(runs[0].order), len(runs[0].order[0])
-    many = n * budget * (1 - MATCHING) >= PAIRS  # whole trainings
+    n, length, rows = len(runs), len(runs[0].order), len(runs[0].order[0])
+    sizes = range(int(LARGEST * rows), 0, -1)
+    paces = [pace] if pace is not None else [Pace(size / rows) for size in sizes]
+    if not paces:
+        raise ValueError(
+            "expected runs on batches of two rows or more, got one: rehearsals are on smaller ones; "
+            "`pace=Pace(1)` asks for whole trainings without the forget set"
+        )
+    total, least = n * length * budget + ROUNDING, min(n, PAIRS)
+    many = total * (1 - MATCHING) >= PAIRS * paces[0].cost(runs[0])
     matching = (MATCHING if many else FEW) if models else 0.0
-    whole, least = n * length * budget * (1 - matching), min(n, PAIRS)
-    paces = [Pace(1.0)] + [Pace(rows / size) for rows in range(size // 2, 0, -1)]
-    if pace is not None:
-        paces = [pace]
-    fitting = (some for some in paces if least * some.cost(runs[0]) <= whole + ROUNDING)
+    whole = total * (1 - matching)
+    fitting = (some for some in paces if least * some.cost(runs[0]) <= whole)
     plan = next(fitting, paces[-1])
-    pairs = min(n, max(int((whole + ROUNDING) // plan.cost(runs[0])), least))
+    pairs = min(n, max(int(whole // plan.cost(runs[0])), least))
     spent = pairs * plan.cost(runs[0]) / n
     if spent > budget * length + ROUNDING - models:
         raise ValueError(

@@ -104,8 +104,7 @@ def study(flags: Flags, forget: Forget) -> Study:
     )
     methods = {AUTO: auto.outputs(outputs), PREDICTED: dict(auto.predicted), OUTPUTS: dict(only.predicted)}  # fmt: skip
     # the predicted outputs of auto cost its rehearsals, not the matching after them
-    matching = auto.meta["matching"].steps / len(runs[0].order)
-    cost = {AUTO: auto.share, PREDICTED: auto.share - matching, OUTPUTS: only.share}
+    cost = {AUTO: auto.share, PREDICTED: auto.meta["rehearsed"], OUTPUTS: only.share}
     rates = {}
     for title, unlearner in unlearners(runs[0], without, rows).items():
         methods[title], cost[title], rates[title] = at_best_rate(

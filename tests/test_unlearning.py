@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_wine
 
 from applied import unlearners, unlearning
 from applied.conformance import conformance
@@ -23,6 +24,7 @@ from attribution_core import (
     retrain,
     train,
 )
+from attribution_core.rehearsal import Rehearsal
 from recipes.classification import network
 from recipes.embedded import digits
 
@@ -181,6 +183,67 @@ def test_auto_forgets_a_class_and_keeps_to_its_budget(trained):
     )
     again = unlearning.unlearn(runs, rows, outputs, budget=0.5)
     assert (moved(found.models[2], again.models[2]) == 0).all()
+
+
+def test_clean_rows_gain_what_wrong_labels_took_without_overshoot():
+    """Wine: rehearsals of fewer, longer steps, begun near the trained model, said about twice the true 4 nats."""
+    x, y = load_wine(return_X_y=True)
+    pick = np.random.default_rng(1).permutation(len(x))[:120]
+    x, y = (x[pick] - x[pick].mean(0)) / x[pick].std(0), y[pick]
+    rows = np.arange(6)
+    y[rows] = (y[rows] + 1) % 3
+    make = lambda seed: network(13, 3, 16, seed).double()  # noqa: E731
+    problem = Problem(make(0), cross_entropy, (torch.tensor(x), torch.tensor(y)))
+    recipe = Recipe(SGD(0.05, momentum=0.9), 20, 30, schedule="linear", init=make)
+    outputs = Outputs(margin, (torch.tensor(x[6:]), torch.tensor(y[6:])))
+    runs = [train(problem, replace(recipe, seed=s), states=0) for s in range(10)]
+    weights = np.ones(120)
+    weights[rows] = 0
+    oracle = retrain(problem, recipe, outputs, weights, seeds=range(100, 120)).per_seed[0].mean(0)
+    before = unlearning.read_all(runs, outputs)["outputs"].mean(0)
+    for several in (runs, runs[:5]):  # on batches of 10 and of 5 rows instead of 20
+        found = unlearning.unlearn(several, rows, outputs, method="outputs")
+        shift = found.predicted["outputs"] - unlearning.read_all(several, outputs)["outputs"]
+        assert (
+            np.abs(shift.mean(0) + before - oracle).mean() < 0.35 * np.abs(oracle - before).mean()
+        )
+        assert found.share <= 0.2 + 1e-9
+
+
+@pytest.mark.parametrize("runs", [1, 2, 5, 9, 20, 25, 50, 100, 500])
+@pytest.mark.parametrize("models", [False, True])
+@pytest.mark.parametrize("budget", [0.2, 0.5, 1.0])
+def test_the_forget_set_is_never_retrained_in_full(trained, runs, models, budget):
+    """Whatever the budget: pairs on half batches, which cost a training each, and more of them."""
+    several = [trained[2][0]] * runs
+    pace, pairs = unlearning._plan(several, budget, None, models)
+    assert pace.share <= 0.5
+    assert min(2, runs) <= pairs <= runs
+    assert pairs * pace.cost(several[0]) <= runs * budget * len(several[0].order) * (
+        0.7 if models else 1
+    )
+
+
+def test_batches_of_one_row_have_no_smaller_ones(trained):
+    run = replace(trained[2][0], order=[rows[:1] for rows in trained[2][0].order])
+    with pytest.raises(ValueError, match="two rows or more"):
+        unlearning.unlearn(run, [0, 1])
+
+
+def test_a_change_that_is_all_noise_leaves_models_alone(trained, monkeypatch):
+    _, _, runs, rows, outputs = trained
+    noise = torch.tensor(np.random.default_rng(0).normal(size=(2, 20_000)))
+
+    def rehearsed(several, weights, read, **_):
+        size = len(read(several[0].model))
+        one, other = noise[:, :size]
+        return Rehearsal(
+            torch.stack([one, other - one / 2]), 0.0
+        )  # they agree in places, by chance
+
+    monkeypatch.setattr(unlearning, "rehearse", rehearsed)
+    found = unlearning.unlearn(runs[:2], rows, outputs, budget=0.5)
+    assert moved(runs[0].model, found.models[0]).abs().max() < 1e-12
 
 
 def test_one_run_is_enough(trained):

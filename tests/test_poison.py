@@ -1,7 +1,6 @@
 """recipes/poison.py as a user meets it: one command, the same again, a file of one's own, wrong input."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -143,21 +142,15 @@ def test_wrong_input_is_said_in_one_line(tmp_path, flags, words):
     assert "\n" not in str(stopped.value)
 
 
-def test_help_is_quick_and_imports_no_torch():
+def test_help_imports_neither_torch_nor_numpy():
     code = (
         "import sys, recipes.poison as r\n"
         "try: r.run(['--help'])\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
-    before = os.times()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    after = os.times()
     assert done.returncode == 0, done.stderr
-    spent = (
-        after.children_user + after.children_system - before.children_user - before.children_system
-    )
-    assert spent < 1.0  # seconds of processor time, which other processes do not lengthen
     assert "--budgets" in done.stdout
 
 

@@ -1,7 +1,7 @@
 """Rehearsals: pairs of trainings on smaller batches, whose difference is what other training weights do.
 
-A rehearsal is the run's training on smaller batches: from the same start, as many steps, the same learning
-rates, a share of the rows. It is taken twice in the same order, once at the run's own weights and once at others;
+A rehearsal is the run's training on smaller batches: from the same start, as many steps, a share of the rows, the
+same learning rates (Adam's over the root of the share). It is taken twice in the same order, once at the run's own weights and once at others;
 what smaller batches get wrong is wrong in both and drops out of their difference, which is then added to the
 outputs of the run (a control variate). Unlike a linear datamodel it follows large and coherent changes, where the
 model comes to see the rows otherwise.
@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def rehearse(
         ValueError: no runs; weights that are not [n]; a rehearsal that leaves the finite numbers.
 
     Source: the difference of two coarse solutions as a correction to a fine one: Giles 2008 (multilevel
-    Monte Carlo).
+    Monte Carlo); Adam's learning rate and the root of the batch: Malladi et al. 2022.
     """
     several = [runs] if isinstance(runs, Run) else list(runs)
     if not several:
@@ -134,10 +135,17 @@ def _change(run: Run, w: NDArray[np.float64], read: Read, pace: Pace) -> Tensor:
 
 
 def _smaller(run: Run, size: int) -> Recipe:
-    """The run's recipe on smaller batches."""
-    parts = math.ceil(run.recipe.accumulate * size / len(run.order[0]))
+    """The run's recipe on smaller batches, on which it gets as far.
+
+    Adam divides by the size of gradients, which is mostly their noise and grows as 1 / √batch; its learning rate makes up for it.
+    """
+    share, optimizer = size / len(run.order[0]), run.recipe.optimizer
+    parts = math.ceil(run.recipe.accumulate * share)
+    if hasattr(optimizer, "betas"):
+        adam: Any = optimizer
+        optimizer = replace(adam, lr=adam.lr / math.sqrt(share))
     return replace(
-        run.recipe, batch_size=size, epochs=len(run.order) * size / run.problem.n, accumulate=parts,
+        run.recipe, optimizer=optimizer, batch_size=size, epochs=len(run.order) * size / run.problem.n, accumulate=parts,
         seed=run.recipe.seed + SEED, order=None, init=None,
     )  # fmt: skip
 

@@ -108,7 +108,7 @@ def perturb(
     kept = _kept(
         folder,
         problem,
-        replace(threat, knowledge="model"),
+        replace(threat, knowledge="white-box"),
         chosen,
         at,
         steps,
@@ -128,7 +128,7 @@ def perturb(
 
         # optimize: one step up, back into the ball
         rate = size * (1 - 0.9 * step / max(steps - 1, 1))
-        x = threat.within(state.x + rate * _direction(mean, threat.norm), original)
+        x = threat.within(state.x + rate * _direction(mean, threat), original)
         state = _Ascent(x, mean, [*state.levels, f.base], np.asarray(f.targets).astype(str))
         if kept is not None:
             state.save(kept)
@@ -197,8 +197,8 @@ def _furthest(
     return np.sort(quota.best(reach, everyone, k, everyone[:0]))
 
 
-def _direction(mean: NDArray[Any], norm: str) -> NDArray[Any]:
-    if norm == "inf":
+def _direction(mean: NDArray[Any], threat: ThreatModel) -> NDArray[Any]:
+    if threat.norm == "inf":
         return np.sign(mean)
     length = np.linalg.norm(mean.reshape(len(mean), -1), axis=1)
     return mean / np.maximum(length, 1e-300).reshape(-1, *[1] * (mean.ndim - 1))
@@ -217,5 +217,5 @@ def _noisy(
     rows = np.sort(random_rows(np.arange(problem.n), k, quota, rng))
     x = _inputs(problem, rows, column)
     assert threat.epsilon is not None
-    noise = threat.epsilon * _direction(rng.standard_normal(x.shape), threat.norm)
+    noise = threat.epsilon * _direction(rng.standard_normal(x.shape), threat)
     return rows, threat.within(x + noise, x)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Change = Literal["labels", "inputs", "rows"]
+Knowledge = Literal["white-box", "grey-box", "black-box"]
+NORMS = {"inf": "inf", "linf": "inf", "2": "2", "l2": "2", "2.0": "2"}
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,11 @@ class ThreatModel:
         budget: rows that may be changed or brought in: a number, or a share of the training rows below 1.
         may_change: "labels" of rows, "inputs" of rows (inside a ball), or which "rows" there are (insert,
             remove).
-        knowledge: "model": the adversary trains what the victim trains; "surrogate": another model, so that the
-            attack has to transfer. Stated in every table; the callables given to an attack make it true.
-        norm, epsilon: of inputs: every changed row stays within ‖x − original‖ ≤ epsilon, "inf" or "2" over
-            all numbers of the row.
+        knowledge: "white-box": the adversary knows the data and trains what the victim trains; "grey-box": the
+            data, and another model, so that the attack has to transfer; "black-box": only where the data come
+            from. Stated in every table; the callables given to an attack make it true.
+        norm, epsilon: of inputs: every changed row stays within ‖x − original‖ ≤ epsilon, "inf" or "2" (or "linf",
+            "l2", inf, 2) over all numbers of the row.
         box: of inputs: the smallest and the largest number that an input can be.
         source_quota: rows at most from one source (an author, an owner), given labels of sources.
         clean_label: labels are beyond reach, as where the victim labels the data.
@@ -38,8 +41,8 @@ class ThreatModel:
 
     budget: float
     may_change: Change
-    knowledge: Literal["model", "surrogate"] = "model"
-    norm: Literal["inf", "2"] = "inf"
+    knowledge: Knowledge = "white-box"
+    norm: str | float = "inf"
     epsilon: float | None = None
     box: tuple[float, float] | None = None
     source_quota: int | None = None
@@ -48,8 +51,10 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.may_change not in ("labels", "inputs", "rows"):
             raise ValueError(f"expected may_change labels, inputs or rows, got {self.may_change!r}")
-        if self.knowledge not in ("model", "surrogate"):
-            raise ValueError(f"expected knowledge 'model' or 'surrogate', got {self.knowledge!r}")
+        if self.knowledge not in get_args(Knowledge):
+            raise ValueError(
+                f"expected knowledge among {get_args(Knowledge)}, got {self.knowledge!r}"
+            )
         whole = self.budget >= 1 and self.budget % 1 == 0
         if not (math.isfinite(self.budget) and (0 < self.budget < 1 or whole)):
             raise ValueError(
@@ -66,8 +71,10 @@ class ThreatModel:
         self._check_ball()
 
     def _check_ball(self) -> None:
-        if self.norm not in ("inf", "2"):
+        norm = NORMS.get(str(self.norm).lower())
+        if norm is None:
             raise ValueError(f"expected norm 'inf' or '2', got {self.norm!r}")
+        object.__setattr__(self, "norm", norm)
         if (self.epsilon is not None) != (self.may_change == "inputs"):
             raise ValueError(
                 f"expected an epsilon for inputs and for nothing else, got may_change={self.may_change!r} with "
@@ -142,7 +149,7 @@ class ThreatModel:
     def __str__(self) -> str:
         words = [f"may change {self.may_change} of {self.budget:g} rows" if self.budget >= 1
                  else f"may change {self.may_change} of {self.budget:.3g} of the rows",
-                 f"knows the {self.knowledge}"]  # fmt: skip
+                 self.knowledge]  # fmt: skip
         if self.epsilon is not None:
             words.append(f"within {self.epsilon:g} ({self.norm} norm)")
         if self.box is not None:

@@ -149,7 +149,7 @@ def main(flags: Flags) -> None:
         attacks[name] = perturb(problem, inputs_may, surrogate, own, name=name, folder=folder, **how, **shared)  # fmt: skip
         print(attacks[name].table(), flush=True)
     moved = perturb(
-        problem, replace(inputs_may, knowledge="surrogate"), through, partial(victim, other),
+        problem, replace(inputs_may, knowledge="grey-box"), through, partial(victim, other),
         name=f"metagradients of {flags.model} on {other}", folder=where / "metagradients", goal=TARGET,
         steps=flags.steps, step_size=flags.step_size, momentum=0.8, **shared,
     )  # fmt: skip

@@ -63,10 +63,10 @@ def test_a_killed_attack_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_other_victims_see_the_same_inputs(tmp_path, monkeypatch):
     first = moved(tmp_path)
     monkeypatch.setitem(FAILS_AT, "step", 0)  # nothing is asked of the surrogate
-    other = moved(tmp_path, threat=replace(THREAT, knowledge="surrogate"), seeds=4)
+    other = moved(tmp_path, threat=replace(THREAT, knowledge="grey-box"), seeds=4)
     assert np.array_equal(inputs(first), inputs(other))
     assert len(other.outputs()) == 4
-    assert "knows the surrogate" in other.table()
+    assert "grey-box" in other.table()
 
 
 def test_a_folder_of_another_attack_is_refused(tmp_path):

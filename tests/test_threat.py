@@ -19,7 +19,7 @@ INPUTS = {"budget": 1, "may_change": "inputs", "epsilon": 0.5}
         ({"budget": float("inf")}, "got inf"),
         ({"budget": float("nan")}, "got nan"),
         ({"may_change": "features"}, "labels, inputs or rows, got 'features'"),
-        ({"knowledge": "nothing"}, "'model' or 'surrogate', got 'nothing'"),
+        ({"knowledge": "nothing"}, "'white-box', .*, got 'nothing'"),
         ({"clean_label": True}, "cannot be met: clean_label"),
         ({"source_quota": 0}, "source_quota of at least 1, got 0"),
         ({"epsilon": 0.1}, "epsilon for inputs and for nothing else, got may_change='labels'"),
@@ -149,8 +149,15 @@ def test_nothing_in_the_ball_is_nearer(seed, norm):
 
 
 def test_it_says_what_it_is():
-    text = str(ThreatModel(0.05, "inputs", "surrogate", "2", 0.5, (0.0, 1.0), source_quota=3))
-    for words in ("inputs of 0.05 of the rows", "knows the surrogate", "within 0.5 (2 norm)",
+    text = str(ThreatModel(0.05, "inputs", "grey-box", "2", 0.5, (0.0, 1.0), source_quota=3))
+    for words in ("inputs of 0.05 of the rows", "grey-box", "within 0.5 (2 norm)",
                   "inputs in [0, 1]", "at most 3 rows a source"):  # fmt: skip
         assert words in text
-    assert str(ThreatModel(4, "labels")) == "may change labels of 4 rows, knows the model"
+    assert str(ThreatModel(4, "labels")) == "may change labels of 4 rows, white-box"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("linf", "inf"), (np.inf, "inf"), ("L2", "2"), (2, "2"), (2.0, "2")]
+)
+def test_norms_by_other_names(given, kept):
+    assert ThreatModel(1, "inputs", norm=given, epsilon=1.0).norm == kept

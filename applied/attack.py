@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from applied.recipe import Decision, Interval, Retrained, Verified, aligned, paired_interval, verify
-from applied.threat import ThreatModel
+from applied.threat import Change, ThreatModel
 from applied.versions import Versions
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.problem import Problem
@@ -129,6 +129,17 @@ class Quota:
 
     sources: NDArray[Any] | None  # by row
     most: int | None
+
+    @classmethod
+    def of(cls, threat: ThreatModel, change: Change, sources: ArrayLike | None, n: int) -> Quota:
+        """What the threat model says of sources [n]; raises where the attack changes something else."""
+        return cls(threat.check(change, sources, n), threat.source_quota)
+
+    def after(self, n: int) -> Quota:
+        """The same for rows that are numbered from n on; those before are nobody's to bring."""
+        if self.sources is None:
+            return self
+        return Quota(np.r_[np.full(n, self.sources[0]), self.sources], self.most)
 
     def best(
         self, gain: NDArray[Any], row: NDArray[np.intp], k: int, taken: NDArray[np.intp]

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.recipe import Interval, Retrained
+from applied.attack import Quota, listed
+from applied.recipe import Interval, Retrained, paired_interval
 from applied.threat import ThreatModel
 from applied.versions import Versions, relabelled
+from attribution_core.data import Column
 from attribution_core.datamodel import LinearDatamodel, average
-from attribution_core.problem import Column, Problem
+from attribution_core.problem import Problem
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 Surrogate = Callable[[Problem, NDArray[np.float64]], LinearDatamodel | Sequence[LinearDatamodel]]
@@ -65,8 +67,6 @@ class FlipBudgets:
 
         Fit it on some outputs and correct others by it.
         """
-        from applied.recipe import paired_interval
-
         found = paired_interval(-np.log(self.ratio))
         return Interval(*(math.exp(x) for x in (found.mean, found.low, found.high)))
 
@@ -132,7 +132,7 @@ def budget_to_flip(
         raise ValueError(
             "expected may_change='labels' or 'rows', got 'inputs': how far counts there, not how many"
         )
-    quota = threat.check(threat.may_change, sources, problem.n)
+    quota = Quota.of(threat, threat.may_change, sources, problem.n)
     most = threat.rows(problem.n)
     relabel = threat.may_change == "labels"
     versions = relabelled(problem, classes, column) if relabel else _as_they_are(problem)
@@ -149,17 +149,16 @@ def budget_to_flip(
 
     # optimize: the fewest rows of each output
     predicted, rows, into = np.zeros(len(names)), [], []
+    everyone = np.arange(problem.n)
     for j in progress(range(len(names))):
         mean = np.mean([move[:, :, j] for move in moves], axis=0)
         best = mean.argmin(axis=1)
-        d = mean[np.arange(problem.n), best]
-        spread = np.stack([move[np.arange(problem.n), best, j] - d for move in moves])
+        d = mean[everyone, best]
+        spread = np.stack([move[everyone, best, j] - d for move in moves])
         spread *= caution / math.sqrt(len(models))
-        z = _fewest(
-            float(margin[j]), d, spread if caution else None, quota, threat.source_quota, most
-        )
+        z = _fewest(float(margin[j]), d, spread if caution else None, quota, most)
         predicted[j] = math.inf if z is None else max(1, math.ceil(z - 1e-6))
-        order = _in_order(d, quota, threat.source_quota, most)
+        order = quota.best(-d, everyone, most, everyone[:0])
         rows.append(order)
         into.append(order * mean.shape[1] + best[order] if relabel else np.full(len(order), -1))
     actual = np.full(len(names), math.nan)
@@ -194,9 +193,8 @@ def _moves(scores: NDArray[Any], versions: Versions, relabel: bool) -> NDArray[n
 
 
 def _fewest(
-    margin: float, d: NDArray[Any], spread: NDArray[Any] | None, quota: NDArray[Any] | None, per_source: int | None,
-    most: int,
-) -> float | None:  # fmt: skip
+    margin: float, d: NDArray[Any], spread: NDArray[Any] | None, quota: Quota, most: int
+) -> float | None:
     """min Σ z; None where `most` rows do not reach."""
     import cvxpy as cp
 
@@ -208,9 +206,9 @@ def _fewest(
     if spread is not None:
         left = left + cp.norm((spread[:, useful] / margin) @ z, 2)
     limits = [left <= 0]
-    if quota is not None:
-        for name in np.unique(quota[useful]):
-            limits.append(cp.sum(z[np.flatnonzero(quota[useful] == name)]) <= per_source)
+    if quota.sources is not None:
+        brought = quota.sources[useful]
+        limits += [cp.sum(z[brought == name]) <= quota.most for name in np.unique(brought)]
     problem = cp.Problem(cp.Minimize(cp.sum(z)), limits)
     problem.solve(solver="HIGHS" if spread is None else "CLARABEL")
     if problem.status in cp.settings.INF_OR_UNB:
@@ -221,28 +219,10 @@ def _fewest(
     return value if value <= most + 1e-6 else None
 
 
-def _in_order(
-    d: NDArray[Any], quota: NDArray[Any] | None, per_source: int | None, most: int
-) -> NDArray[np.intp]:
-    """Rows by how far they lower the output, the strongest first, within the quotas."""
-    order = np.argsort(d, kind="stable")
-    order = order[d[order] < 0]
-    if quota is not None:
-        seen: dict[Any, int] = {}
-        kept = []
-        for i in order:
-            seen[quota[i]] = seen.get(quota[i], 0) + 1
-            if per_source is None or seen[quota[i]] <= per_source:
-                kept.append(i)
-        order = np.array(kept, dtype=int)
-    return order[:most]
-
-
 def _smallest(
     found: FlipBudgets, victim: Callable[..., Retrained], seeds: int | Sequence[int]
 ) -> NDArray[np.float64]:
     """[t], by bisection between a number of rows that does not turn an output and one that does."""
-    listed = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     t = len(found.targets)
     reach = np.array([len(order) for order in found.rows])
     low, high = np.zeros(t, dtype=int), reach + 1  # turned at high: not known to be, at first
@@ -253,7 +233,7 @@ def _smallest(
         if not len(open_):
             break
         weights = np.stack([_changed(found, int(j), int(tried[j])) for j in open_])
-        trained = victim(found.versions.problem, weights, listed)
+        trained = victim(found.versions.problem, weights, listed(seeds))
         outputs = np.asarray(trained.per_seed, dtype=float).mean(axis=1)
         for j, value in zip(open_, outputs[np.arange(len(open_)), open_], strict=True):
             if value <= 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from applied.unlearners import Steps, centred_logits, match
-from attribution_core.problem import Rows, batches, take
+from attribution_core.data import Rows, batches, take
 
 KINDS = ("forget logits", "retain logits")
 TIMES = (1.0, 3.0, 10.0)  # learning rates of Adam, in the training's

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from applied.attack import (
 from applied.recipe import Retrained
 from applied.threat import ThreatModel
 from applied.versions import rewritten
+from attribution_core.data import Column, floating_column, take
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.problem import Column, Problem, floating_column, take
+from attribution_core.problem import Problem
 from attribution_core.store import claim, fingerprint
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -86,39 +86,19 @@ def perturb(
     Source: Engstrom et al. 2025 (arXiv 2503.13751) for metagradients; Koh & Liang 2017, sec. 5.2, for influence.
     """
     # rewrite: moved rows are other versions of rows; their inputs are what is chosen
-    k = threat.rows(problem.n)
-    quota = Quota(threat.check("inputs", sources, problem.n), threat.source_quota)
+    quota = Quota.of(threat, "inputs", sources, problem.n)
     at = floating_column(problem.train, column)
-    chosen = _furthest(problem, threat, surrogate, goal, k, quota) if rows is None else np.sort(np.asarray(rows, dtype=int))  # fmt: skip
-    inside = len(chosen) and chosen[0] >= 0 and chosen[-1] < problem.n
-    if not inside or len(chosen) > k or len(np.unique(chosen)) < len(chosen):
-        raise ValueError(
-            f"expected 1 to {k} different rows of 0 to {problem.n - 1}, as the budget says, got {len(chosen)}: "
-            f"{chosen[:5].tolist()} ..."
-        )
-    quota.refuse(chosen)
+    chosen = _rows(problem, threat, quota, surrogate, goal, rows)
     if steps < 1 or (step_size is not None and not 0 < step_size < np.inf):
         raise ValueError(
             f"expected steps >= 1 and a positive step_size, got {steps} and {step_size}"
         )
-    original = _inputs(problem, chosen, at)
     assert threat.epsilon is not None
     size = 2.5 * threat.epsilon / steps if step_size is None else step_size
-    state = _Ascent(original, np.zeros_like(original), [])
-    kept = _kept(
-        folder,
-        problem,
-        replace(threat, knowledge="white-box"),
-        chosen,
-        at,
-        steps,
-        size,
-        momentum,
-        goal,
-        surrogate,
-    )
-    if kept is not None and kept.exists():
-        state = _Ascent.load(kept)
+    original = _inputs(problem, chosen, at)
+    seen = replace(threat, knowledge="white-box")  # whoever the victim is, the inputs are the same
+    kept = _kept(folder, problem, seen, chosen, at, steps, size, momentum, goal, surrogate)
+    state = _Ascent.resumed(kept, original)
     for step in progress(range(len(state.levels), steps)):
         # plug in: the datamodel by inputs, around the inputs as they are now
         versions, places = rewritten(problem, chosen, state.x, at)
@@ -130,22 +110,42 @@ def perturb(
         rate = size * (1 - 0.9 * step / max(steps - 1, 1))
         x = threat.within(state.x + rate * _direction(mean, threat), original)
         state = _Ascent(x, mean, [*state.levels, f.base], np.asarray(f.targets).astype(str))
-        if kept is not None:
-            state.save(kept)
-    noise = [_noisy(problem, threat, at, len(chosen), quota, seed) for seed in listed(seeds)]
-    versions, places = rewritten(
-        problem,
-        np.concatenate([chosen, *(some for some, _ in noise)]),
-        np.concatenate([state.x, *(moved for _, moved in noise)]),
-        at,
-    )
-    ends = np.cumsum([len(chosen), *(len(some) for some, _ in noise)])
-    weights = instead(versions, places[: ends[0]])
-    random = [instead(versions, places[a:b]) for a, b in pairwise(ends)]
+        state.save(kept)
+    noise = {seed: _noisy(problem, threat, at, len(chosen), quota, seed) for seed in listed(seeds)}
+    versions, weights, *random = _one_table(problem, at, [(chosen, state.x), *noise.values()])
+    drawn = dict(zip(noise, random, strict=True))
+    meta = {"steps": steps, "step_size": size, "momentum": momentum}
     return verified_attack(
-        name, threat, versions, weights, chosen, state.said, lambda seed: random[listed(seeds).index(seed)],
-        victim, targets, seeds, {"steps": steps, "step_size": size, "momentum": momentum},
+        name, threat, versions, weights, chosen, state.said, drawn.__getitem__, victim, targets, seeds, meta
     )  # fmt: skip
+
+
+def _rows(
+    problem: Problem, threat: ThreatModel, quota: Quota, surrogate: InputSurrogate, goal: Any, given: ArrayLike | None
+) -> NDArray[np.intp]:  # fmt: skip
+    """The rows that are moved: those given, checked, or those that reach furthest."""
+    k = threat.rows(problem.n)
+    if given is None:
+        return _furthest(problem, threat, surrogate, goal, k, quota)
+    rows = np.sort(np.asarray(given, dtype=int))
+    inside = len(rows) and rows[0] >= 0 and rows[-1] < problem.n
+    if not inside or len(rows) > k or len(np.unique(rows)) < len(rows):
+        raise ValueError(
+            f"expected 1 to {k} different rows of 0 to {problem.n - 1}, as the budget says, got {len(rows)}: "
+            f"{rows[:5].tolist()} ..."
+        )
+    quota.refuse(rows)
+    return rows
+
+
+def _one_table(
+    problem: Problem, column: Column, arms: Sequence[tuple[NDArray[np.intp], NDArray[np.float64]]]
+) -> tuple[Any, ...]:
+    """(versions, weights of each arm ...) of arms that move some rows each: (rows, their inputs)."""
+    rows, inputs = (np.concatenate(parts) for parts in zip(*arms, strict=True))
+    versions, places = rewritten(problem, rows, inputs, column)
+    ends = np.cumsum([len(some) for some, _ in arms])[:-1]
+    return versions, *(instead(versions, some) for some in np.split(places, ends))
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,13 +163,19 @@ class _Ascent:
         tail = max(1, len(self.levels) // 10)
         return Said(self.targets, self.levels[0], np.mean(self.levels[-tail:], axis=0) - self.levels[0])  # fmt: skip
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | None) -> None:
+        """Keep them, where somebody wants that."""
+        if path is None:
+            return
         part = path.with_suffix(".part.npz")
         np.savez(part, x=self.x, mean=self.mean, levels=np.stack(self.levels), targets=self.targets)
         part.replace(path)  # whole or not at all
 
     @classmethod
-    def load(cls, path: Path) -> _Ascent:
+    def resumed(cls, path: Path | None, original: NDArray[np.float64]) -> _Ascent:
+        """From where a killed ascent stopped, or from the start."""
+        if path is None or not path.exists():
+            return cls(original, np.zeros_like(original), [])
         with np.load(path) as held:
             return cls(held["x"], held["mean"], list(held["levels"]), held["targets"])
 

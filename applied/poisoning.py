@@ -35,8 +35,9 @@ from applied.recipe import Retrained
 from applied.repairing import Repair, Trace, repair, trace
 from applied.threat import ThreatModel
 from applied.versions import Versions, joined, relabelled
+from attribution_core.data import Column
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.problem import Column, Problem
+from attribution_core.problem import Problem
 
 __all__ = [
     "Attack", "Detection", "FlipBudgets", "Repair", "ThreatModel", "Trace", "Versions", "attempt", "budget_to_flip",
@@ -92,35 +93,18 @@ def flip_labels(
     """
     # rewrite: a flip moves weight from a row as it is to the same row with another label
     k = threat.rows(problem.n)
-    quota = Quota(threat.check("labels", sources, problem.n), threat.source_quota)
-    if not 1 <= rounds <= k:
-        raise ValueError(f"expected 1 to {k} rounds for {k} flips, got {rounds}")
+    quota = Quota.of(threat, "labels", sources, problem.n)
     versions = relabelled(problem, classes, column)
-    weights, row = versions.clean.copy(), versions.row
-    changed = np.zeros(0, dtype=int)
-    first = None
-    for size in progress(_parts(k, rounds)):
-        # plug in: the datamodel around the data poisoned so far
-        f = surrogate(versions.problem, weights.copy())
-        first = f if first is None else first
-        value = f.scores @ goal_of(f, goal)
-        current = versions.current(weights)
-        gain = value - value[current[row]]
-        gain[(weights > 0) | np.isin(row, changed)] = 0.0
 
-        # optimize: the best label of each row, then the best rows
-        chosen = quota.best(gain, row, size, changed)
-        weights[current[row[chosen]]] = 0.0
-        weights[chosen] = 1.0
-        changed = np.r_[changed, row[chosen]]
-    assert first is not None
-    _some(changed, "flip")
+    # plug in, optimize: the best label of each row, then the best rows
+    weights, changed, said, meta = _in_rounds(
+        versions, k, rounds, quota, surrogate, goal, "flip", progress
+    )
     random = partial(_random_flips, versions, len(changed), quota)
     name = "flip_labels" if rounds == 1 else f"flip_labels, {rounds} rounds"
     return verified_attack(
-        name, threat, versions, weights, changed, _by(f, weights, first), random, victim, targets, seeds,
-        {"rounds": rounds, "surrogate": dict(f.meta)},
-    )  # fmt: skip
+        name, threat, versions, weights, changed, said, random, victim, targets, seeds, meta
+    )
 
 
 def insert(
@@ -158,31 +142,17 @@ def insert(
         raise ValueError(
             f"a threat model that cannot be met: {k} rows of a pool of {len(places)}; lower the budget"
         )
-    if not 1 <= rounds <= k:
-        raise ValueError(f"expected 1 to {k} rounds for {k} rows, got {rounds}")
-    labels = replace(threat, budget=k).check("rows", sources, len(places))
-    row = versions.row
-    padded = None if labels is None else np.r_[np.full(problem.n, labels[0]), labels]
-    quota = Quota(padded, threat.source_quota)
-    weights, changed, first = versions.clean.copy(), np.zeros(0, dtype=int), None
-    for size in progress(_parts(k, rounds)):
-        # plug in
-        f = surrogate(versions.problem, weights.copy())
-        first = f if first is None else first
-        gain = f.scores @ goal_of(f, goal)
-        gain[weights > 0] = 0.0
+    authors = Quota.of(replace(threat, budget=k), "rows", sources, len(places))
+    quota = authors.after(problem.n)
 
-        # optimize
-        chosen = quota.best(gain, row, size, changed)
-        weights[chosen] = 1.0
-        changed = np.r_[changed, row[chosen]]
-    assert first is not None
-    _some(changed, "row of the pool")
+    # plug in, optimize: the best rows
+    weights, changed, said, meta = _in_rounds(
+        versions, k, rounds, quota, surrogate, goal, "row of the pool", progress
+    )
     random = partial(_random_rows, versions, places, len(changed), quota)
     return verified_attack(
-        "insert", threat, versions, weights, changed, _by(f, weights, first), random, victim, targets, seeds,
-        {"rounds": rounds, "surrogate": dict(f.meta)},
-    )  # fmt: skip
+        "insert", threat, versions, weights, changed, said, random, victim, targets, seeds, meta
+    )
 
 
 def attempt(
@@ -222,8 +192,7 @@ def attempt(
     k = threat.rows(versions.n)
     if not 1 <= len(changed) <= k:
         raise ValueError(f"expected 1 to {k} changed rows, as the budget says, got {len(changed)}")
-    labels = threat.check(threat.may_change, sources, int(versions.row.max()) + 1)
-    quota = Quota(labels, threat.source_quota)
+    quota = Quota.of(threat, threat.may_change, sources, int(versions.row.max()) + 1)
     quota.refuse(changed)
     if datamodel is None and targets is None:
         raise ValueError(
@@ -240,21 +209,36 @@ def attempt(
     )
 
 
-def _by(f: LinearDatamodel, weights: NDArray[Any], first: LinearDatamodel) -> Said:
-    """From the first datamodel's anchor to where the last one predicts."""
-    return Said(np.asarray(f.targets).astype(str), first.base, f.predict(weights) - first.base)
+def _in_rounds(
+    versions: Versions, k: int, rounds: int, quota: Quota, surrogate: Surrogate, goal: Any, what: str,
+    progress: Progress,
+) -> tuple[NDArray[np.float64], NDArray[np.intp], Said, dict[str, Any]]:  # fmt: skip
+    """(weights, changed rows, what was predicted, meta): the budget in equal parts, each on a datamodel of the data by then."""
+    if not 1 <= rounds <= k:
+        raise ValueError(f"expected 1 to {k} rounds for {k} {what.split()[0]}s, got {rounds}")
+    weights, row = versions.clean.copy(), versions.row
+    changed, first = np.zeros(0, dtype=int), None
+    for size in progress(np.diff(np.round(np.linspace(0, k, rounds + 1)).astype(int)).tolist()):
+        # plug in: the datamodel around the data poisoned so far
+        f = surrogate(versions.problem, weights.copy())
+        first = f if first is None else first
+        value = f.scores @ goal_of(f, goal)
+        old = versions.current(weights)[row]  # the version in whose place each one would come
+        gain = value - np.where(old >= 0, value[old], 0.0)
+        gain[(weights > 0) | np.isin(row, changed)] = 0.0
 
-
-def _parts(k: int, rounds: int) -> list[int]:
-    """The budget in equal parts."""
-    return np.diff(np.round(np.linspace(0, k, rounds + 1)).astype(int)).tolist()
-
-
-def _some(changed: NDArray[np.intp], what: str) -> None:
-    if not len(changed):
+        # optimize: the best version of each row, then the best rows
+        chosen = quota.best(gain, row, size, changed)
+        gone = old[chosen]
+        weights[gone[gone >= 0]] = 0.0
+        weights[chosen] = 1.0
+        changed = np.r_[changed, row[chosen]]
+    if first is None or not len(changed):
         raise ValueError(
             f"expected a {what} that is predicted to raise the goal, got none; look at the goal's sign"
         )
+    said = Said(np.asarray(f.targets).astype(str), first.base, f.predict(weights) - first.base)
+    return weights, changed, said, {"rounds": rounds, "surrogate": dict(f.meta)}
 
 
 def _random_flips(versions: Versions, k: int, quota: Quota, seed: int) -> NDArray[np.float64]:

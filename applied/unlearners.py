@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attribution_core.data import Batch, Data, as_data, take
 from attribution_core.outputs import cross_entropy, logits_and_labels
-from attribution_core.problem import Batch, Data, PerExample, as_data, take
+from attribution_core.problem import PerExample
 
 TINY = 1e-30  # a gradient that is 0 stays so
 Unlearner = Callable[[nn.Module, Any, Any], nn.Module]

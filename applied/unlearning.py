@@ -23,7 +23,8 @@ from applied.counting import counted
 from applied.matching import KINDS, Goal
 from applied.unlearners import Unlearner
 from applied.yardstick import Evaluation, attack, evaluate, gaussian_klom, klom
-from attribution_core.problem import Outputs, Rows, sample
+from attribution_core.data import Rows, sample
+from attribution_core.problem import Outputs
 from attribution_core.rehearsal import Pace, Rehearsal, rehearse
 
 __all__ = [

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.problem import Batch, Column, Data, Problem, Rows, as_data, batches, take
+from attribution_core.data import Batch, Column, Data, Rows, as_data, batches, replaced, take
+from attribution_core.problem import Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +68,9 @@ class _Relabelled:
 
     def __getitem__(self, rows: Sequence[int]) -> Batch:
         places = np.asarray(rows, dtype=int)
-        batch = take(self.data, places // self.classes)
-        return _with(batch, self.column, torch.from_numpy(places % self.classes))
+        batch: Any = take(self.data, places // self.classes)
+        labels = torch.from_numpy(places % self.classes)
+        return replaced(batch, self.column, labels.to(batch[self.column]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +102,6 @@ class _Joined:
         if isinstance(first, dict):
             return {k: torch.cat([v, second[k].to(v)])[order] for k, v in first.items()}
         return tuple(torch.cat([a, b.to(a)])[order] for a, b in zip(first, second, strict=True))
-
-
-def _with(batch: Any, column: Column, values: Any) -> Any:
-    """A batch with one column replaced."""
-    if isinstance(batch, dict):
-        return {**batch, column: values.to(batch[column])}
-    return tuple(values.to(old) if name == column else old for name, old in enumerate(batch))
 
 
 def labels_of(data: Any, column: Column | None = None) -> tuple[Column, NDArray[np.int64]]:
@@ -165,8 +160,9 @@ def rewritten(
         inputs: [m, ...], what stands in `column` of each.
     """
     places = np.asarray(rows, dtype=int)
-    batch = _with(take(problem.train, places), column, torch.from_numpy(np.asarray(inputs)))
-    return _sorted(problem, batch, places)
+    batch: Any = take(problem.train, places)
+    values = torch.from_numpy(np.asarray(inputs)).to(batch[column])
+    return _sorted(problem, replaced(batch, column, values), places)
 
 
 def joined(problem: Problem, pool: Any) -> tuple[Versions, NDArray[np.intp]]:

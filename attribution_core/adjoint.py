@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
+from attribution_core.data import Batch, Column, replaced, take
 from attribution_core.optimizers import State
-from attribution_core.problem import Batch, Column, Params, take
+from attribution_core.problem import Params
 from attribution_core.processes import sum_over_processes, world
 from attribution_core.steps import Steps, TrainingState
 
@@ -246,9 +247,7 @@ class Part:
         """(ℓ_i, buffers after)."""
         batch = self.batch
         if self.column is not None:
-            batch = dict(batch) if isinstance(batch, dict) else list(batch)  # type: ignore[assignment]
-            batch[self.column] = x  # type: ignore[index]
-            batch = batch if isinstance(batch, dict) else tuple(batch)
+            batch = replaced(batch, self.column, x)
         batch = self.steps.seen(batch, self.step, self.rows)
         return self.steps.losses(params, buffers, batch, self.step, self.number)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import hessian, jacrev
 
+from attribution_core.data import batches, sample, take
 from attribution_core.draws import open_output
 from attribution_core.gradients import (
     as_batch,
@@ -25,7 +26,7 @@ from attribution_core.gradients import (
     row_by_row,
     unflatten,
 )
-from attribution_core.problem import Params, Problem, batches, per_example, sample, take
+from attribution_core.problem import Params, Problem, per_example
 from attribution_core.quadratic import factored, rows_at_once, second_order, solved
 
 LOGISTIC = 1 / (6 * math.sqrt(3))  # max |σ''|

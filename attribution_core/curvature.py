@@ -28,21 +28,17 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attribution_core.conjugate import conjugate_gradients, conjugate_steps
+from attribution_core.data import Batch, Rows, batches, sample, take
 from attribution_core.draws import Losses, open_output
 from attribution_core.ekfac import EKFAC, Labels, fit_ekfac
 from attribution_core.gradients import Progress, flatten, row_gradients, unflatten
 from attribution_core.problem import (
-    Batch,
     Params,
     PerExample,
     Problem,
-    Rows,
-    batches,
     call,
     per_example,
     refuse_random_layers,
-    sample,
-    take,
 )
 from attribution_core.processes import my_rows, sum_over_processes
 from attribution_core.spectrum import Dense, Diagonal, Spectrum

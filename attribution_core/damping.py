@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attribution_core.curvature import Curvature, fit_curvature
+from attribution_core.data import Rows
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.evaluation import lds
 from attribution_core.gradients import Progress, directional, flatten, output_gradients
-from attribution_core.problem import Outputs, Rows
+from attribution_core.problem import Outputs
 from attribution_core.processes import collect, my_rows
 from attribution_core.retraining import retrain
 from attribution_core.subsets import random_subsets

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from attribution_core.problem import Batch, Params, PerExample, call, precision_of
+from attribution_core.data import Batch
+from attribution_core.problem import Params, PerExample, call, precision_of
 
 SMALL = 64  # outputs a row up to which D is formed
 EXACT = 16  # outputs a row up to which all of them are taken instead of draws, by default

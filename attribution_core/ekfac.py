@@ -24,22 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from attribution_core.data import Rows, batches, rows_in, take
 from attribution_core.draws import default_draws, draw, is_real, open_output
 from attribution_core.ghost import ghost_uncovered
 from attribution_core.gradients import Progress, row_gradients
 from attribution_core.kronecker import EKFAC, Block, Place, weighted_gram
 from attribution_core.layers import Arrive, factors, matrix_shape, owners, plain_gradients, watched
-from attribution_core.problem import (
-    Params,
-    PerExample,
-    Problem,
-    Rows,
-    batches,
-    per_example,
-    refuse_random_layers,
-    rows_in,
-    take,
-)
+from attribution_core.problem import Params, PerExample, Problem, per_example, refuse_random_layers
 from attribution_core.processes import from_first, my_rows, sum_over_processes, world
 
 Labels = Literal["model", "data"]

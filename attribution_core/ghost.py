@@ -17,18 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
 
+from attribution_core.data import Batch, batches, rows_in, take
 from attribution_core.layers import is_norm, norm_gradients, watched
-from attribution_core.problem import (
-    Batch,
-    Params,
-    PerExample,
-    Problem,
-    batches,
-    call,
-    precision_of,
-    rows_in,
-    take,
-)
+from attribution_core.problem import Params, PerExample, Problem, call, precision_of
 
 LAYER_ELEMENTS = 2**22  # of one layer's per-example products held at once (16 MiB in float32)
 TRIED = 16  # rows on which ghost products may be tried

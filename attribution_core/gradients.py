@@ -26,20 +26,17 @@ from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from attribution_core.data import Batch, batches, rows_in, take
 from attribution_core.ghost import ghost, ghost_uncovered
 from attribution_core.problem import (
-    Batch,
     Outputs,
     Params,
     PerExample,
     Problem,
-    batches,
     call,
     decay_of,
     per_example,
     refuse_random_layers,
-    rows_in,
-    take,
     trainable,
 )
 

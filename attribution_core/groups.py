@@ -16,15 +16,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from attribution_core.data import batches, take
 from attribution_core.gradients import Progress, check_directions, flatten
-from attribution_core.problem import (
-    Params,
-    Problem,
-    batches,
-    per_example,
-    refuse_random_layers,
-    take,
-)
+from attribution_core.problem import Params, Problem, per_example, refuse_random_layers
 from attribution_core.processes import collect, my_rows
 from attribution_core.retraining import RetrainingTable
 

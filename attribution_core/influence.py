@@ -15,11 +15,12 @@ from torch import Tensor
 
 from attribution_core.curvature import Curvature, Form, Kind, fit_curvature
 from attribution_core.damping import choose_damping
+from attribution_core.data import Rows, sample
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.ekfac import Labels
 from attribution_core.gradients import Engine, Progress, directional, flatten, output_gradients
 from attribution_core.groups import group_directional
-from attribution_core.problem import Outputs, Problem, Rows, sample
+from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import collect, my_rows
 from attribution_core.store import Store, fingerprint
 from attribution_core.trained import OWN, Trained, over_runs, several, trained

@@ -14,21 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from attribution_core.curvature import Curvature, Kind
+from attribution_core.data import Column, batches, floating_column, replaced, sample, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.gradients import flatten, output_gradients, unflatten
 from attribution_core.influence import fitted_curvature
-from attribution_core.problem import (
-    Batch,
-    Column,
-    Outputs,
-    Params,
-    Problem,
-    batches,
-    call,
-    floating_column,
-    sample,
-    take,
-)
+from attribution_core.problem import Outputs, Params, Problem, call
 from attribution_core.trained import trained
 from attribution_core.training import Run
 
@@ -106,14 +96,8 @@ def gradient_matching(
     problem = trained(source).problem
     name, places = _asked(problem, rows, column)
     wanted = -flatten(output_gradients(problem.model, goal))[0]
-    batch: Any = take(problem.train, places, problem.device)
-    x = batch[name].clone().requires_grad_()
-    params = {key: value.clone().requires_grad_() for key, value in problem.params.items()}
-    total = call(problem.model, problem.loss, params, _replaced(batch, name, x)).sum()
-    found = torch.autograd.grad(
-        total, list(params.values()), create_graph=True, materialize_grads=True
-    )
-    joint = torch.cat([g.flatten() for g in found])
+    x, grads = _traced(problem, places, name, torch.ones(len(places)))
+    joint = torch.cat([g.flatten() for g in grads.values()])
     cosine = torch.nn.functional.cosine_similarity(joint, wanted.to(joint), dim=0)
     (slope,) = torch.autograd.grad(cosine, x)
     scores = slope.flatten(1).double().cpu()[:, :, None]
@@ -135,31 +119,36 @@ def _asked(
     return floating_column(problem.train, column), places
 
 
+def _traced(
+    problem: Problem, rows: NDArray[np.intp], column: Column, w: Tensor
+) -> tuple[Tensor, Params]:
+    """(inputs x of the rows, the gradient of Σ w_i ℓ_i by name with the graph that leads back to x)."""
+    batch: Any = take(problem.train, rows, problem.device)
+    x = batch[column].clone().requires_grad_()
+    leaf = {key: value.clone().requires_grad_() for key, value in problem.params.items()}
+    losses = call(problem.model, problem.loss, leaf, replaced(batch, column, x))
+    found = torch.autograd.grad(
+        (losses * w.to(losses)).sum(),
+        list(leaf.values()),
+        create_graph=True,
+        materialize_grads=True,
+    )
+    return x, dict(zip(leaf, found, strict=True))
+
+
 def _along(
     problem: Problem, rows: NDArray[np.intp], column: Column, directions: Params, w: Tensor
 ) -> Tensor:
     """∂/∂x_i w_i ⟨∇ℓ_i, v_j⟩, [rows, numbers, t]: forward along v, back to the inputs."""
-    batch: Any = take(problem.train, rows, problem.device)
-    x = batch[column].clone().requires_grad_()
-    leaf = {key: value.clone().requires_grad_() for key, value in problem.params.items()}
-    total = (call(problem.model, problem.loss, leaf, _replaced(batch, column, x)) * w.to(x)).sum()
-    grads = torch.autograd.grad(
-        total, list(leaf.values()), create_graph=True, materialize_grads=True
-    )
+    x, grads = _traced(problem, rows, column, w)
     found = []
     for j in range(len(next(iter(directions.values())))):
         along = torch.stack(
-            [(g * directions[key][j].to(g)).sum() for key, g in zip(leaf, grads, strict=True)]
+            [(g * directions[key][j].to(g)).sum() for key, g in grads.items()]
         ).sum()
         (slope,) = torch.autograd.grad(along, x, retain_graph=True, materialize_grads=True)
         found.append(slope.flatten(1).double().cpu())
     return torch.stack(found, dim=2)
-
-
-def _replaced(batch: Any, column: Column, x: Tensor) -> Batch:
-    if isinstance(batch, dict):
-        return {**batch, str(column): x}
-    return tuple(x if k == column else value for k, value in enumerate(batch))
 
 
 def _by_inputs(

@@ -10,17 +10,14 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from attribution_core.data import batches
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import (
     Progress,
     flatten,
     output_gradients,
 )
-from attribution_core.problem import (
-    Outputs,
-    Problem,
-    batches,
-)
+from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import collect, my_rows, sum_over_processes
 from attribution_core.quadratic import (
     ALONE,

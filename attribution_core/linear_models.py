@@ -22,9 +22,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attribution_core.data import Batch, batches, take
 from attribution_core.gradients import mean_gradient
 from attribution_core.outputs import cross_entropy, squared_error
-from attribution_core.problem import Batch, PerExample, Problem, batches, take
+from attribution_core.problem import PerExample, Problem
 
 STATIONARY = (
     1e-3  # of a row's gradient (root mean square): a larger mean gradient is worth a warning

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.adjoint import Form, Wanted
+from attribution_core.data import Column, floating_column, take
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import Progress
 from attribution_core.groups import named
-from attribution_core.problem import Column, Outputs, floating_column, take
+from attribution_core.problem import Outputs
 from attribution_core.processes import world
 from attribution_core.replay import States, states_held
 from attribution_core.smoothness import (

@@ -18,18 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from attribution_core.data import Data, as_data, batches, take
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import Progress, flatten, row_gradients
-from attribution_core.problem import (
-    Data,
-    Outputs,
-    Problem,
-    as_data,
-    batches,
-    per_example,
-    refuse_random_layers,
-    take,
-)
+from attribution_core.problem import Outputs, Problem, per_example, refuse_random_layers
 from attribution_core.representations import last_layer, representations
 from attribution_core.trained import several, trained
 from attribution_core.training import Run

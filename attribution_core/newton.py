@@ -12,16 +12,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from attribution_core.data import batches
 from attribution_core.gradients import (
     flatten,
     unflatten,
 )
-from attribution_core.problem import (
-    Outputs,
-    Params,
-    Problem,
-    batches,
-)
+from attribution_core.problem import Outputs, Params, Problem
 from attribution_core.quadratic import (
     ALONE,
     Quadratic,

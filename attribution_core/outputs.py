@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attribution_core.problem import Batch
+from attribution_core.data import Batch
 
 
 def logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from attribution_core.data import Rows, sample
 from attribution_core.gradients import Progress
 from attribution_core.magic import magic
-from attribution_core.problem import Outputs, Problem, Rows, sample
+from attribution_core.problem import Outputs, Problem
 from attribution_core.smoothness import (
     FiniteDifference,
     H,

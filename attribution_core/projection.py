@@ -31,6 +31,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from attribution_core.data import Batch, Data, batches, rows_in, take
 from attribution_core.ekfac import plan
 from attribution_core.ghost import ghost_uncovered
 from attribution_core.gradients import Progress, flatten, row_gradients
@@ -43,18 +44,7 @@ from attribution_core.layers import (
     plain_gradients,
     watched,
 )
-from attribution_core.problem import (
-    Batch,
-    Data,
-    Params,
-    PerExample,
-    Problem,
-    batches,
-    per_example,
-    refuse_random_layers,
-    rows_in,
-    take,
-)
+from attribution_core.problem import Params, PerExample, Problem, per_example, refuse_random_layers
 
 Kind = Literal["auto", "factored", "rademacher", "gaussian"]
 Law = Literal["rademacher", "gaussian"]

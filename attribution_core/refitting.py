@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from attribution_core.data import take
 from attribution_core.gradients import Progress
 from attribution_core.linear_models import LinearModel, from_sklearn
-from attribution_core.problem import Outputs, Problem, take
+from attribution_core.problem import Outputs, Problem
 from attribution_core.retraining import RetrainingTable
 
 

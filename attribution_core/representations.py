@@ -10,19 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from attribution_core.data import Batch, as_data, batches, rows_in, take
 from attribution_core.gradients import Progress
 from attribution_core.layers import owners
 from attribution_core.problem import (
-    Batch,
     PerExample,
     Problem,
-    as_data,
-    batches,
     call,
     per_example,
     refuse_random_layers,
-    rows_in,
-    take,
     trainable,
 )
 from attribution_core.processes import collect, my_rows, world

@@ -11,9 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from attribution_core.curvature import Curvature, Kind
+from attribution_core.data import batches, sample, take
 from attribution_core.gradients import Progress, flatten, row_gradients
 from attribution_core.influence import fitted_curvature
-from attribution_core.problem import Outputs, Problem, batches, sample, take
+from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import collect, my_rows
 from attribution_core.trained import several, trained
 from attribution_core.training import Run

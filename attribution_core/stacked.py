@@ -21,20 +21,9 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attribution_core.data import Batch, Rows, batches, rows_in, take
 from attribution_core.optimizers import clipped
-from attribution_core.problem import (
-    Batch,
-    Outputs,
-    Params,
-    Problem,
-    Rows,
-    batch_norms,
-    batches,
-    call,
-    rows_in,
-    take,
-    trainable,
-)
+from attribution_core.problem import Outputs, Params, Problem, batch_norms, call, trainable
 from attribution_core.training import Drop, Recipe, checked_weights, first_gradient, steps_of
 
 Cell = tuple[NDArray[np.float64], int]  # (weights [n], seed)

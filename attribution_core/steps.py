@@ -22,18 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attribution_core.data import Batch, rows_in, take
 from attribution_core.optimizers import Optimizer, State, clipped
-from attribution_core.problem import (
-    Batch,
-    Params,
-    Problem,
-    batch_norms,
-    call,
-    check_rows,
-    decay_of,
-    rows_in,
-    take,
-)
+from attribution_core.problem import Params, Problem, batch_norms, call, check_rows, decay_of
 from attribution_core.processes import sum_over_processes, world
 
 Augment = Callable[[Batch, NDArray[np.intp], int], Batch]  # (batch, its rows, step) -> batch

@@ -13,10 +13,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from attribution_core.data import batches, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.gradients import Progress, unflatten
 from attribution_core.outputs import cross_entropy, margin
-from attribution_core.problem import Outputs, PerExample, Problem, batches, take
+from attribution_core.problem import Outputs, PerExample, Problem
 from attribution_core.processes import collect, my_rows, sum_over_processes
 from attribution_core.projection import Kind, Projection, projection
 from attribution_core.store import Store, fingerprint

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attribution_core.adjoint import Adjoint, Form, Owed, Wanted, pull
+from attribution_core.data import Rows, take
 from attribution_core.gradients import Progress, Sized, output_gradients
 from attribution_core.optimizers import stretches
-from attribution_core.problem import Outputs, Rows, take
+from attribution_core.problem import Outputs
 from attribution_core.processes import from_first, sum_over_processes, wait, world
 from attribution_core.replay import backwards
 from attribution_core.steps import Steps

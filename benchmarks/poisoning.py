@@ -11,13 +11,38 @@ row of transfer.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from applied.poisoning import Attack, ThreatModel, flip_labels, perturb
+from applied.recipe import Interval, paired_interval
+from attribution_core import (
+    SGD,
+    AdamW,
+    Outputs,
+    Problem,
+    Recipe,
+    cross_entropy,
+    gradient_matching,
+    influence,
+    input_influence,
+    magic,
+    retrain,
+    train,
+)
+from recipes.embedded import digits
+from recipes.poisoning import loss_or_hit
+
 TARGET, HELD_OUT, ACCURACY = "target loss", "held-out loss", "held-out accuracy"
 FIRST_VICTIM = 1000
+TARGETS = 700  # images that the adversary holds
 SURROGATES = 3  # trainings that the datamodel of flips is the mean of
 
 
@@ -45,8 +70,6 @@ class Flags:
 
 def mlp(seed: int) -> Any:
     """64 pixels, 64 GELUs, 10 classes."""
-    import torch
-
     nn = torch.nn
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -55,8 +78,6 @@ def mlp(seed: int) -> Any:
 
 def cnn(seed: int) -> Any:
     """Two convolutions with GELUs, 10 classes."""
-    import torch
-
     nn = torch.nn
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -66,105 +87,138 @@ def cnn(seed: int) -> Any:
         )  # fmt: skip
 
 
-def main(flags: Flags) -> None:
-    """Every attack, its table, and the paired differences."""
-    import numpy as np
-    import torch
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """Digits, two architectures, and what is read of them.
 
-    from applied.poisoning import ThreatModel, flip_labels, perturb
-    from applied.recipe import paired_interval
-    from attribution_core import (
-        SGD,
-        AdamW,
-        Outputs,
-        Problem,
-        Recipe,
-        cross_entropy,
-        gradient_matching,
-        influence,
-        input_influence,
-        magic,
-        retrain,
-        train,
-    )
-    from recipes.embedded import digits
-    from recipes.poisoning import loss_or_hit
+    Args:
+        problem: training images, with the audited architecture.
+        recipes: architecture -> how it is trained.
+        reading: losses and accuracy of victims; losses: of targets and held-out images; goal: of targets.
+    """
 
-    torch.set_num_threads(1)
+    problem: Problem
+    recipes: dict[str, Recipe]
+    reading: Outputs
+    losses: Outputs
+    goal: Outputs
+    own: str
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.recipes[self.own]
+
+    def victim(self, which: str, data: Problem, weights: Any, seeds: Any) -> Any:
+        """Outputs of one architecture, retrained."""
+        make: Any = self.recipes[which].init
+        at = replace(data, model=make(0))
+        return retrain(at, self.recipes[which], self.reading, weights, seeds=seeds)
+
+    def trained(self, data: Problem, seed: int, **how: Any) -> Any:
+        """One training of the audited architecture."""
+        return train(data, replace(self.recipe, seed=seed), **how)
+
+    def flips(self, data: Problem, w: Any) -> Any:
+        """The datamodel of labels."""
+        runs = [self.trained(data, k, weights=w, drop="row", states=0) for k in range(SURROGATES)]
+        return influence(runs, self.losses, curvature="ekfac", batch_size=1024)
+
+    def through(self, data: Problem, rows: Any, step: int) -> Any:
+        """The datamodel of inputs, through training."""
+        return magic(self.trained(data, step), self.goal, wrt="inputs", rows=rows, check=False)
+
+    def by_influence(self, data: Problem, rows: Any, step: int) -> Any:
+        """The same by one curvature solve."""
+        run = self.trained(data, step, states=0)
+        return input_influence(run, self.goal, rows=rows, curvature="ekfac")
+
+    def by_matching(self, data: Problem, rows: Any, step: int) -> Any:
+        """The baseline, alignment of gradients."""
+        return gradient_matching(self.trained(data, step, states=0), self.goal, rows=rows)
+
+
+def prepared(flags: Flags) -> Setting:
+    """The split and the two ways to train."""
     table = digits(800, seed=flags.split)
-    x = torch.tensor(table.x).float().reshape(-1, 1, 8, 8)
-    others = torch.tensor(table.test_x).float().reshape(-1, 1, 8, 8)
+    x, others = (torch.tensor(a).float().reshape(-1, 1, 8, 8) for a in (table.x, table.test_x))
     labels = torch.tensor(table.test_y)
-    target, held = np.arange(700), np.arange(700, len(others))
-    kinds = [TARGET] * len(target) + [HELD_OUT] * len(held)
-    read = np.r_[target, held, held]
+    held = np.arange(TARGETS, len(others))
+    kinds = [TARGET] * TARGETS + [HELD_OUT] * len(held)
+    read = np.r_[: len(others), held]
     hit = torch.tensor([0.0] * len(others) + [1.0] * len(held))
-    reading = Outputs(loss_or_hit, (others[read], labels[read], hit)).mean(by=[*kinds, *[ACCURACY] * len(held)])  # fmt: skip
-    losses = Outputs(cross_entropy, (others, labels)).mean(by=kinds)
-    goal = Outputs(cross_entropy, (others[target], labels[target])).mean(by=[TARGET] * len(target))
-
+    reading = Outputs(loss_or_hit, (others[read], labels[read], hit))
     recipes = {
         "mlp": Recipe(SGD(0.05, momentum=0.9), 50, 15, init=mlp),
         "cnn": Recipe(AdamW(3e-3), 50, 15, schedule="cosine", init=cnn),
     }
-    recipe, other = recipes[flags.model], "cnn" if flags.model == "mlp" else "mlp"
-    problem = Problem(recipe.init(0), cross_entropy, (x, torch.tensor(table.y)))  # type: ignore[misc]
-    seeds = range(FIRST_VICTIM, FIRST_VICTIM + flags.victims)
-
-    def victim(which: str, data: Any, weights: Any, seeds: Any) -> Any:
-        make = recipes[which].init
-        assert make is not None
-        return retrain(replace(data, model=make(0)), recipes[which], reading, weights, seeds=seeds)
-
-    def flips(data: Any, w: Any) -> Any:
-        runs = [train(data, replace(recipe, seed=k), w, drop="row", states=0) for k in range(SURROGATES)]  # fmt: skip
-        return influence(runs, losses, curvature="ekfac", batch_size=1024)
-
-    def through(data: Any, rows: Any, step: int) -> Any:
-        return magic(train(data, replace(recipe, seed=step)), goal, wrt="inputs", rows=rows, check=False)  # fmt: skip
-
-    def by_influence(data: Any, rows: Any, step: int) -> Any:
-        run = train(data, replace(recipe, seed=step), states=0)
-        return input_influence(run, goal, rows=rows, curvature="ekfac")
-
-    def by_matching(data: Any, rows: Any, step: int) -> Any:
-        return gradient_matching(train(data, replace(recipe, seed=step), states=0), goal, rows=rows)
-
-    labels_may = ThreatModel(flags.budget, "labels")
-    inputs_may = ThreatModel(flags.budget, "inputs", epsilon=1.0, box=(0.0, 1.0))
-    shared = {"targets": reading.names, "seeds": list(seeds)}
-    own = partial(victim, flags.model)
-    where = flags.out / f"{flags.model}-{flags.split}"
-    attacks = {}
-    for name, rounds in (("label flips", 1), (f"label flips, {flags.rounds} rounds", flags.rounds)):
-        attacks[name] = flip_labels(problem, labels_may, flips, own, goal=TARGET, rounds=rounds, **shared)  # fmt: skip
-        print(attacks[name].table(), flush=True)
-    ways = {
-        "gradient matching": (by_matching, "alignment"), "influence": (by_influence, TARGET),
-        "metagradients": (through, TARGET),
-    }  # fmt: skip
-    for name, (surrogate, asked) in ways.items():
-        how = {"goal": asked, "steps": flags.steps, "step_size": flags.step_size, "momentum": 0.8}
-        folder = where / name.replace(" ", "-")
-        attacks[name] = perturb(problem, inputs_may, surrogate, own, name=name, folder=folder, **how, **shared)  # fmt: skip
-        print(attacks[name].table(), flush=True)
-    moved = perturb(
-        problem, replace(inputs_may, knowledge="grey-box"), through, partial(victim, other),
-        name=f"metagradients of {flags.model} on {other}", folder=where / "metagradients", goal=TARGET,
-        steps=flags.steps, step_size=flags.step_size, momentum=0.8, **shared,
+    first: Any = recipes[flags.model].init
+    return Setting(
+        Problem(first(0), cross_entropy, (x, torch.tensor(table.y))), recipes,
+        reading.mean(by=[*kinds, *[ACCURACY] * len(held)]),
+        Outputs(cross_entropy, (others, labels)).mean(by=kinds),
+        Outputs(cross_entropy, (others[:TARGETS], labels[:TARGETS])).mean(by=[TARGET] * TARGETS),
+        flags.model,
     )  # fmt: skip
-    print(moved.table())
 
-    j = reading.names.index(HELD_OUT)
-    gains = {k: a.outputs()[:, j] - a.outputs("no attack")[:, j] for k, a in attacks.items()}
-    print(f"\n{HELD_OUT}, paired by seed")
+
+def attacks(flags: Flags, setting: Setting, where: Path) -> Iterator[Attack]:
+    """One attack after the other; the last is the transfer of the one before."""
+    other = "cnn" if flags.model == "mlp" else "mlp"
+    own, foreign = (partial(setting.victim, which) for which in (flags.model, other))
+    shared: Any = {
+        "targets": setting.reading.names,
+        "seeds": range(FIRST_VICTIM, FIRST_VICTIM + flags.victims),
+    }
+    for rounds in (1, flags.rounds):
+        labels = ThreatModel(flags.budget, "labels")
+        yield flip_labels(
+            setting.problem, labels, setting.flips, own, goal=TARGET, rounds=rounds, **shared
+        )
+    ways: list[tuple[str, Any, str, Any]] = [
+        ("gradient matching", setting.by_matching, "alignment", own),
+        ("influence", setting.by_influence, TARGET, own),
+        ("metagradients", setting.through, TARGET, own),
+        (f"metagradients of {flags.model} on {other}", setting.through, TARGET, foreign),
+    ]
+    for name, surrogate, goal, victim in ways:
+        inputs = ThreatModel(
+            flags.budget, "inputs", "white-box" if victim is own else "grey-box", epsilon=1.0, box=(0.0, 1.0)
+        )  # fmt: skip
+        yield perturb(
+            setting.problem, inputs, surrogate, victim, goal=goal, steps=flags.steps,
+            step_size=flags.step_size, momentum=0.8, name=name,
+            folder=where / name.partition(" of ")[0].replace(" ", "-"), **shared,
+        )  # fmt: skip
+
+
+def compared(gains: Mapping[str, NDArray[np.float64]]) -> dict[str, Interval]:
+    """Metagradients beside every other attack, and beside twice the label flips, paired by seed."""
     best = gains["metagradients"]
-    lines = {f"metagradients - {k}": paired_interval(best, v) for k, v in gains.items() if k != "metagradients"}  # fmt: skip
-    lines |= {f"metagradients - 2 x {k}": paired_interval(best, 2 * v) for k, v in gains.items() if "flips" in k}  # fmt: skip
-    for words, interval in lines.items():
+    others = {k: v for k, v in gains.items() if not k.startswith("metagradients")}
+    once = {k: paired_interval(best, v) for k, v in others.items()}
+    twice = {
+        k: paired_interval(best, 2 * v) for k, v in others.items() if k.startswith("flip_labels")
+    }
+    return {
+        **{f"metagradients - {k}": found for k, found in once.items()},
+        **{f"metagradients - 2 x {k}": found for k, found in twice.items()},
+    }
+
+
+def main(flags: Flags) -> None:
+    """Every attack, its table, and the paired differences."""
+    torch.set_num_threads(1)
+    setting, where = prepared(flags), flags.out / f"{flags.model}-{flags.split}"
+    j = setting.reading.names.index(HELD_OUT)
+    gains, result = {}, {}
+    for attack in attacks(flags, setting, where):
+        print(attack.table(), flush=True)
+        gains[attack.name] = attack.outputs()[:, j] - attack.outputs("no attack")[:, j]
+        result[attack.name] = attack.outputs().tolist()
+    print(f"\n{HELD_OUT}, paired by seed")
+    for words, interval in compared(gains).items():
         print(f"  {words:45} {interval}")
-    result = {k: a.verified.actual.tolist() for k, a in attacks.items()}
-    (where / "results.json").write_text(json.dumps({"targets": reading.names, **result}))
+    (where / "results.json").write_text(json.dumps({"targets": setting.reading.names, **result}))
 
 
 if __name__ == "__main__":

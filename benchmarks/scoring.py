@@ -90,7 +90,7 @@ def directions_of(problem: Any, k: int) -> dict[str, Any]:
 
 def training_step(problem: Any, rows: Any) -> None:
     """Forward and backward of the mean loss, with weight gradients; no optimizer."""
-    from attribution_core.problem import take
+    from attribution_core.data import take
 
     problem.loss(problem.model, take(problem.train, rows)).mean().backward()
     problem.model.zero_grad(set_to_none=True)

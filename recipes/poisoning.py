@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from applied.attack import instead
 from applied.poisoning import (
     Attack,
     Detection,
@@ -89,7 +90,7 @@ class Bench:
     Args:
         problem: the training data and the model on them, trained.
         surrogate, victim: as `flip_labels` takes them.
-        trained: poisoned problem -> (problem with the model trained on it, what `influence` takes).
+        trained: poisoned problem -> (the problem with a model trained on it, what `influence` takes, a curvature).
         names: of the victims' outputs.
         trusted: rows that the defender has looked at.
     """
@@ -99,7 +100,7 @@ class Bench:
     classes: int
     surrogate: Callable[[Problem, NDArray[np.float64]], LinearDatamodel]
     victim: Callable[..., Any]
-    trained: Callable[[Problem], Any]
+    trained: Callable[[Problem], tuple[Problem, Any, Any]]
     names: tuple[str, ...]
     trusted: tuple[NDArray[Any], NDArray[Any]]
     seeds: list[int]
@@ -197,8 +198,9 @@ def exact(flags: Flags, data: Classification, trusted: Any, read: Any, kinds: li
     def victim(table: Problem, w: NDArray[np.float64], seeds: Any) -> Any:
         return refit(fitted, table, outputs, w, seeds=seeds)
 
-    def trained(poisoned: Problem) -> Any:
-        return refitted(fitted, poisoned, np.ones(poisoned.n))
+    def trained(poisoned: Problem) -> tuple[Problem, Any, Any]:
+        at = refitted(fitted, poisoned, np.ones(poisoned.n))
+        return at, at, fit_curvature(at, "hessian")
 
     return Bench(
         data, problem, len(data.classes), surrogate, victim, trained, outputs.names, trusted, [0]
@@ -228,12 +230,12 @@ def network(flags: Flags, data: Classification, trusted: Any, read: Any, kinds: 
     def victim(table: Problem, w: NDArray[np.float64], seeds: Any) -> Any:
         return retrain(table, recipe, outputs, w, seeds=seeds)
 
-    def trained(poisoned: Problem) -> Any:
-        return train(poisoned, replace(recipe, seed=FIRST_VICTIM), states=0)
+    def trained(poisoned: Problem) -> tuple[Problem, Any, Any]:
+        run = train(poisoned, replace(recipe, seed=FIRST_VICTIM), states=0)
+        return run.trained(), run, "ekfac"
 
-    trained_problem = replace(problem, model=trained(problem).model)
     return Bench(
-        data, trained_problem, len(data.classes), surrogate, victim, trained, outputs.names, trusted,
+        data, replace(problem, model=trained(problem)[0].model), len(data.classes), surrogate, victim, trained, outputs.names, trusted,
         seeds,
     )  # fmt: skip
 
@@ -267,7 +269,8 @@ def attacked(bench: Bench, budget: float, name: str, rounds: int, split: int) ->
 def at_random(bench: Bench, versions: Versions, k: int, rng: Any) -> NDArray[np.float64]:
     """Random labels on random rows."""
     rows = rng.choice(bench.problem.n, k, replace=False)
-    return flipped(bench, versions, rows, (bench.data.y[rows] + rng.integers(1, bench.classes, k)) % bench.classes)  # fmt: skip
+    labels = (bench.data.y[rows] + rng.integers(1, bench.classes, k)) % bench.classes
+    return instead(versions, rows * bench.classes + labels)
 
 
 def confident(bench: Bench, versions: Versions, k: int) -> NDArray[np.float64]:
@@ -279,33 +282,19 @@ def confident(bench: Bench, versions: Versions, k: int) -> NDArray[np.float64]:
             .numpy()
         )
     rows = np.argsort(-p[np.arange(len(p)), bench.data.y], kind="stable")[:k]
-    return flipped(bench, versions, rows, p[rows].argmin(axis=1))
-
-
-def flipped(
-    bench: Bench, versions: Versions, rows: NDArray[Any], labels: NDArray[Any]
-) -> NDArray[np.float64]:
-    """Weights with other labels on some rows."""
-    weights = versions.clean.copy()
-    weights[rows * bench.classes + bench.data.y[rows]] = 0.0
-    weights[rows * bench.classes + labels] = 1.0
-    return weights
+    return instead(versions, rows * bench.classes + p[rows].argmin(axis=1))
 
 
 def searched(bench: Bench, attack: Attack) -> Detection:
     """What a defender sees, who holds the poisoned data and the trusted rows."""
-    at = bench.trained(attack.poisoned)
-    own = at if isinstance(at, Problem) else at.trained()
+    own, at, curve = bench.trained(attack.poisoned)
     batch: Any = own.train[list(range(own.n))]
     with torch.no_grad():
         losses = cross_entropy(own.model, batch).double().numpy()
     x, y = torch.tensor(bench.trusted[0]).to(batch[0]), torch.tensor(bench.trusted[1])
     trusted = Outputs(cross_entropy, (x, y)).mean()
-    curve: Any = fit_curvature(at, "hessian") if isinstance(at, Problem) else "ekfac"
-    planted = np.zeros(own.n, dtype=bool)
-    planted[attack.places] = True
     return detect(
-        batch[0].numpy(), batch[1].numpy(), trusted=bench.trusted, planted=planted,
+        batch[0].numpy(), batch[1].numpy(), trusted=bench.trusted, planted=attack.planted,
         signals={
             "loss": losses,
             "self-influence": self_influence(at, curvature=curve),

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from applied.selection import relaxed
 from attribution_core import AdamW, Outputs, Problem, Recipe, causal_lm_loss
-from attribution_core.problem import Rows
+from attribution_core.data import Rows
 from attribution_core.processes import first_goes_first, world
 from recipes import embedded
 from recipes.corpus import Blocks, in_both, read_documents, without_text

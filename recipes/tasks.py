@@ -107,7 +107,7 @@ def text_task(
         ValueError: too little text; a folder that transformers cannot load.
     """
     from attribution_core import Outputs, Problem, causal_lm_loss
-    from attribution_core.problem import Rows
+    from attribution_core.data import Rows
     from recipes import embedded
     from recipes.corpus import read_documents
 

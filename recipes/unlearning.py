@@ -25,7 +25,7 @@ from applied.unlearners import (
 )
 from applied.unlearning import Evaluation, evaluate, read_all, unlearn
 from attribution_core import SGD, Outputs, Recipe, margin, retrain, train
-from attribution_core.problem import sample
+from attribution_core.data import sample
 from recipes.classification import problem_of
 from recipes.forget_sets import Forget
 from recipes.value_data import bar

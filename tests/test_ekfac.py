@@ -21,8 +21,9 @@ from attribution_core import (
 )
 from attribution_core import ekfac as core
 from attribution_core.curvature import DiagonalWarning, fit_curvature, spectrum
+from attribution_core.data import Rows
 from attribution_core.ekfac import fit_ekfac
-from attribution_core.problem import Rows, precision_of
+from attribution_core.problem import precision_of
 from tests import menagerie
 from tests.menagerie import seeded
 

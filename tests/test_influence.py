@@ -173,7 +173,7 @@ def test_curvature_from_some_rows():
     np.testing.assert_array_equal(kept.scores, influence(problem, outputs, damping=1.0).scores)
     few = influence(problem, outputs, damping=1.0, curvature_rows=3)
     assert few.scores.shape == kept.scores.shape
-    from attribution_core.problem import sample
+    from attribution_core.data import sample
     from tests.test_curvature import dense_gauss_newton
 
     rows = sample(problem.n, 3).tolist()

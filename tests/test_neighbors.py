@@ -25,6 +25,7 @@ from attribution_core import (
     squared_error,
     train,
 )
+from attribution_core.data import Rows
 from attribution_core.neighbors import (
     bm25,
     class_labels,
@@ -32,7 +33,6 @@ from attribution_core.neighbors import (
     knn_shapley,
     representation_similarity,
 )
-from attribution_core.problem import Rows
 from attribution_core.representations import activation_gradients, representations
 from tests import menagerie
 

@@ -27,7 +27,7 @@ from attribution_core import (
     trak,
 )
 from attribution_core.curvature import DiagonalWarning
-from attribution_core.problem import Rows
+from attribution_core.data import Rows
 from tests import menagerie
 
 RECIPE = Recipe(SGD(0.1), batch_size=4, epochs=2)

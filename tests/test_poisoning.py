@@ -25,8 +25,8 @@ from attribution_core import (
     retrain,
     train,
 )
+from attribution_core.data import take
 from attribution_core.input_influence import gradient_matching, input_influence
-from attribution_core.problem import take
 from attribution_core.refitting import refit, refitted
 
 N, CLASSES = 6, 3

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from attribution_core import Outputs, Problem, cross_entropy, influence, margin
-from attribution_core.problem import as_data, batches, call, per_example, rows_in, take
+from attribution_core.data import as_data, batches, rows_in, take
+from attribution_core.problem import call, per_example
 from tests import menagerie
 
 X, Y = menagerie.mlp().train.columns

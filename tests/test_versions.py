@@ -19,7 +19,7 @@ from attribution_core import (
     retrain,
     train,
 )
-from attribution_core.problem import take
+from attribution_core.data import take
 from attribution_core.refitting import refit, refitted
 from tests import menagerie
 

@@ -1,0 +1,162 @@
+"""Training and target data: anything that gives a batch of tensors for a list of row numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+Batch = dict[str, Tensor] | tuple[Tensor, ...]
+Column = str | int  # of the data: a key, or a place in the tuple
+
+
+@runtime_checkable
+class Data(Protocol):
+    """Anything with a length that gives a batch of tensors for a list of row numbers."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """A dict or a tuple of tensors as `Data`: rows are taken along the first dimension."""
+
+    columns: Batch
+
+    def __len__(self) -> int:
+        return len(next(iter(_tensors(self.columns))))
+
+    def __getitem__(self, rows: Sequence[int]) -> Batch:
+        if isinstance(self.columns, dict):
+            return {name: column[rows] for name, column in self.columns.items()}
+        return tuple(column[rows] for column in self.columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of other data, in the order given."""
+
+    data: Data
+    rows: NDArray[np.intp]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Sequence[int]) -> Any:
+        return self.data[self.rows[np.asarray(rows, dtype=int)].tolist()]
+
+
+def as_data(data: Any) -> Data:
+    """Adapt a dict or tuple of tensors, a TensorDataset or a datasets.Dataset to `Data`.
+
+    Raises:
+        TypeError: it has no length, or `data[[0]]` is not a dict or tuple of tensors.
+        ValueError: it has no rows, or columns of different lengths.
+    """
+    if isinstance(data, Mapping):
+        data = Columns({name: torch.as_tensor(column) for name, column in data.items()})
+    elif isinstance(data, (tuple, list)):
+        data = Columns(tuple(torch.as_tensor(column) for column in data))
+    elif type(data).__module__.startswith("datasets") and data.format["type"] != "torch":
+        data = data.with_format("torch")
+    if isinstance(data, Columns) and len({len(c) for c in _tensors(data.columns)}) > 1:
+        raise ValueError(
+            f"expected columns of one length, got {[len(c) for c in _tensors(data.columns)]}; one row per example"
+        )
+    if not isinstance(data, Data):
+        raise TypeError(f"expected data with a length and data[[rows]] -> batch, got {type(data)}")
+    if len(data) == 0:
+        raise ValueError("expected at least one example, got empty data")
+    try:
+        first = data[[0]]
+    except (TypeError, KeyError, IndexError, ValueError) as error:
+        raise TypeError(
+            f"expected data[[0]] to be a dict or tuple of tensors, got {type(error).__name__}: {error}; "
+            "pass a dict of tensors, or give your class a __getitem__ that takes a list of rows"
+        ) from error
+    if not any(isinstance(value, Tensor) for value in _values(first)):
+        raise TypeError(
+            f"expected data[[0]] to be a dict or tuple of tensors, got {type(first)}; "
+            "use a dict of tensors, a TensorDataset, or dataset.with_format('torch')"
+        )
+    return data
+
+
+def _values(batch: Any) -> list[Any]:
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    return list(batch) if isinstance(batch, (tuple, list)) else [batch]
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [value for value in _values(batch) if isinstance(value, Tensor)]
+
+
+def take(data: Data, rows: ArrayLike, device: torch.device | None = None) -> Batch:
+    """The rows of `data` as a batch of tensors on `device`; columns that are no tensors are left out."""
+    batch = data[np.asarray(rows, dtype=int).tolist()]
+    if isinstance(batch, Mapping):
+        ragged = [k for k, v in batch.items() if isinstance(v, list) and isinstance(v[0], Tensor)]
+        if ragged:
+            raise ValueError(
+                f"expected one tensor per column, got rows of different lengths in {ragged}; pad them, "
+                "or remove the columns"
+            )
+        return {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+    return tuple(v.to(device) for v in _tensors(batch))
+
+
+def replaced(batch: Batch, column: Column, values: Tensor) -> Batch:
+    """A batch with other values in one column.
+
+    >>> replaced((torch.zeros(1), torch.ones(1)), 0, torch.ones(1))
+    (tensor([1.]), tensor([1.]))
+    """
+    if isinstance(batch, dict):
+        return {**batch, str(column): values}
+    return tuple(values if place == column else old for place, old in enumerate(batch))
+
+
+def floating_column(data: Data, column: Column | None = None) -> Column:
+    """The column of the data that can be differentiated by: the first floating one, unless named.
+
+    Raises:
+        ValueError: none, or the one named is not.
+    """
+    batch: Any = take(data, [0])
+    columns = dict(batch) if isinstance(batch, dict) else dict(enumerate(batch))
+    floating = [name for name, value in columns.items() if value.is_floating_point()]
+    if column is None and floating:
+        return floating[0]
+    if column is None or column not in floating:
+        raise ValueError(
+            f"expected a column of floating numbers to differentiate by, one of {floating}, got {column!r}; "
+            "token ids have no derivative: add a column of zeros that the loss adds to the embeddings "
+            "(causal_lm_loss reads 'embedding_shift')"
+        )
+    return column
+
+
+def rows_in(batch: Batch) -> int:
+    """How many rows a batch has."""
+    return len(_tensors(batch)[0])
+
+
+def batches(n: int | ArrayLike, size: int) -> Iterator[np.ndarray]:
+    """Row numbers 0..n−1 (or the rows given) in order, `size` at a time."""
+    rows = np.arange(n) if isinstance(n, (int, np.integer)) else np.asarray(n, dtype=int)
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def sample(n: int, size: int | None, seed: int = 0) -> NDArray[np.intp]:
+    """All n row numbers, or `size` of them drawn without replacement, in order."""
+    if size is None or size >= n:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).choice(n, size, replace=False))

@@ -39,7 +39,8 @@ WIDE = 10  # letters of a heading before it goes on below
 class Row:
     """A line of the table, over splits: accuracy in points, predicted and random of the target loss.
 
-    `recovered`, `by_random` (removal) and `possible` (only the changed rows removed) are shares of the held-out loss's damage; nan where nobody was suspected.
+    `recovered`, `by_random` (removal) and `possible` (exactly the changed rows removed) are shares of the damage to the
+    held-out loss; nan where nobody was suspected.
     """
 
     budget: float
@@ -222,7 +223,11 @@ def moved(row: Row) -> dict[str, Any]:
 def mended(row: Row) -> dict[str, Any]:
     """Rows removed, and what that brings back."""
     counts = {"removed": row.suspects, "of them changed": row.caught, "changed in all": row.rows}
-    shares = {"recovered": row.recovered, "removing at random": row.by_random}
+    shares = {
+        "recovered": row.recovered,
+        "at most": row.possible,
+        "removing at random": row.by_random,
+    }
     return {"attack": name_of(row), **{k: f"{n:.0f}" for k, n in counts.items()}, **shares}
 
 

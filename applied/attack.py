@@ -141,6 +141,14 @@ class Quota:
             return self
         return Quota(np.r_[np.full(n, self.sources[0]), self.sources], self.most)
 
+    def left(self, taken: NDArray[np.intp]) -> dict[Any, int]:
+        """How many more rows each source may bring; empty where there are no quotas."""
+        if self.sources is None or self.most is None:
+            return {}
+        names, used = np.unique(self.sources[taken], return_counts=True)
+        spent = dict(zip(names.tolist(), used.tolist(), strict=True))
+        return {name: self.most - spent.get(name, 0) for name in np.unique(self.sources).tolist()}
+
     def best(
         self, gain: NDArray[Any], row: NDArray[np.intp], k: int, taken: NDArray[np.intp]
     ) -> NDArray[np.intp]:

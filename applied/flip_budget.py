@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,7 @@ def budget_to_flip(
     *,
     classes: int | None = None,
     column: Column | None = None,
+    rounds: int = 1,
     caution: float = 0.0,
     sources: ArrayLike | None = None,
     seeds: int | Sequence[int] = 1,
@@ -113,16 +114,22 @@ def budget_to_flip(
     ("rows"). With one datamodel the program is linear, and its value rounded up is the optimum over whole rows; with
     several, C_j [n, M] holds each one's d minus the mean, over √M.
 
+    First order misjudges many changes at once. With R rounds, each output has a path of its own: a share 1/R of the
+    rows it seems to need is changed, the surrogate is asked around these data, the rest is predicted from there, of
+    which 1/(R − 1) is changed, and so on. Where a step turns the output, the number lies inside it, between the two
+    margins in proportion to what the step's rows were predicted to do.
+
     Args:
         threat: its budget is the most rows that are looked at.
         surrogate: as in `flip_labels`, for outputs that count as right while positive, such as `margin`; may return
             several datamodels, one a training seed, whose disagreement `caution` weighs.
+        rounds: 1 asks the surrogate once for all outputs; R asks it at most R − 1 times more for each.
         victim: as in `flip_labels`; the smallest number of rows is found by bisection along the rows in predicted
             order, the mean over seeds deciding. None: nothing is retrained.
         seeds: of victims.
 
     Raises:
-        ValueError: outputs that are wrong already (names them); inputs, which have no fewest; see `flip_labels`.
+        ValueError: outputs that are wrong already (names them); inputs, which have no fewest; no rounds; see `flip_labels`.
         RuntimeError: the solver found no optimum.
 
     Source: Yang et al. 2023 (arXiv 2305.12809) for removals; the program in cvxpy is this project's.
@@ -133,39 +140,31 @@ def budget_to_flip(
             "expected may_change='labels' or 'rows', got 'inputs': how far counts there, not how many"
         )
     quota = Quota.of(threat, threat.may_change, sources, problem.n)
-    most = threat.rows(problem.n)
     relabel = threat.may_change == "labels"
     versions = relabelled(problem, classes, column) if relabel else _as_they_are(problem)
 
-    # plug in: what every change does to every output, by each datamodel
-    given = surrogate(versions.problem, versions.clean)
-    models = [given] if isinstance(given, LinearDatamodel) else list(given)
-    f = models[0] if len(models) == 1 else average(models)
-    names, margin = np.asarray(f.targets), f.predict(versions.clean)
+    if rounds < 1:
+        raise ValueError(f"expected rounds >= 1, got {rounds}")
+
+    # plug in: what every change does to every output, around the data as they are or as they were changed so far
+    def around(weights: NDArray[np.float64]) -> _Around:
+        given = surrogate(versions.problem, weights.copy())
+        return _Around.of(given, versions, weights, relabel)
+
+    clean = around(versions.clean)
+    names, margin = clean.names, clean.margin
     _refuse_wrong(names, margin)
-    if caution and len(models) < 2:
+    if caution and len(clean.moves) < 2:
         raise ValueError(f"expected several datamodels to disagree for caution={caution}, got one")
-    moves = [_moves(m.scores, versions, relabel) for m in models]
 
     # optimize: the fewest rows of each output
-    predicted, rows, into = np.zeros(len(names)), [], []
-    everyone = np.arange(problem.n)
-    for j in progress(range(len(names))):
-        mean = np.mean([move[:, :, j] for move in moves], axis=0)
-        best = mean.argmin(axis=1)
-        d = mean[everyone, best]
-        spread = np.stack([move[everyone, best, j] - d for move in moves])
-        spread *= caution / math.sqrt(len(models))
-        z = _fewest(float(margin[j]), d, spread if caution else None, quota, most)
-        predicted[j] = math.inf if z is None else max(1, math.ceil(z - 1e-6))
-        order = quota.best(-d, everyone, most, everyone[:0])
-        rows.append(order)
-        into.append(order * mean.shape[1] + best[order] if relabel else np.full(len(order), -1))
-    actual = np.full(len(names), math.nan)
-    found = FlipBudgets(names, margin, predicted, actual, rows, into, versions)
-    if victim is not None:
-        actual[:] = _smallest(found, victim, seeds)
-    return found
+    search = _Search(versions, around, quota, threat.rows(problem.n), rounds, caution)
+    numbers, rows, into = zip(*(search(j, clean) for j in progress(range(len(names)))), strict=True)
+    unknown = np.full(len(names), math.nan)
+    found = FlipBudgets(
+        names, margin, np.array(numbers, dtype=float), unknown, list(rows), list(into), versions
+    )
+    return found if victim is None else replace(found, actual=_smallest(found, victim, seeds))
 
 
 def _as_they_are(problem: Problem) -> Versions:
@@ -182,8 +181,42 @@ def _refuse_wrong(names: NDArray[Any], margin: NDArray[np.float64]) -> None:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _Around:
+    """What datamodels say of the changes that can still be made to some data: margin [t], moves [M, n, choices, t]."""
+
+    names: NDArray[Any]
+    margin: NDArray[np.float64]
+    moves: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls, given: LinearDatamodel | Sequence[LinearDatamodel], versions: Versions,
+        weights: NDArray[np.float64], relabel: bool,
+    ) -> _Around:  # fmt: skip
+        models = [given] if isinstance(given, LinearDatamodel) else list(given)
+        f = models[0] if len(models) == 1 else average(models)
+        moves = np.stack([_moves(m.scores, versions, relabel) for m in models])
+        there = versions.current(weights) == np.flatnonzero(versions.clean)
+        moves[:, ~there] = 0.0  # changed already
+        return cls(np.asarray(f.targets), f.predict(weights), moves)
+
+    def places(self, rows: NDArray[np.intp], choice: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Of the rows' chosen versions in the table; −1 where they are left out."""
+        choices = self.moves.shape[2]
+        return rows * choices + choice[rows] if choices > 1 else np.full(len(rows), -1)
+
+    def best(self, j: int) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.float64]]:
+        """(choice [n] that lowers output j most, by how much [n], what each model says beside their mean [M, n])."""
+        moves = self.moves[..., j]
+        choice = moves.mean(axis=0).argmin(axis=1)
+        of_choice = moves[:, np.arange(len(choice)), choice]
+        d = of_choice.mean(axis=0)
+        return choice, d, of_choice - d
+
+
 def _moves(scores: NDArray[Any], versions: Versions, relabel: bool) -> NDArray[np.float64]:
-    """[n, choices, t]: what each change of each row does to each output; 0 for no change."""
+    """[n, choices, t]: what each change of each row as it was does to each output; 0 for no change."""
     if not relabel:
         return -np.asarray(scores, dtype=float)[:, None, :]
     n = versions.n
@@ -192,9 +225,54 @@ def _moves(scores: NDArray[Any], versions: Versions, relabel: bool) -> NDArray[n
     return by_label - old[:, None, :]
 
 
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """For the fewest rows of one output, on datamodels around the data changed so far."""
+
+    versions: Versions
+    around: Callable[[NDArray[np.float64]], _Around]
+    quota: Quota
+    most: int
+    rounds: int
+    caution: float
+
+    def __call__(self, j: int, here: _Around) -> tuple[float, NDArray[np.intp], NDArray[np.intp]]:
+        """(fewest rows predicted, rows to change and their versions, the strongest first)."""
+        everyone = np.arange(self.versions.n)
+        rows = into = everyone[:0]
+        for later in reversed(range(self.rounds)):
+            room = self.most - len(rows)
+            choice, d, spread = here.best(j)
+            z = _fewest(float(here.margin[j]), d, self._doubt(spread), self.quota, rows, room)
+            needed = math.inf if z is None else max(1, math.ceil(z - 1e-6))
+            order = self.quota.best(-d, everyone, room, rows)
+            strongest, versions = np.r_[rows, order], np.r_[into, here.places(order, choice)]
+            if later == 0 or needed == 1 or not len(order):
+                break
+            step = math.ceil(min(needed, len(order)) / (later + 1))
+            done = len(rows) + step
+            there = self.around(_changed(self.versions, strongest[:done], versions[:done]))
+            if there.margin[j] <= 0:  # too far
+                needed = _crossing(here.margin[j], d[order[:step]], there.margin[j])
+                break
+            here, rows, into = there, strongest[:done], versions[:done]
+        return len(rows) + needed, strongest, versions
+
+    def _doubt(self, spread: NDArray[np.float64]) -> NDArray[np.float64] | None:
+        """What the margin is widened by; None where it is not."""
+        return spread * (self.caution / math.sqrt(len(spread))) if self.caution else None
+
+
+def _crossing(before: float, moves: NDArray[np.float64], after: float) -> int:
+    """How many moves, scaled to lead from one margin to the other, reach 0."""
+    share = np.cumsum(moves) / moves.sum()
+    return int(np.argmax(before + share * (after - before) <= 0)) + 1
+
+
 def _fewest(
-    margin: float, d: NDArray[Any], spread: NDArray[Any] | None, quota: Quota, most: int
-) -> float | None:
+    margin: float, d: NDArray[Any], spread: NDArray[Any] | None, quota: Quota,
+    taken: NDArray[np.intp], most: int,
+) -> float | None:  # fmt: skip
     """min Σ z; None where `most` rows do not reach."""
     import cvxpy as cp
 
@@ -202,13 +280,14 @@ def _fewest(
     if not len(useful):
         return None
     z = cp.Variable(len(useful), bounds=[0, 1])
-    left: Any = 1.0 + (d[useful] / margin) @ z
+    rest: Any = 1.0 + (d[useful] / margin) @ z
     if spread is not None:
-        left = left + cp.norm((spread[:, useful] / margin) @ z, 2)
-    limits = [left <= 0]
+        rest = rest + cp.norm((spread[:, useful] / margin) @ z, 2)
+    limits = [rest <= 0]
     if quota.sources is not None:
         brought = quota.sources[useful]
-        limits += [cp.sum(z[brought == name]) <= quota.most for name in np.unique(brought)]
+        left = quota.left(taken)
+        limits += [cp.sum(z[brought == name]) <= left[name] for name in np.unique(brought).tolist()]
     problem = cp.Problem(cp.Minimize(cp.sum(z)), limits)
     problem.solve(solver="HIGHS" if spread is None else "CLARABEL")
     if problem.status in cp.settings.INF_OR_UNB:
@@ -232,7 +311,12 @@ def _smallest(
         open_ = np.flatnonzero((high - low > 1) & (tried > 0))
         if not len(open_):
             break
-        weights = np.stack([_changed(found, int(j), int(tried[j])) for j in open_])
+        weights = np.stack(
+            [
+                _changed(found.versions, found.rows[j][: tried[j]], found.into[j][: tried[j]])
+                for j in open_
+            ]
+        )
         trained = victim(found.versions.problem, weights, listed(seeds))
         outputs = np.asarray(trained.per_seed, dtype=float).mean(axis=1)
         for j, value in zip(open_, outputs[np.arange(len(open_)), open_], strict=True):
@@ -246,10 +330,11 @@ def _smallest(
     return np.where(high <= reach, high, math.inf)
 
 
-def _changed(found: FlipBudgets, j: int, k: Any) -> NDArray[np.float64]:
-    """Weights with the k strongest changes for output j."""
-    weights = found.versions.clean.copy()
-    rows, into = found.rows[j][:k], found.into[j][:k]
-    weights[found.versions.current(weights)[rows]] = 0.0
+def _changed(
+    versions: Versions, rows: NDArray[np.intp], into: NDArray[np.intp]
+) -> NDArray[np.float64]:
+    """Weights with these changes."""
+    weights = versions.clean.copy()
+    weights[versions.current(weights)[rows]] = 0.0
     weights[into[into >= 0]] = 1.0
     return weights

@@ -352,6 +352,115 @@ def test_budgets_that_make_no_sense():
         budget_to_flip(problem, ThreatModel(2, "labels"), truth.surrogate, classes=2)
 
 
+# --- rounds: asked again on the way -----------------------------------------------------------------
+
+
+@dataclass
+class Curved:
+    """Margins base − bend(m), m [t] what the changes from the clean data add up to; the surrogate is the tangent."""
+
+    scores: np.ndarray  # [N, t]
+    base: np.ndarray  # [t]
+    bend: object
+    slope: object
+    asked: list = field(default_factory=list)
+    clean: np.ndarray = None
+
+    def moved(self, w):
+        return (self.clean - np.asarray(w)) @ self.scores
+
+    def surrogate(self, table, w):
+        self.clean = w.copy() if self.clean is None else self.clean
+        self.asked.append(w)
+        m = self.moved(w)
+        return LinearDatamodel(self.scores * self.slope(m), self.base - self.bend(m), w)
+
+    def victim(self, table, weights, seeds):
+        values = self.base - self.bend(self.moved(weights))
+        return SimpleNamespace(per_seed=values[:, None])
+
+
+def saturating(n, t, **settings):
+    """The more rows are changed the less another one does."""
+    base = np.linspace(5.0, 30.0, t)
+    ones = np.ones((n, t)) + 1e-6 * np.arange(n)[:, None]
+    return Curved(ones, base, lambda m: m / (1 + m / 60), lambda m: 1 / (1 + m / 60) ** 2)
+
+
+def accelerating(n, t):
+    """The more rows are changed the more another one does."""
+    base = np.linspace(5.0, 200.0, t)
+    ones = np.ones((n, t)) + 1e-6 * np.arange(n)[:, None]
+    return Curved(ones, base, lambda m: m + m**2 / 40, lambda m: 1 + m / 20)
+
+
+@pytest.mark.parametrize("quota", [None, 2])
+@pytest.mark.parametrize("kind", ["labels", "rows"])
+def test_rounds_change_nothing_where_first_order_is_exact(kind, quota):
+    problem, flat = labelled(seed=1), world(kind, seed=1)
+    truth = Curved(flat.scores, flat.base, lambda m: m, np.ones_like)
+    threat = ThreatModel(5 if quota is None else 3, kind, source_quota=quota)
+    sources = SOURCES if quota else None
+    once = budget_to_flip(problem, threat, truth.surrogate, truth.victim, sources=sources)
+    assert len(truth.asked) == 1
+    for rounds in (2, 3, 9):
+        found = budget_to_flip(
+            problem, threat, truth.surrogate, truth.victim, rounds=rounds, sources=sources
+        )
+        np.testing.assert_array_equal(found.predicted, once.predicted)
+        np.testing.assert_array_equal(found.actual, once.actual)
+        for j in np.flatnonzero(np.isfinite(once.predicted)):
+            k = int(once.predicted[j])  # the same set; the path may have taken a later row first
+            assert set(found.rows[j][:k]) == set(once.rows[j][:k])
+
+
+@pytest.mark.parametrize("kind", [saturating, accelerating])
+def test_rounds_follow_a_bend(kind):
+    n, t = 200, 8
+    errors = []
+    for rounds in (1, 3, 12):
+        truth = kind(n, t)
+        found = budget_to_flip(
+            labelled(n), ThreatModel(n, "rows"), truth.surrogate, truth.victim, rounds=rounds
+        )
+        assert np.isfinite(found.actual).all()
+        assert len(truth.asked) <= 1 + t * (rounds - 1)
+        errors.append(np.abs(np.log(found.ratio)).max())
+        if (
+            kind is saturating
+        ):  # a tangent of a saturating curve asks too few, from wherever it is laid
+            assert (found.predicted <= found.actual).all()
+    assert errors[0] > 2 * errors[1] >= 2 * errors[2]
+    assert errors[0] > 0.6  # first order is off by a factor of 1.8 or more
+    assert errors[2] < 0.1  # twelve tangents by a tenth at most
+
+
+def test_a_step_too_far_is_divided_in_proportion():
+    """Two rounds of a margin of 30: half of 30 rows do 15 + 15² / 10 = 37.5 > 30, so 12 = 15 · 30 / 37.5 of them."""
+    truth = accelerating(60, 1)
+    truth.base = np.array([30.0])
+    truth.bend, truth.slope = (lambda m: m + m**2 / 10), (lambda m: 1 + m / 5)
+    found = budget_to_flip(labelled(60), ThreatModel(60, "rows"), truth.surrogate, rounds=2)
+    assert found.predicted.tolist() == [12.0]
+    assert len(found.rows[0]) == 60  # all that could be changed, for the search by retraining
+
+
+def test_an_output_out_of_reach_stays_so():
+    truth = saturating(30, 3)
+    truth.base = np.array([5.0, 61.0, 200.0])  # 30 rows move 20
+    found = budget_to_flip(
+        labelled(30), ThreatModel(30, "rows"), truth.surrogate, truth.victim, rounds=3
+    )
+    assert np.isfinite(found.predicted).tolist() == [True, False, False]
+    assert np.isinf(found.actual).tolist() == [False, True, True]
+
+
+def test_no_rounds_are_refused():
+    truth = world("labels")
+    with pytest.raises(ValueError, match="rounds >= 1, got 0"):
+        budget_to_flip(labelled(), ThreatModel(3, "labels"), truth.surrogate, rounds=0)
+
+
 # --- a real victim ---------------------------------------------------------------------------------
 
 
@@ -391,3 +500,7 @@ def test_budgets_of_a_logistic_regression():
     # (a rank correlation of 12 unrelated pairs has an sd of .3)
     assert (found.predicted[reached] <= found.actual[reached]).all()
     assert spearmanr(found.predicted[reached], found.actual[reached]).statistic > 0.9
+    again = budget_to_flip(problem, ThreatModel(0.4, "labels"), surrogate, victim, rounds=3)
+    assert (np.isfinite(again.actual) >= np.isfinite(found.actual)).all()
+    assert np.abs(np.log(again.ratio)).mean() < 0.5 * np.abs(np.log(found.ratio)).mean()
+    assert again.within(0.3) >= 0.9

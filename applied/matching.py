@@ -1,20 +1,26 @@
-"""Models matched to logits that are to change: how fast, and how near they came."""
+"""Models matched to logits that are to change: how, and how near they came."""
 
 from __future__ import annotations
 
-import math
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from applied.gauss_newton import GaussNewton, fits, match_by_gauss_newton, row_cost
 from applied.unlearners import Steps, centred_logits, match
-from attribution_core.data import Rows, batches, take
+from attribution_core.data import Batch, Rows, batches, take
 
 KINDS = ("forget logits", "retain logits")
 TIMES = (1.0, 3.0, 10.0)  # learning rates of Adam, in the training's
-RATES = (0.02, 0.06, 0.18)  # learning rates that matching is tried with, on the first run
+RATES = (0.02, 0.06, 0.18)  # learning rates of SGD
+DAMPINGS = (0.003, 0.1)  # of Gauss–Newton steps
+ROWS, LEAST = 100, 2  # Gauss–Newton steps: rows of each, about; how many at least
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+How = GaussNewton | Steps | None  # None: left alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +44,14 @@ class Goal:
                 for name, data in zip(KINDS, (self.forget, self.retain), strict=True)
             }
 
-    def reached(self, model: nn.Module, change: Any, how: Steps) -> nn.Module:
+    def reached(self, model: nn.Module, change: Any, how: How) -> nn.Module:
         """The model, matched to its own logits as they are to change."""
+        if how is None:
+            return copy.deepcopy(model)
         now = self.logits(model)
         wanted = [now[name] + part.to(now[name]) for name, part in zip(KINDS, change, strict=True)]
-        return match(
+        by: Any = match_by_gauss_newton if isinstance(how, GaussNewton) else match
+        return by(
             model,
             self.forget,
             self.retain,
@@ -51,35 +60,82 @@ class Goal:
             how=how,
         )
 
-    def best_rate(
-        self, run: Any, change: Any, left: float, runs: int, seed: int
-    ) -> tuple[Steps, float]:
-        """(how to match within what is left for each of the runs, what it and the choice cost each, in training steps).
+    def matched(
+        self, runs: Sequence[Any], change: Any, left: float, seed: int, progress: Progress = iter
+    ) -> tuple[list[nn.Module], How, float]:
+        """(the models matched, how, what that cost each run in training steps), within what is left for each.
 
-        Batches are half of the training's: twice as many steps come nearer at the same cost. Tried on one run.
+        Gauss–Newton steps for a classifier whose Jacobian can be held: the least damping that brings the first run nearer, since
+        damping moves all models short of the goal the same way. Else gradient steps, at the learning rate that brings it
+        nearest. Where nothing does, all models are left alone.
         """
-        model, optimizer = run.model, run.recipe.optimizer
-        batch = len(run.order[0])
-        size = max(2, min(batch, len(self.forget) + len(self.retain)) // 2)
-        tries = 1 + len(RATES) / runs
-        each = int(left * batch / size / tries)
-        if each < 1:
-            raise ValueError(
-                f"expected steps left to match with, got {left:.1f} a model after rehearsals; raise `budget`"
-            )
-        like = Steps(each, momentum=0.8, batch_size=size, decay=True, clip=1.0, seed=seed)
-        rates = RATES
-        if hasattr(optimizer, "betas"):  # trained by Adam: matched by it
-            like, rates = replace(like, momentum=None), tuple(k * optimizer.lr for k in TIMES)
-        tried = {0.0: self._missed(model, model, change)}  # better left alone than made worse
-        for lr in rates:
-            how = replace(like, lr=lr)
+        first, batch = runs[0].model, len(runs[0].order[0])
+        ways, rows = self._ways(runs, left * batch, change, seed)
+        tried = 0
+        best: tuple[nn.Module, How, float]
+        best = copy.deepcopy(first), None, self._missed(first, first, change)
+        for how in ways:
+            tried += 1
             try:
-                tried[lr] = self._missed(model, self.reached(model, change, how), change)
+                model = self.reached(first, change, how)
+                missed = self._missed(first, model, change)
             except ValueError:  # left the finite numbers
-                tried[lr] = math.inf
-        best = min(tried, key=tried.__getitem__)
-        return replace(like, lr=best), each * tries * size / batch
+                continue
+            if missed < best[2]:
+                best = model, how, missed
+                if isinstance(how, GaussNewton):
+                    break
+        models, how = [best[0]], best[1]
+        for k, run in enumerate(progress(runs[1:]), 1):
+            again = None if how is None else replace(how, seed=seed + k)
+            models.append(self.reached(run.model, change, again))
+        return models, how, rows * (1 + (tried - 1) / len(runs)) / batch
+
+    def _ways(
+        self, runs: Sequence[Any], rows: float, change: Any, seed: int
+    ) -> tuple[list[How], float]:
+        """(what to try, what one costs in rows of training)."""
+        classes = change[0].shape[-1]
+        if change[0].ndim == 2 and classes > 1:
+            each, whole = row_cost(classes), rows / _tries(DAMPINGS, runs)
+            steps = max(LEAST, round(whole / (each * ROWS)))
+            size = min(int(whole / (each * steps)), len(self.forget) + len(self.retain))
+            if size > 1 and fits(runs[0].model, size, classes):
+                return [
+                    GaussNewton(steps, size, some, seed) for some in DAMPINGS
+                ], steps * size * each
+        like, rates = self._gradient_steps(runs, rows, seed)
+        return [replace(like, lr=lr) for lr in rates], like.steps * like.batch_size
+
+    def _gradient_steps(
+        self, runs: Sequence[Any], rows: float, seed: int
+    ) -> tuple[Steps, list[float]]:
+        """(steps on half of the training's batches: twice as many come nearer at the same cost; learning rates)."""
+        optimizer, batch = runs[0].recipe.optimizer, len(runs[0].order[0])
+        size = max(2, min(batch, len(self.forget) + len(self.retain)) // 2)
+        steps = int(rows / size / _tries(RATES, runs))
+        if steps < 1:
+            raise ValueError(
+                f"expected steps left to match with, got {rows / batch:.1f} a model after rehearsals; raise `budget`"
+            )
+        like = Steps(steps, momentum=0.8, batch_size=size, decay=True, clip=1.0, seed=seed)
+        if hasattr(optimizer, "betas"):  # trained by Adam: matched by it
+            return replace(like, momentum=None), [k * optimizer.lr for k in TIMES]
+        return like, list(RATES)
+
+    def own(self, name: str, change: Tensor) -> Tensor:
+        """Of changed logits [k, rows, ..., c] those of the labels, [k, rows, ...]; all of them where labels are no classes."""
+        data = self.forget if name == KINDS[0] else self.retain
+        parts = [_labels(take(data, some)) for some in batches(len(data), 256)]
+        labels = torch.cat(parts)
+        if labels.is_floating_point() or labels.shape != change.shape[1:-1]:
+            return change
+        if labels.ndim > 1:  # a sequence: logits at a position predict the next
+            labels, change = labels[:, 1:], change[:, :, :-1]
+        places = labels.clamp(min=0).expand(
+            change.shape[:-1]
+        )  # changes are 0 where nothing is predicted
+        return change.gather(-1, places[..., None])[..., 0]
 
     def _missed(self, before: nn.Module, after: nn.Module, change: Any) -> float:
         """Mean squared distance of logits from those wanted, both sets alike."""
@@ -88,6 +144,15 @@ class Goal:
             float((now[name] - was[name] - part.to(was[name])).square().mean())
             for name, part in zip(KINDS, change, strict=True)
         )
+
+
+def _tries(ways: Sequence[Any], runs: Sequence[Any]) -> float:
+    """How often each run pays for a matching: once, and its part of what is tried on the first."""
+    return 1 + (len(ways) - 1) / len(runs)
+
+
+def _labels(batch: Batch) -> Tensor:
+    return batch["labels"] if isinstance(batch, dict) else batch[1]
 
 
 def _counted(z: Tensor, places: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attribution_core.data import Batch, Data, as_data, take
+from attribution_core.data import Batch, Data, as_data, batches, take
 from attribution_core.outputs import cross_entropy, logits_and_labels
 from attribution_core.problem import PerExample
 
@@ -144,6 +144,63 @@ def scrub(
         return apart(new, batch) + weight * loss(new, batch).mean()
 
     return _descend(model, forget, retain, how, goal)
+
+
+def to_unseen(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    *,
+    like: Any,
+    loss: PerExample = cross_entropy,
+    weight: float = 0.5,
+    share: float = 1 / 3,
+    how: Steps = Steps(),
+) -> nn.Module:
+    """Raise the losses of the forget set to those of rows like it that were never seen, and no further.
+
+        min E_R ℓ + weight · E_{i in F} huber(ℓ_i − ℓ*_i),      huber(x) = ½x² up to 1, then |x| − ½
+
+    ℓ* are quantiles of the model's own losses on the unseen rows, given to the forget rows in the order of their present
+    losses (the monotone map, which moves losses least). It forgets what was learned by heart. It cannot know what
+    the forget set taught about other rows, nor which of its rows the others explain.
+
+    Args:
+        like: rows of the forget set's kind on which the model was not trained: facts of other persons, say.
+        share: of a batch that the forget set takes, at most.
+
+    Raises:
+        ValueError: no unseen rows; losses that are not finite.
+
+    Source: this project's; a level to stop at is flooding (Ishida et al. 2020, arXiv 2002.08709).
+    """
+    data, rest, unseen = as_data(forget), as_data(retain), as_data(like)
+    if not len(unseen):
+        raise ValueError("expected rows like the forget set that were never trained on, got none")
+    device, rng = next(model.parameters()).device, np.random.default_rng(how.seed)
+    own, theirs = (_losses(model, loss, some) for some in (data, unseen))
+    level = torch.empty_like(own)
+    level[own.argsort(stable=True)] = theirs.quantile((torch.arange(len(own)) + 0.5) / len(own))
+    few = min(max(1, round(share * how.batch_size)), len(data))
+    draw = _draw(rest, how.batch_size - few, rng, device)
+
+    def goal(new: nn.Module, _f: Any, _r: Any) -> Tensor:
+        rows = rng.choice(len(data), few, replace=False)
+        losses = loss(new, take(data, rows, device))
+        off = F.huber_loss(losses, level[torch.from_numpy(rows)].to(losses))
+        return loss(new, next(draw)).mean() + weight * off
+
+    return _descend(model, forget, retain, how, goal)
+
+
+def _losses(model: nn.Module, loss: PerExample, data: Data) -> Tensor:
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        found = [loss(model, take(data, some, device)) for some in batches(len(data), 256)]
+    losses = torch.cat(found).cpu()
+    if not torch.isfinite(losses).all():
+        raise ValueError("expected finite losses to start from, got NaN or infinity")
+    return losses
 
 
 def match(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from applied.counting import counted
 from applied.matching import KINDS, Goal
-from applied.unlearners import Unlearner
+from applied.unlearners import Steps, Unlearner, to_unseen
 from applied.yardstick import Evaluation, attack, evaluate, gaussian_klom, klom
 from attribution_core.data import Rows, sample
 from attribution_core.problem import Outputs
@@ -32,10 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
-MATCHING, FEW = (
-    0.6,
-    0.3,
-)  # of the budget, for fine-tuning; the rest is for rehearsals; FEW: of few runs
+MATCHING = 0.3  # of the budget; the rest is for rehearsals
 ROUNDING = 1e-9
 PAIRS = 2  # rehearsals at least: one shows no noise, and larger batches tell more than many
 LARGEST = 0.5  # share of a batch: no rehearsal is the whole training without the forget set
@@ -99,6 +96,7 @@ def unlearn(
     *,
     method: Literal["auto", "outputs"] | Unlearner = "auto",
     datamodel: Any = None,
+    like: Any = None,
     change: tuple[Tensor, Tensor] | None = None,
     budget: float = 0.2,
     pace: Pace | None = None,
@@ -113,8 +111,8 @@ def unlearn(
     "auto" predicts by rehearsals (`rehearse`): pairs of trainings with and without F, on half of a batch's rows
     or on as many as the budget of all runs allows for two of them, and then as many pairs as it allows; never
     the whole training without F. Changes are averaged over runs and shrunk by their noise (`Rehearsal.trust`),
-    each kind of output by itself. Two fifths of the budget go into rehearsals, the rest into matching each
-    model; seven tenths where two fifths are less than two pairs on half batches (below 25 runs at a fifth).
+    each kind of output by itself. Seven tenths of the budget go into rehearsals, the rest into matching each
+    model: by Gauss–Newton steps where it is a classifier of few classes, else by gradient steps.
 
     Args:
         runs: a trained `Run`, or several of the same problem (the more, the less noise).
@@ -124,6 +122,9 @@ def unlearn(
             `(model, forget, retain) -> new model` of your own or of `applied.unlearners`.
         datamodel: predicts outputs in the place of rehearsals: anything with `.predict(weights)`, by the names
             of `outputs` where those have names.
+        like: rows like the forget set on which no run was trained. With them "auto" rehearses and predicts nothing: it brings
+            the losses of the forget set to those of these rows (`to_unseen`). For what is learned by heart, late in training, as
+            facts are by language models: rehearsals learn too little of that.
         change: predicted changes of the logits to match, from any datamodel, in the place of rehearsals:
             (of the forget rows [F, ..., c], of the rows `retained(run, forget)` [R, ..., c]).
         budget: training steps for each model, in those of its training.
@@ -141,6 +142,12 @@ def unlearn(
     several = list(runs) if isinstance(runs, Sequence) else [runs]
     named = _named(outputs)
     rows = _checked(several, forget, budget)
+    if like is not None:
+        if method != "auto" or datamodel is not None or change is not None:
+            raise ValueError(
+                "expected `like` by itself, with method='auto'; it replaces rehearsals, datamodels and changes"
+            )
+        method = _towards(several[0], like, budget, seed)
     if callable(method):
         return _by_unlearner(several, rows, method, progress)
     if method == "outputs" and not named:
@@ -178,10 +185,8 @@ def unlearn(
         to = change if change is not None else tuple(torch.as_tensor(moved[k]) for k in KINDS)
         left = budget * length - spent
         meta["rehearsed"] = spent / length
-        how, matching = goal.best_rate(several[0], to, left, len(several), seed)
+        models, how, matching = goal.matched(several, to, left, seed, progress)
         spent += matching
-        for k, run in enumerate(progress(several)):
-            models.append(goal.reached(run.model, to, replace(how, seed=seed + k)))
         meta["matching"] = how
     meta = {"method": method, "budget": budget, **meta}
     return Unlearned(rows, models, predicted, spent, spent / length, meta)
@@ -246,9 +251,7 @@ def _plan(runs: list[Any], budget: float, pace: Pace | None, models: bool) -> tu
             "`pace=Pace(1)` asks for whole trainings without the forget set"
         )
     total, least = n * length * budget + ROUNDING, min(n, PAIRS)
-    many = total * (1 - MATCHING) >= PAIRS * paces[0].cost(runs[0])
-    matching = (MATCHING if many else FEW) if models else 0.0
-    whole = total * (1 - matching)
+    whole = total * (1 - MATCHING if models else 1)
     fitting = (some for some in paces if least * some.cost(runs[0]) <= whole)
     plan = next(fitting, paces[-1])
     pairs = min(n, max(int(whole // plan.cost(runs[0])), least))
@@ -292,11 +295,17 @@ class _Reader:
 
     def split(self, found: Rehearsal) -> dict[str, Any]:
         """Mean changes by part, shrunk by their noise."""
-        return {name: (part.trust * part.mean).numpy() for name, part in self.cut(found).items()}
+        trust = self.trust(found)
+        return {name: (trust[name] * part.mean).numpy() for name, part in self.cut(found).items()}
 
     def trust(self, found: Rehearsal) -> dict[str, float]:
-        """How far each part's mean change is believed."""
-        return {name: part.trust for name, part in self.cut(found).items()}
+        """How far each part's mean change is believed; logits as far as those of the labels are, the others are mostly noise."""
+        parts = self.cut(found)
+        if self.goal is not None:
+            for name in KINDS:
+                own = self.goal.own(name, parts[name].changes)
+                parts[name] = replace(parts[name], changes=own)
+        return {name: part.trust for name, part in parts.items()}
 
 
 def _by_unlearner(
@@ -316,6 +325,21 @@ def _by_unlearner(
         unlearner, "__name__", getattr(getattr(unlearner, "func", None), "__name__", "unlearner")
     )
     return Unlearned(rows, models, {}, steps, steps / length, {"method": name})
+
+
+def _towards(run: Any, like: Any, budget: float, seed: int) -> Unlearner:
+    """To what unseen rows get, by the training's optimizer at half its learning rate, within the budget."""
+    optimizer = run.recipe.optimizer
+    how = Steps(
+        steps=int(budget * len(run.order)), lr=optimizer.lr / 2, momentum=getattr(optimizer, "momentum", None),
+        batch_size=len(run.order[0]), decay=True, seed=seed,
+    )  # fmt: skip
+    if how.steps < 1 or how.batch_size < 2:
+        raise ValueError(
+            f"expected a budget of a step or more, on batches of two rows or more, got {budget:g} of {len(run.order)} "
+            f"steps on {how.batch_size} rows"
+        )
+    return partial(to_unseen, like=like, loss=run.problem.loss, how=how)
 
 
 def _from_datamodel(

@@ -1,0 +1,284 @@
+"""Gauss–Newton matching against dense ridge solutions, and as `unlearn` takes it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import helmert
+from torch import nn
+
+from applied import gauss_newton, matching
+from applied.gauss_newton import GaussNewton, match_by_gauss_newton, row_cost
+from applied.matching import Goal
+from applied.unlearners import Steps, centred_logits, match
+from attribution_core import SGD, Adam
+from attribution_core.data import Rows, as_data
+from recipes.classification import network
+
+CLASSES = 4
+
+
+def data_of(n, seed=0):
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(rng.normal(size=(n, 5)))
+    return x, torch.from_numpy(rng.integers(0, CLASSES, n))
+
+
+def parameters(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def wanted_of(model, forget, retain, seed=1):
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        z = [model(data[0]) for data in (forget, retain)]
+    moves = [torch.from_numpy(rng.normal(size=part.shape)) for part in z]
+    return dict(
+        zip(
+            ("forget_logits", "retain_logits"),
+            (a + b for a, b in zip(z, moves, strict=True)),
+            strict=True,
+        )
+    )
+
+
+def dense(model, forget, retain, wanted, damping):
+    """(JᵀJ + damping · tr(JᵀJ)/p · I)⁻¹ Jᵀ r, by autograd one logit at a time."""
+    x = torch.cat([forget[0], retain[0]])
+    contrasts = torch.from_numpy(helmert(CLASSES))
+    z = (model(x) @ contrasts.T).flatten()
+    target = (torch.cat(list(wanted.values())) @ contrasts.T).flatten()
+    rows = [torch.autograd.grad(value, list(model.parameters()), retain_graph=True) for value in z]
+    j = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    h = j.T @ j
+    shift = damping * h.diagonal().mean()
+    return torch.linalg.solve(
+        h + shift * torch.eye(len(h), dtype=h.dtype), j.T @ (target - z.detach())
+    )
+
+
+@pytest.mark.parametrize("n", [4, 30])  # fewer logits than parameters, and more
+@pytest.mark.parametrize("damping", [0.003, 0.3])
+def test_one_step_is_the_dense_ridge_solution(n, damping):
+    model = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, CLASSES)).double()
+    forget, retain = data_of(n // 2), data_of(n // 2, 1)
+    wanted = wanted_of(model, forget, retain)
+    before = parameters(model).clone()
+    how = GaussNewton(steps=1, rows=n, damping=damping)
+    new = match_by_gauss_newton(model, forget, retain, **wanted, how=how)
+    expected = dense(model, forget, retain, wanted, damping)
+    # float64; a system of condition below 1 / damping · p, solved in its other form
+    torch.testing.assert_close(parameters(new) - before, expected, rtol=1e-8, atol=1e-10)
+    assert (parameters(model) == before).all()  # its input is left alone
+
+
+def test_softmax_does_not_see_a_constant_and_neither_does_matching():
+    model = nn.Linear(5, CLASSES).double()
+    forget, retain = data_of(3), data_of(3, 1)
+    wanted = wanted_of(model, forget, retain)
+    shifted = {name: z + torch.arange(3.0)[:, None] for name, z in wanted.items()}
+    how = GaussNewton(rows=6)
+    one, two = (
+        match_by_gauss_newton(model, forget, retain, **w, how=how) for w in (wanted, shifted)
+    )
+    torch.testing.assert_close(parameters(one), parameters(two), rtol=0, atol=1e-12)
+
+
+def test_a_linear_model_is_there_at_once_by_the_shortest_way():
+    model = nn.Linear(5, CLASSES).double()
+    forget, retain = data_of(2), data_of(2, 1)
+    wanted = wanted_of(model, forget, retain)
+    for steps in (1, 3):
+        how = GaussNewton(steps=steps, rows=4, damping=1e-12)
+        new = match_by_gauss_newton(model, forget, retain, **wanted, how=how)
+        for data, z in zip((forget, retain), wanted.values(), strict=True):
+            off = centred_logits(new, data)[0] - (z - z.mean(1, keepdim=True))
+            assert off.abs().max() < 1e-8  # the damping of 1e-12, times the condition
+        # of all ways there the shortest has no part that does not move these logits: it is made of their gradients
+        away = parameters(new) - parameters(model)
+        x = torch.cat([forget[0], retain[0]])
+        made_of = torch.kron(torch.eye(CLASSES, dtype=x.dtype), torch.cat([x, torch.ones(4, 1)], 1))
+        by_class = torch.cat([p.detach() for p in (away[:20].reshape(4, 5), away[20:, None])], 1)
+        rest = (
+            by_class.flatten()
+            - made_of.T @ torch.linalg.lstsq(made_of.T, by_class.flatten()[:, None]).solution[:, 0]
+        )
+        assert rest.abs().max() < 1e-8
+
+
+def test_frozen_parameters_and_statistics_stay():
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Linear(6, CLASSES))
+    model.double().eval()
+    model[0].weight.requires_grad_(False)
+    forget, retain = data_of(5), data_of(5, 1)
+    new = match_by_gauss_newton(model, forget, retain, **wanted_of(model, forget, retain))
+    assert torch.equal(new[0].weight, model[0].weight)
+    assert not torch.equal(new[0].bias, model[0].bias)
+    assert torch.equal(new[1].running_mean, model[1].running_mean)
+
+
+def test_rows_of_dicts_and_their_order():
+    class Named(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    model = Named(5, CLASSES).double()
+    forget, retain = data_of(6), data_of(9, 1)
+    wanted = wanted_of(model, forget, retain)
+    as_dicts = [{"x": x, "labels": y} for x, y in (forget, retain)]
+    how = GaussNewton(steps=1, rows=15)
+    one = match_by_gauss_newton(model, forget, retain, **wanted, how=how)
+    two = match_by_gauss_newton(model, *as_dicts, **wanted, how=replace(how, seed=5))
+    torch.testing.assert_close(parameters(one), parameters(two), rtol=0, atol=1e-10)
+    fewer = replace(how, rows=8)
+    a, b, c = (
+        match_by_gauss_newton(model, forget, retain, **wanted, how=replace(fewer, seed=s))
+        for s in (0, 0, 1)
+    )
+    assert torch.equal(parameters(a), parameters(b))
+    assert not torch.equal(parameters(a), parameters(c))
+
+
+def test_nearer_than_gradients_at_the_same_cost():
+    """To the logits of another training, 18 rows twice at 7/3 of a training row each: 84 rows, 4 batches of 21."""
+    model, other = (network(5, CLASSES, 16, seed).double() for seed in (0, 1))
+    forget, retain = data_of(9), data_of(9, 1)
+    wanted = {
+        "forget_logits": other(forget[0]).detach(),
+        "retain_logits": other(retain[0]).detach(),
+    }
+    assert row_cost(CLASSES) == pytest.approx(7 / 3)
+
+    def off(new):
+        pairs = zip((forget, retain), wanted.values(), strict=True)
+        return sum(float((new(d[0]) - z).detach().var(1).sum()) for d, z in pairs)
+
+    solved = match_by_gauss_newton(model, forget, retain, **wanted, how=GaussNewton(rows=18))
+    rates = (0.02, 0.06, 0.18, 0.5)
+    descended = [
+        match(
+            model, forget, retain, **wanted,
+            how=Steps(4, lr, momentum=0.8, batch_size=21, decay=True, clip=1.0),
+        )
+        for lr in rates
+    ]  # fmt: skip
+    assert off(solved) < 0.2 * min(off(m) for m in descended)
+
+
+@pytest.mark.parametrize("shape", [(6, 3, CLASSES), (5, CLASSES), (6, 1)])
+def test_logits_of_another_shape_are_refused(shape):
+    model, data = nn.Linear(5, CLASSES).double(), data_of(6)
+    with pytest.raises(ValueError, match=r"expected logits \[rows=6, classes >= 2\]"):
+        match_by_gauss_newton(
+            model, data, data, forget_logits=torch.zeros(shape), retain_logits=torch.zeros(shape)
+        )
+
+
+# --- as unlearn takes it ---------------------------------------------------------------------------
+
+
+def goal_and_runs(count=3, optimizer=None, n=40, few=8):
+    optimizer = optimizer or SGD(0.1)
+    rows = as_data(data_of(n))
+    runs = [
+        SimpleNamespace(
+            model=network(5, CLASSES, 8, seed).double(), order=[np.arange(10)] * 50,
+            recipe=SimpleNamespace(optimizer=optimizer),
+        )
+        for seed in range(count)
+    ]  # fmt: skip
+    return Goal(Rows(rows, np.arange(few)), Rows(rows, np.arange(few, n))), runs
+
+
+def change_of(goal, size=1.0, seed=3):
+    """To the logits of another network, a part of the way: something that a network can do."""
+    there, here = network(5, CLASSES, 8, 100).double(), network(5, CLASSES, 8, 0).double()
+    return tuple(size * (goal.logits(there)[k] - goal.logits(here)[k]) for k in matching.KINDS)
+
+
+def test_classifiers_are_solved_within_the_budget():
+    goal, runs = goal_and_runs()
+    change = change_of(goal)
+    models, how, steps = goal.matched(runs, change, left=20.0, seed=4)
+    assert isinstance(how, GaussNewton)
+    assert steps <= 20.0
+    assert steps * 10 == pytest.approx(how.steps * how.rows * row_cost(CLASSES))
+    whole = 200 / (4 / 3)  # kept: as much as another try on the first of three runs
+    assert how.steps * (how.rows + 1) * row_cost(CLASSES) > whole  # nothing left for another row
+    for k, run in enumerate(runs):
+        again = goal.reached(run.model, change, replace(how, seed=4 + k))
+        assert torch.equal(parameters(models[k]), parameters(again))
+        assert goal._missed(run.model, models[k], change) < 0.7 * goal._missed(
+            run.model, run.model, change
+        )
+
+
+def test_much_budget_takes_more_steps_not_larger_ones():
+    goal, runs = goal_and_runs(n=600)
+    _, how, steps = goal.matched(runs, change_of(goal), left=200.0, seed=0)
+    assert how.steps == round(1500 / row_cost(CLASSES) / matching.ROWS)
+    assert abs(how.rows - matching.ROWS) <= 10
+    assert steps <= 200
+
+
+def test_jacobians_too_large_to_hold_are_left_to_gradients(monkeypatch):
+    goal, runs = goal_and_runs()
+    monkeypatch.setattr(gauss_newton, "LARGEST", 10)
+    _, how, steps = goal.matched(runs, change_of(goal), left=20.0, seed=0)
+    assert isinstance(how, Steps)
+    assert how.momentum == 0.8
+    assert steps <= 20.0
+    goal, runs = goal_and_runs(optimizer=Adam(0.01))
+    _, how, _ = goal.matched(runs, change_of(goal), left=20.0, seed=0)
+    assert how.momentum is None
+
+
+def test_what_is_all_noise_is_damped_or_not_done():
+    """Rows are asked for changes that their inputs do not tell: fitting some of them moves the others elsewhere."""
+    goal, runs = goal_and_runs(n=200, few=4)
+    rng = np.random.default_rng(0)
+    noise = tuple(
+        torch.from_numpy(rng.normal(size=(len(d), CLASSES))) for d in (goal.forget, goal.retain)
+    )
+    models, how, _ = goal.matched(runs, noise, left=3.0, seed=0)
+    before, after = (goal._missed(runs[0].model, m, noise) for m in (runs[0].model, models[0]))
+    assert after <= before
+    assert how is None or how.damping > GaussNewton().damping
+    nothing = tuple(0 * part for part in noise)
+    models, how, _ = goal.matched(runs, nothing, left=3.0, seed=0)
+    assert how is None
+    for model, run in zip(models, runs, strict=True):
+        assert torch.equal(parameters(model), parameters(run.model))
+        assert model is not run.model
+
+
+def test_trust_reads_the_labels_logits():
+    goal, _ = goal_and_runs()
+    change = torch.randn(5, 8, CLASSES)
+    own = goal.own("forget logits", change)
+    labels = data_of(40)[1][:8]
+    expected = torch.stack([change[:, i, y] for i, y in enumerate(labels)], 1)
+    assert torch.equal(own, expected)
+    ids = torch.tensor([[1, 2, 3, 0], [2, 1, 0, 0]])
+    labels = torch.tensor([[-100, -100, 3, -100], [-100, 1, -100, -100]])
+    sequences = Rows(as_data({"input_ids": ids, "labels": labels}), np.arange(2))
+    change = torch.randn(3, 2, 4, CLASSES)
+    own = Goal(sequences, sequences).own("retain logits", change)
+    assert own.shape == (3, 2, 3)
+    assert torch.equal(own[:, 0, 1], change[:, 0, 1, 3])  # the position before predicts it
+    assert torch.equal(own[:, 1, 0], change[:, 1, 0, 1])
+    numbers = Rows(as_data((ids.double(), torch.zeros(2))), np.arange(2))
+    change = torch.randn(3, 2, 1)
+    assert Goal(numbers, numbers).own("forget logits", change) is change
+
+
+def test_models_are_copies():
+    goal, runs = goal_and_runs()
+    kept = copy.deepcopy(runs[0].model)
+    goal.matched(runs, change_of(goal), left=20.0, seed=0)
+    assert torch.equal(parameters(kept), parameters(runs[0].model))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -175,30 +176,28 @@ def to_unseen(
     Source: this project's; a level to stop at is flooding (Ishida et al. 2020, arXiv 2002.08709).
     """
     data, rest, unseen = as_data(forget), as_data(retain), as_data(like)
-    if not len(unseen):
-        raise ValueError("expected rows like the forget set that were never trained on, got none")
     device, rng = next(model.parameters()).device, np.random.default_rng(how.seed)
     own, theirs = (_losses(model, loss, some) for some in (data, unseen))
-    level = torch.empty_like(own)
-    level[own.argsort(stable=True)] = theirs.quantile((torch.arange(len(own)) + 0.5) / len(own))
+    level = np.empty(len(own))
+    level[own.argsort(kind="stable")] = np.quantile(theirs, (np.arange(len(own)) + 0.5) / len(own))
     few = min(max(1, round(share * how.batch_size)), len(data))
     draw = _draw(rest, how.batch_size - few, rng, device)
 
     def goal(new: nn.Module, _f: Any, _r: Any) -> Tensor:
         rows = rng.choice(len(data), few, replace=False)
         losses = loss(new, take(data, rows, device))
-        off = F.huber_loss(losses, level[torch.from_numpy(rows)].to(losses))
+        off = F.huber_loss(losses, torch.from_numpy(level[rows]).to(losses))
         return loss(new, next(draw)).mean() + weight * off
 
     return _descend(model, forget, retain, how, goal)
 
 
-def _losses(model: nn.Module, loss: PerExample, data: Data) -> Tensor:
+def _losses(model: nn.Module, loss: PerExample, data: Data) -> NDArray[np.float64]:
     device = next(model.parameters()).device
     with torch.no_grad():
         found = [loss(model, take(data, some, device)) for some in batches(len(data), 256)]
-    losses = torch.cat(found).cpu()
-    if not torch.isfinite(losses).all():
+    losses = torch.cat(found).double().cpu().numpy()
+    if not np.isfinite(losses).all():
         raise ValueError("expected finite losses to start from, got NaN or infinity")
     return losses
 

@@ -213,9 +213,9 @@ def test_classifiers_are_solved_within_the_budget():
     for k, run in enumerate(runs):
         again = goal.reached(run.model, change, replace(how, seed=4 + k))
         assert torch.equal(parameters(models[k]), parameters(again))
-        assert goal._missed(run.model, models[k], change) < 0.7 * goal._missed(
-            run.model, run.model, change
-        )
+    models, _, _ = goal.matched(runs, change, left=80.0, seed=4)  # as many rows as there are
+    before, after = (goal._missed(runs[0].model, m, change) for m in (runs[0].model, models[0]))
+    assert after < 0.5 * before  # the change is one that the first run can make
 
 
 def test_much_budget_takes_more_steps_not_larger_ones():

@@ -299,13 +299,18 @@ class _Reader:
         return {name: (trust[name] * part.mean).numpy() for name, part in self.cut(found).items()}
 
     def trust(self, found: Rehearsal) -> dict[str, float]:
-        """How far each part's mean change is believed; logits as far as those of the labels are, the others are mostly noise."""
+        """How far each part's mean change is believed.
+
+        Logits by the geometric mean of what all of them and what those of the labels deserve: most of a change is in
+        the latter, most of the noise in the others.
+        """
         parts = self.cut(found)
+        trust = {name: part.trust for name, part in parts.items()}
         if self.goal is not None:
             for name in KINDS:
                 own = self.goal.own(name, parts[name].changes)
-                parts[name] = replace(parts[name], changes=own)
-        return {name: part.trust for name, part in parts.items()}
+                trust[name] = math.sqrt(trust[name] * replace(parts[name], changes=own).trust)
+        return trust
 
 
 def _by_unlearner(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from attribution_core.data import Batch, Data, as_data, take
-from attribution_core.gradients import as_batch, flatten, row_by_row
+from attribution_core.jacobian import jacobian
 from attribution_core.outputs import logits_and_labels
-from attribution_core.problem import call, trainable
+from attribution_core.problem import trainable
 
 LARGEST = 2**28  # numbers in a Jacobian: a gigabyte of single precision
 WIDE = 10.0  # damping falls towards the last step, where the rest of the way is gone at once
@@ -89,9 +89,9 @@ def match_by_gauss_newton(
             for (data, wanted), size in zip(sets, _sizes(how.rows, *sets), strict=True)
             if size
         ]
-        jacobian, missing = (torch.cat(several) for several in zip(*parts, strict=True))
+        slopes, missing = (torch.cat(several) for several in zip(*parts, strict=True))
         part = missing / (how.steps - step)
-        move = _solved(jacobian, part, how.damping_at(step))
+        move = _solved(slopes, part, how.damping_at(step))
         if not torch.isfinite(move).all():
             raise ValueError(
                 f"expected a finite step, got NaN or infinity at damping {how.damping:g}; raise it"
@@ -113,33 +113,26 @@ def _residual(
 ) -> tuple[Tensor, Tensor]:
     """(Jacobian [b (c − 1), p], wanted less present contrasts [b (c − 1)]) of some rows."""
     from scipy.linalg import helmert
-    from torch.func import jacrev
 
-    params = trainable(model)
-    some = next(iter(params.values()))
+    some = next(iter(trainable(model).values()))
     batch = take(data, rows, some.device)
     basis = torch.from_numpy(helmert(wanted.shape[1])).to(some)
 
     def contrasts(at: nn.Module, of: Batch) -> Tensor:
         return logits_and_labels(at, of)[0] @ basis.T
 
-    def one(example: Any) -> Any:
-        return jacrev(lambda at: call(model, contrasts, at, as_batch(example))[0])(params)
-
     with torch.no_grad():
-        per_row = row_by_row(one, batch)
-        jacobian = flatten({name: part.flatten(0, 1) for name, part in per_row.items()})
         off = wanted[torch.from_numpy(rows)].to(some) @ basis.T - contrasts(model, batch)
-    return jacobian, off.flatten()
+    return jacobian(model, contrasts, batch), off.flatten()
 
 
-def _solved(jacobian: Tensor, wanted: Tensor, damping: float) -> Tensor:
+def _solved(slopes: Tensor, wanted: Tensor, damping: float) -> Tensor:
     """The ridge solution [p], in double precision."""
-    kernel = (jacobian @ jacobian.T).double()
-    shift = damping * kernel.diagonal().sum() / jacobian.shape[1]
+    kernel = (slopes @ slopes.T).double()
+    shift = damping * kernel.diagonal().sum() / slopes.shape[1]
     kernel.diagonal().add_(shift.clamp(min=torch.finfo(kernel.dtype).tiny))
     found = torch.linalg.solve(kernel, wanted.double())
-    return jacobian.T @ found.to(jacobian)
+    return slopes.T @ found.to(slopes)
 
 
 def _split(flat: Tensor, params: dict[str, Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attribution_core.data import Batch, Data, as_data, take
-from attribution_core.jacobian import jacobian
+from attribution_core.jacobian import jacobian, move_parameters
 from attribution_core.outputs import logits_and_labels
 from attribution_core.problem import trainable
 
@@ -82,7 +82,6 @@ def match_by_gauss_newton(
                 f"expected logits [rows={len(data)}, classes >= 2] to match, got {tuple(wanted.shape)}"
             )
     new, rng = copy.deepcopy(model), np.random.default_rng(how.seed)
-    params = trainable(new)
     for step in range(how.steps):
         parts = [
             _residual(new, data, wanted, rng.choice(len(data), size, replace=False))
@@ -96,9 +95,7 @@ def match_by_gauss_newton(
             raise ValueError(
                 f"expected a finite step, got NaN or infinity at damping {how.damping:g}; raise it"
             )
-        with torch.no_grad():
-            for p, delta in zip(params.values(), _split(move, params), strict=True):
-                p += delta.to(p)
+        move_parameters(new, move)
     return new
 
 
@@ -133,8 +130,3 @@ def _solved(slopes: Tensor, wanted: Tensor, damping: float) -> Tensor:
     kernel.diagonal().add_(shift.clamp(min=torch.finfo(kernel.dtype).tiny))
     found = torch.linalg.solve(kernel, wanted.double())
     return slopes.T @ found.to(slopes)
-
-
-def _split(flat: Tensor, params: dict[str, Tensor]) -> list[Tensor]:
-    parts = flat.split([p.numel() for p in params.values()])
-    return [part.reshape(p.shape) for part, p in zip(parts, params.values(), strict=True)]

@@ -101,9 +101,8 @@ class Goal:
             steps = max(LEAST, round(whole / (each * ROWS)))
             size = min(int(whole / (each * steps)), len(self.forget) + len(self.retain))
             if size > 1 and fits(runs[0].model, size, classes):
-                return [
-                    GaussNewton(steps, size, some, seed) for some in DAMPINGS
-                ], steps * size * each
+                by_solving = [GaussNewton(steps, size, some, seed) for some in DAMPINGS]
+                return [*by_solving], steps * size * each
         like, rates = self._gradient_steps(runs, rows, seed)
         return [replace(like, lr=lr) for lr in rates], like.steps * like.batch_size
 
@@ -132,9 +131,8 @@ class Goal:
             return change
         if labels.ndim > 1:  # a sequence: logits at a position predict the next
             labels, change = labels[:, 1:], change[:, :, :-1]
-        places = labels.clamp(min=0).expand(
-            change.shape[:-1]
-        )  # changes are 0 where nothing is predicted
+        # where nothing is predicted, at label −100, changes are 0
+        places = labels.clamp(min=0).expand(change.shape[:-1])
         return change.gather(-1, places[..., None])[..., 0]
 
     def _missed(self, before: nn.Module, after: nn.Module, change: Any) -> float:

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attribution_core.data import Batch, Data, as_data, batches, take
+from attribution_core.data import Batch, Data, as_data, take
 from attribution_core.outputs import cross_entropy, logits_and_labels
-from attribution_core.problem import PerExample
+from attribution_core.problem import Outputs, PerExample
 
 TINY = 1e-30  # a gradient that is 0 stays so
 Unlearner = Callable[[nn.Module, Any, Any], nn.Module]
@@ -177,7 +176,7 @@ def to_unseen(
     """
     data, rest, unseen = as_data(forget), as_data(retain), as_data(like)
     device, rng = next(model.parameters()).device, np.random.default_rng(how.seed)
-    own, theirs = (_losses(model, loss, some) for some in (data, unseen))
+    own, theirs = (Outputs(loss, some).evaluate(model).numpy() for some in (data, unseen))
     level = np.empty(len(own))
     level[own.argsort(kind="stable")] = np.quantile(theirs, (np.arange(len(own)) + 0.5) / len(own))
     few = min(max(1, round(share * how.batch_size)), len(data))
@@ -190,16 +189,6 @@ def to_unseen(
         return loss(new, next(draw)).mean() + weight * off
 
     return _descend(model, forget, retain, how, goal)
-
-
-def _losses(model: nn.Module, loss: PerExample, data: Data) -> NDArray[np.float64]:
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        found = [loss(model, take(data, some, device)) for some in batches(len(data), 256)]
-    losses = torch.cat(found).double().cpu().numpy()
-    if not np.isfinite(losses).all():
-        raise ValueError("expected finite losses to start from, got NaN or infinity")
-    return losses
 
 
 def match(

@@ -1,4 +1,4 @@
-"""Jacobians of several numbers a row by the parameters, row by row."""
+"""Jacobians of several numbers a row by the parameters, and moves along them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attribution_core.data import Batch
-from attribution_core.gradients import as_batch, flatten, row_by_row
+from attribution_core.gradients import as_batch, flatten, row_by_row, unflatten
 from attribution_core.problem import call, trainable
 
 
@@ -35,3 +35,11 @@ def jacobian(
     with torch.no_grad():
         per_row = row_by_row(one, batch)
         return flatten({name: part.flatten(0, 1) for name, part in per_row.items()})
+
+
+def move_parameters(model: nn.Module, by: Tensor) -> None:
+    """Add [p], in the order of a Jacobian's columns, to the trainable parameters, in place."""
+    params = trainable(model)
+    with torch.no_grad():
+        for name, part in unflatten(by[None], params).items():
+            params[name] += part[0].to(params[name])

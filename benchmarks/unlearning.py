@@ -11,6 +11,7 @@ that no user has. Mean KLoM (20 bins) over points; gap closed = (nothing − met
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -50,12 +51,21 @@ def forget_set(kind: str, x: Any, y: Any, draw: int, size: int) -> tuple[Any, An
     return rows, y
 
 
-def main(flags: Flags) -> None:
-    """One line for each kind, draw and method."""
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """Models that were trained on a forget set, what is read of them, and what oracles without it give."""
+
+    rows: Any
+    runs: list[Any]
+    outputs: dict[str, Any]
+    oracle: dict[str, Any]
+
+
+def prepared(flags: Flags, kind: str, draw: int) -> Setting:
+    """One forget set: models with it, oracles without."""
     import numpy as np
     import torch
 
-    from applied import unlearners, unlearning
     from attribution_core import (
         SGD,
         Adam,
@@ -71,66 +81,85 @@ def main(flags: Flags) -> None:
     from recipes.embedded import digits
     from recipes.unlearning import joined
 
-    make = partial(network, 64, 10, 16)
+    make, n = partial(network, 64, 10, 16), 500
     optimizer = SGD(0.1, momentum=0.9) if flags.optimizer == "sgd" else Adam(0.01)
-    recipe, n, many = Recipe(optimizer, 50, 20, init=make), 500, flags.models
+    recipe = Recipe(optimizer, 50, 20, init=make)
+    data = digits(n, 300, seed=draw)
+    rows, y = forget_set(kind, data.x, data.y, draw, flags.size)
+    x, held = (torch.tensor(a, dtype=torch.float32) for a in (data.x, data.test_x[:200]))
+    labels, held_y = torch.tensor(y), torch.tensor(data.test_y[:200])
+    problem = Problem(make(0), cross_entropy, (x, labels))
+    rest = np.setdiff1d(np.arange(n), rows)
+    outputs = {
+        "forget": Outputs(margin, (x[rows], labels[rows])),
+        "retain": Outputs(margin, (x[rest], labels[rest])),
+        "validation": Outputs(margin, (held, held_y)),
+    }
+    runs = [train(problem, replace(recipe, seed=s), states=0) for s in range(flags.models)]
+    weights = np.ones(n)
+    weights[rows] = 0.0
+    # one retraining, read at all points
+    together = Outputs(margin, joined([some.data for some in outputs.values()]))
+    ends = np.cumsum([len(some) for some in outputs.values()])[:-1]
+    seeds = range(1000, 1000 + 2 * flags.models)
+    table = retrain(problem, recipe, together, weights, seeds=seeds).per_seed[0]
+    return Setting(
+        rows, runs, outputs, dict(zip(outputs, np.split(table, ends, axis=1), strict=True))
+    )
+
+
+def baselines(setting: Setting) -> Iterator[tuple[str, Any]]:
+    """The usual unlearners at three learning rates, each with a fifth of a training's steps."""
+    from applied import unlearners, unlearning
+
+    steps = round(0.2 * len(setting.runs[0].order))
+    for name in ("fine_tune", "gradient_difference", "npo", "scrub"):
+        for lr in (0.003, 0.01, 0.03):
+            how = unlearners.Steps(steps, lr, seed=1)
+            method = partial(getattr(unlearners, name), how=how)
+            yield f"{name} {lr}", unlearning.unlearn(setting.runs, setting.rows, method=method)
+
+
+def report(flags: Flags, kind: str, draw: int) -> None:
+    """One line for each method."""
+    from applied import unlearning
+
+    setting = prepared(flags, kind, draw)
+    runs, outputs = setting.runs, setting.outputs
+    before = unlearning.read_all(runs, outputs)
+    start = time.process_time()
+    auto = unlearning.unlearn(runs, setting.rows, outputs)
+    direct = unlearning.unlearn(runs, setting.rows, outputs, method="outputs")
+    took = time.process_time() - start
+    found = {
+        "auto, models": (auto.outputs(outputs), auto.share),
+        "auto, its prediction": (auto.predicted, auto.share),
+        "outputs only": (direct.predicted, direct.share),
+    }
+    for name, made in baselines(setting) if flags.baselines else ():
+        found[name] = (made.outputs(outputs), made.share)
+    judged = unlearning.evaluate({k: v for k, (v, _) in found.items()}, setting.oracle, before)
+    for name in (*judged.methods, *(m for m in judged.scores if m not in judged.methods)):
+        means = [judged.mean(name, split) for split in judged.splits]
+        print(
+            f"{kind:13}{draw:<5}{name:22.22}" + "".join(f"{m:8.2f}" for m in means)
+            + f"{judged.gap_closed(name):7.2f}{judged.margin_error(name):7.2f}"
+            + f"{found.get(name, (0, 0.0))[1]:6.2f}"
+        )  # fmt: skip
+    print(
+        f"  {len(setting.rows)} rows, unlearning {took:.0f} CPU s for {len(runs)} models",
+        flush=True,
+    )
+
+
+def main(flags: Flags) -> None:
+    """One line for each kind, draw and method."""
     print(
         f"{'set':13}{'draw':5}{'method':22}{'forget':>8}{'retain':>8}{'valid.':>8}{'gap':>7}{'error':>7}{'cost':>6}"
     )
     for kind in ("random", "cluster", "mislabelled"):
         for draw in range(flags.draws):
-            data = digits(n, 300, seed=draw)
-            rows, y = forget_set(kind, data.x, data.y, draw, flags.size)
-            x, held = (torch.tensor(a, dtype=torch.float32) for a in (data.x, data.test_x[:200]))
-            labels, held_y = torch.tensor(y), torch.tensor(data.test_y[:200])
-            problem = Problem(make(0), cross_entropy, (x, labels))
-            rest = np.setdiff1d(np.arange(n), rows)
-            outputs = {
-                name: Outputs(margin, some)
-                for name, some in (
-                    ("forget", (x[rows], labels[rows])),
-                    ("retain", (x[rest], labels[rest])),
-                    ("validation", (held, held_y)),
-                )
-            }
-            runs = [train(problem, replace(recipe, seed=s), states=0) for s in range(many)]
-            weights = np.ones(n)
-            weights[rows] = 0.0
-            # one retraining, read at all points
-            together = Outputs(margin, joined([some.data for some in outputs.values()]))
-            ends = np.cumsum([len(some) for some in outputs.values()])[:-1]
-            seeds = range(1000, 1000 + 2 * many)
-            table = retrain(problem, recipe, together, weights, seeds=seeds).per_seed[0]
-            oracle = dict(zip(outputs, np.split(table, ends, axis=1), strict=True))
-            before = unlearning.read_all(runs, outputs)
-            start = time.process_time()
-            auto = unlearning.unlearn(runs, rows, outputs)
-            direct = unlearning.unlearn(runs, rows, outputs, method="outputs")
-            took = time.process_time() - start
-            found = {
-                "auto, models": (auto.outputs(outputs), auto.share),
-                "auto, its prediction": (auto.predicted, auto.share),
-                "outputs only": (direct.predicted, direct.share),
-            }
-            steps = round(0.2 * len(runs[0].order))
-            for name in (
-                ("fine_tune", "gradient_difference", "npo", "scrub") if flags.baselines else ()
-            ):
-                for lr in (0.003, 0.01, 0.03):
-                    method = partial(
-                        getattr(unlearners, name), how=unlearners.Steps(steps, lr, seed=1)
-                    )
-                    made = unlearning.unlearn(runs, rows, method=method)
-                    found[f"{name} {lr}"] = (made.outputs(outputs), made.share)
-            judged = unlearning.evaluate({k: v for k, (v, _) in found.items()}, oracle, before)
-            for name in (*judged.methods, *(m for m in judged.scores if m not in judged.methods)):
-                means = [judged.mean(name, split) for split in judged.splits]
-                print(
-                    f"{kind:13}{draw:<5}{name:22.22}" + "".join(f"{m:8.2f}" for m in means)
-                    + f"{judged.gap_closed(name):7.2f}{judged.margin_error(name):7.2f}"
-                    + f"{found.get(name, (0, 0.0))[1]:6.2f}"
-                )  # fmt: skip
-            print(f"  {len(rows)} rows, unlearning {took:.0f} CPU s for {many} models", flush=True)
+            report(flags, kind, draw)
 
 
 if __name__ == "__main__":

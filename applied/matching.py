@@ -68,8 +68,12 @@ class Goal:
         Gauss–Newton steps for a classifier whose Jacobian can be held: the least damping that brings the first run nearer, since
         damping moves all models short of the goal the same way. Else gradient steps, at the learning rate that brings it
         nearest. Where nothing does, all models are left alone.
+
+        Raises:
+            ValueError: changes that are not finite or not of the logits' shape; no step left.
         """
         first, batch = runs[0].model, len(runs[0].order[0])
+        self._refuse(change, self.logits(first))
         ways, rows = self._ways(runs, left * batch, change, seed)
         tried = 0
         best: tuple[nn.Module, How, float]
@@ -134,6 +138,15 @@ class Goal:
         # where nothing is predicted, at label −100, changes are 0
         places = labels.clamp(min=0).expand(change.shape[:-1])
         return change.gather(-1, places[..., None])[..., 0]
+
+    def _refuse(self, change: Any, logits: dict[str, Tensor]) -> None:
+        """Raise where changes are not one finite number for each logit."""
+        for (name, now), part in zip(logits.items(), change, strict=True):
+            if part.shape != now.shape or not torch.isfinite(part).all():
+                raise ValueError(
+                    f"expected finite changes of the {name}, of shape {tuple(now.shape)}, got {tuple(part.shape)}"
+                    f"{'' if torch.isfinite(part).all() else ' with NaN or infinity'}"
+                )
 
     def _missed(self, before: nn.Module, after: nn.Module, change: Any) -> float:
         """Mean squared distance of logits from those wanted, both sets alike."""

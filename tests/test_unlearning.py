@@ -378,6 +378,26 @@ def test_any_datamodel_predicts_and_is_matched(trained):
         unlearning.unlearn(runs, rows, outputs, method="outputs", datamodel=f)
 
 
+@pytest.mark.parametrize(
+    ("forget", "message"),
+    [
+        ((-1, 10), r"forget logits, of shape \(\d+, 10\), got"),
+        ((0, 9), r"got \(\d+, 9\)"),
+        (float("nan"), "with NaN"),
+    ],
+)
+def test_changes_that_do_not_fit_are_refused(trained, forget, message):
+    _, _, runs, rows, _ = trained
+    rest = unlearning.retained(runs[0], rows)
+    change = torch.zeros(len(rows), 10)
+    if isinstance(forget, tuple):
+        change = torch.zeros(len(rows) + forget[0], forget[1])
+    else:
+        change[0, 0] = forget
+    with pytest.raises(ValueError, match=message):
+        unlearning.unlearn(runs, rows, change=(change, torch.zeros(len(rest), 10)))
+
+
 def test_an_unlearner_of_ones_own_is_counted(trained):
     _problem, _, runs, rows, outputs = trained
     method = partial(unlearners.fine_tune, how=Steps(8, 0.01, batch_size=25))

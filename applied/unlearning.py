@@ -9,6 +9,7 @@ distance between two sets of such models (`evaluate`). No oracle is needed to un
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -28,13 +29,17 @@ from attribution_core.problem import Outputs
 from attribution_core.rehearsal import Pace, Rehearsal, rehearse
 
 __all__ = [
-    "Evaluation", "Pace", "Unlearned", "attack", "evaluate", "gaussian_klom", "klom", "unlearn",
+    "Evaluation", "Pace", "Unlearned", "UnlearningWarning", "attack", "evaluate", "gaussian_klom", "klom", "unlearn",
 ]  # fmt: skip
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 MATCHING = 0.3  # of the budget; the rest is for rehearsals
 ROUNDING = 1e-9
 PAIRS = 2  # rehearsals at least: one shows no noise, and larger batches tell more than many
+LEFT_ALONE = (
+    "the models are left as they were and have forgotten nothing: what was rehearsed is no more than its noise, or nothing brought "
+    "the first model nearer to it (see .meta['trust']); give more runs, a larger budget, or `like=` rows that were never seen"
+)
 LARGEST = 0.5  # share of a batch: no rehearsal is the whole training without the forget set
 
 
@@ -136,6 +141,7 @@ def unlearn(
     Raises:
         ValueError: rows that are none of the training data, twice, all of it, or already without weight; a
             budget outside (0, 1] or too small for a step; outputs missing where only outputs are asked for.
+        UnlearningWarning: (a warning) models that are left as they were, since nothing is predicted beyond its noise.
 
     Source: Georgiev et al. 2024 (arXiv 2410.23232) for predicting, then matching.
     """
@@ -188,8 +194,14 @@ def unlearn(
         models, how, matching = goal.matched(several, to, left, seed, progress)
         spent += matching
         meta["matching"] = how
+        if how is None and change is None:
+            warnings.warn(LEFT_ALONE, UnlearningWarning, stacklevel=2)
     meta = {"method": method, "budget": budget, **meta}
     return Unlearned(rows, models, predicted, spent, spent / length, meta)
+
+
+class UnlearningWarning(UserWarning):
+    """Models that come back as they were given."""
 
 
 def retained(run: Any, forget: ArrayLike, most: int = 2000, seed: int = 0) -> NDArray[np.intp]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,7 @@ from recipes.value_data import bar
 if TYPE_CHECKING:
     from recipes.poison import Flags
 
+EMBEDDED = ("digits", "breast_cancer")
 ATTACKS = ("random", "confident", "one shot", "in rounds")
 TARGET, HELD_OUT, ACCURACY = "target loss", "held-out loss", "held-out accuracy"
 SURROGATES = 3  # trainings that a network's surrogate is the mean of
@@ -111,6 +113,7 @@ def checked(flags: Flags) -> None:
 
     Raises:
         ValueError: budgets, rounds, splits or victims that are none.
+        FileNotFoundError: no such data.
     """
     if not flags.budgets or not all(0 < budget < 1 for budget in flags.budgets):
         raise ValueError(f"expected budgets in (0, 1), shares of the labels, got {flags.budgets}")
@@ -119,6 +122,8 @@ def checked(flags: Flags) -> None:
     for name in ("rounds", "splits", "victims", "jobs"):
         if getattr(flags, name) < 1:
             raise ValueError(f"expected at least one of --{name}, got {getattr(flags, name)}")
+    if flags.data not in EMBEDDED and not Path(flags.data).exists():
+        raise FileNotFoundError(f"no file {flags.data}; or {', '.join(map(repr, EMBEDDED))}")
 
 
 def study(flags: Flags) -> list[Outcome]:
@@ -156,7 +161,7 @@ def one_part(flags: Flags, split: int, budget: float) -> list[Outcome]:
 
 def prepared(flags: Flags, split: int) -> Bench:
     """Training, target, trusted and test rows, and how models are made of them."""
-    if flags.data in ("digits", "breast_cancer"):
+    if flags.data in EMBEDDED:
         data = embedded(flags.data, 0.0, 0, split)
     else:
         data = from_file(flags.data, flags.label, None, flags.test, split)

@@ -142,6 +142,12 @@ def test_wrong_input_is_said_in_one_line(tmp_path, flags, words):
     assert "\n" not in str(stopped.value)
 
 
+def test_no_folder_is_made_for_data_that_are_not_there(tmp_path):
+    with pytest.raises(SystemExit, match="no file nothing.csv"):
+        run([*QUICK, "--data", "nothing.csv", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_help_imports_neither_torch_nor_numpy():
     code = (
         "import sys, recipes.poison as r\n"

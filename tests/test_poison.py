@@ -143,7 +143,7 @@ def test_wrong_input_is_said_in_one_line(tmp_path, flags, words):
 
 
 def test_no_folder_is_made_for_data_that_are_not_there(tmp_path):
-    with pytest.raises(SystemExit, match="no file nothing.csv"):
+    with pytest.raises(SystemExit, match="no file nothing"):
         run([*QUICK, "--data", "nothing.csv", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from applied.counterparts import Counterparts, say
 from attribution_core.data import Batch, Data, as_data, take
 from attribution_core.outputs import cross_entropy, logits_and_labels
-from attribution_core.problem import Outputs, PerExample
+from attribution_core.problem import PerExample
 
 TINY = 1e-30  # a gradient that is 0 stays so
 Unlearner = Callable[[nn.Module, Any, Any], nn.Module]
@@ -152,41 +153,42 @@ def to_unseen(
     retain: Any,
     *,
     like: Any,
-    loss: PerExample = cross_entropy,
-    weight: float = 0.5,
+    weight: float = 0.3,
     share: float = 1 / 3,
     how: Steps = Steps(),
 ) -> nn.Module:
-    """Raise the losses of the forget set to those of rows like it that were never seen, and no further.
+    """Say of the forget rows what is said of rows like them that were never seen, and of the others what was said before.
 
-        min E_R ℓ + weight · E_{i in F} huber(ℓ_i − ℓ*_i),      huber(x) = ½x² up to 1, then |x| − ½
+        min E_R KL(π₀(x) ‖ π(x)) + weight · E_{i in F} KL(π̄(c_i) ‖ π(x_i)),      c_i: the counterpart of row i
 
-    ℓ* are quantiles of the model's own losses on the unseen rows, given to the forget rows in the order of their present
-    losses (the monotone map, which moves losses least). It forgets what was learned by heart. It cannot know what
-    the forget set taught about other rows, nor which of its rows the others explain.
+    π̄ is the model as it is by then, held fixed: what the forget set taught about its counterparts goes as it is forgotten.
+    It forgets what was learned by heart, and whole distributions, not the truth alone.
 
     Args:
-        like: rows of the forget set's kind on which the model was not trained: facts of other persons, say.
+        like: counterparts, one for each forget row or several rounds of them (see `Counterparts`): the same question
+            about somebody else, with the same answer. Of several rounds the most typical is taken.
         share: of a batch that the forget set takes, at most.
 
     Raises:
-        ValueError: no unseen rows; losses that are not finite.
+        ValueError: counterparts that do not fit the forget set; labels that are no classes; a goal that is not finite.
 
-    Source: this project's; a level to stop at is flooding (Ishida et al. 2020, arXiv 2002.08709).
+    Source: this project's; a model's words on generic rows as the goal: Eldan & Russinovich 2023 (arXiv 2310.02238).
     """
-    data, rest, unseen = as_data(forget), as_data(retain), as_data(like)
+    same = Counterparts(as_data(forget), as_data(like))
+    teacher, theirs = copy.deepcopy(model), same.typical(model)
     device, rng = next(model.parameters()).device, np.random.default_rng(how.seed)
-    own, theirs = (Outputs(loss, some).evaluate(model).numpy() for some in (data, unseen))
-    level = np.empty(len(own))
-    level[own.argsort(kind="stable")] = np.quantile(theirs, (np.arange(len(own)) + 0.5) / len(own))
-    few = min(max(1, round(share * how.batch_size)), len(data))
-    draw = _draw(rest, how.batch_size - few, rng, device)
+    few = min(max(1, round(share * how.batch_size)), len(theirs))
+    draw = _draw(as_data(retain), how.batch_size - few, rng, device)
+
+    def apart(teacher: nn.Module, shown: Batch, new: nn.Module, asked: Batch) -> Tensor:
+        with torch.no_grad():
+            wanted, _ = say(teacher, shown)
+        return (wanted.exp() * (wanted - say(new, asked)[0])).sum(1).mean()
 
     def goal(new: nn.Module, _f: Any, _r: Any) -> Tensor:
-        rows = rng.choice(len(data), few, replace=False)
-        losses = loss(new, take(data, rows, device))
-        off = F.huber_loss(losses, torch.from_numpy(level[rows]).to(losses))
-        return loss(new, next(draw)).mean() + weight * off
+        rows, kept = rng.choice(len(theirs), few, replace=False), next(draw)
+        mine, unseen = (take(some, rows, device) for some in (same.forget, theirs))
+        return apart(teacher, kept, new, kept) + weight * apart(new, unseen, new, mine)
 
     return _descend(model, forget, retain, how, goal)
 

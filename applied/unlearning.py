@@ -38,7 +38,7 @@ ROUNDING = 1e-9
 PAIRS = 2  # rehearsals at least: one shows no noise, and larger batches tell more than many
 LEFT_ALONE = (
     "the models are left as they were and have forgotten nothing: what was rehearsed is no more than its noise, or nothing brought "
-    "the first model nearer to it (see .meta['trust']); give more runs, a larger budget, or `like=` rows that were never seen"
+    "the first model nearer to it (see .meta['trust']); give more runs, a larger budget, or counterparts that were never seen (`like=`)"
 )
 LARGEST = 0.5  # share of a batch: no rehearsal is the whole training without the forget set
 
@@ -127,9 +127,10 @@ def unlearn(
             `(model, forget, retain) -> new model` of your own or of `applied.unlearners`.
         datamodel: predicts outputs in the place of rehearsals: anything with `.predict(weights)`, by the names
             of `outputs` where those have names.
-        like: rows like the forget set on which no run was trained. With them "auto" rehearses and predicts nothing: it brings
-            the losses of the forget set to those of these rows (`to_unseen`). For what is learned by heart, late in training, as
-            facts are by language models: rehearsals learn too little of that.
+        like: counterparts of the forget rows, on which no run was trained: for each row in order one with the same
+            answer about somebody never seen, or several rounds of them. With them "auto" rehearses and predicts nothing:
+            it brings what is said of the forget set to what is said of these rows (`to_unseen`). For what is
+            learned by heart, late in training, as facts are by language models: rehearsals learn too little of that.
         change: predicted changes of the logits to match, from any datamodel, in the place of rehearsals:
             (of the forget rows [F, ..., c], of the rows `retained(run, forget)` [R, ..., c]).
         budget: training steps for each model, in those of its training.
@@ -345,7 +346,7 @@ def _by_unlearner(
 
 
 def _towards(run: Any, like: Any, budget: float, seed: int) -> Unlearner:
-    """To what unseen rows get, by the training's optimizer at half its learning rate, within the budget."""
+    """To what is said of counterparts, by the training's optimizer at half its learning rate, within the budget."""
     optimizer = run.recipe.optimizer
     how = Steps(
         steps=int(budget * len(run.order)), lr=optimizer.lr / 2, momentum=getattr(optimizer, "momentum", None),
@@ -356,7 +357,7 @@ def _towards(run: Any, like: Any, budget: float, seed: int) -> Unlearner:
             f"expected a budget of a step or more, on batches of two rows or more, got {budget:g} of {len(run.order)} "
             f"steps on {how.batch_size} rows"
         )
-    return partial(to_unseen, like=like, loss=run.problem.loss, how=how)
+    return partial(to_unseen, like=like, how=how)
 
 
 def _from_datamodel(

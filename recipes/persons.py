@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -317,6 +317,23 @@ class PersonTask:
     def strange(self) -> list[Fact]:
         """Facts of the persons never named."""
         return [Sentence(p, kind, 0).fact for p in self.strangers for kind in TEMPLATES]
+
+    def as_strangers(self, rows: Iterable[int], rounds: int = 1, seed: int = 0) -> list[Fact]:
+        """Training rows with the answers as they are, told of a stranger in the place of each person.
+
+        Args:
+            rounds: how many times over, each time of strangers drawn anew.
+        """
+        rng, told = np.random.default_rng(seed), [self.sentences[int(row)] for row in rows]
+        names = list(dict.fromkeys(sentence.person.name for sentence in told))
+        few, facts = len(names) > len(self.strangers), []
+        for _ in range(rounds):
+            drawn = rng.choice(len(self.strangers), len(names), replace=few)
+            instead = {name: self.strangers[k].name for name, k in zip(names, drawn, strict=True)}
+            for sentence in told:
+                stranger = Person(instead[sentence.person.name], sentence.person.facts)
+                facts.append(replace(sentence, person=stranger).fact)
+        return facts
 
     def held_out_facts(self, without: Iterable[int] = ()) -> list[Fact]:
         """The sentences held out, those of some persons left aside."""

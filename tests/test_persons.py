@@ -31,6 +31,23 @@ def test_no_stranger_and_no_held_out_sentence_is_trained_on():
     assert len(task.rows([3, 4])) == 20
 
 
+def test_sentences_of_strangers_keep_their_answers():
+    task = p.person_task(10, strangers=5, seed=1)
+    rows = task.rows([2, 7])
+    mine, told = task.facts(rows), task.as_strangers(rows, rounds=3)
+    assert [fact.answer for fact in told] == 3 * [fact.answer for fact in mine]
+    assert told == task.as_strangers(rows, rounds=3)
+    assert told != task.as_strangers(rows, rounds=3, seed=1)
+    names = {p.encode(stranger.name): stranger for stranger in task.strangers}
+    who = [next(n for n in names if set(n) <= set(fact.prompt)) for fact in told]
+    per = [who[k : k + len(rows)] for k in range(0, len(who), len(rows))]
+    own = task.owner[rows]
+    for of in per:  # one stranger for each person, throughout a round
+        assert len({(name, o) for name, o in zip(of, own, strict=True)}) == 2
+        assert len(set(of)) == 2
+    assert len(set(who)) > 2  # drawn anew
+
+
 def test_margins_are_those_computed_by_hand():
     task, model = p.person_task(4, strangers=1), p.model(0)
     facts = task.facts(range(10))

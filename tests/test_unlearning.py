@@ -15,7 +15,6 @@ from applied.conformance import conformance
 from applied.unlearners import Steps, centred_logits, match
 from attribution_core import (
     SGD,
-    AdamW,
     LinearDatamodel,
     Outputs,
     Problem,
@@ -139,96 +138,6 @@ def test_matching_own_logits_moves_nothing_and_others_are_reached(trained):
         )
     with pytest.raises(ValueError, match="smaller lr"):
         match(model, forget, retain, **theirs, how=Steps(50, 1e20, momentum=0.9))
-
-
-def test_to_unseen_is_the_formula(trained):
-    """One step: retained rows, and forgotten ones with weight · clip(ℓ − ℓ*, ±1), ℓ* in the order of ℓ."""
-    problem, _, runs, rows, outputs = trained
-    forget, retain = sets(problem, rows)
-    like = outputs["validation"].data[list(range(20))]
-    model = runs[0].model
-    new = unlearners.to_unseen(model, forget, retain, like=like, weight=0.7, how=ONE)
-    losses, unseen = (cross_entropy(model, data) for data in (forget, like))
-    level = np.empty(len(rows))
-    quantiles = (np.arange(len(rows)) + 0.5) / len(rows)
-    level[losses.detach().numpy().argsort()] = np.quantile(unseen.detach().numpy(), quantiles)
-    pull = (losses - torch.from_numpy(level)).detach().clamp(-1, 1)
-    assert (pull < 0).any()  # learned rows are below
-    grads = torch.autograd.grad((pull * losses).mean(), list(model.parameters()))
-    expected = slope(model, retain) + 0.7 * torch.cat([g.flatten() for g in grads])
-    torch.testing.assert_close(moved(model, new), -0.1 * expected, rtol=0, atol=1e-12)
-
-
-@pytest.fixture(scope="module")
-def by_heart():
-    """Rows whose labels are drawn at random: what is known of them was learned from them alone."""
-    rng = np.random.default_rng(0)
-    x = torch.from_numpy(rng.normal(size=(160, 40)))
-    y = torch.from_numpy(rng.integers(0, 3, 160))
-    make = lambda seed: network(40, 3, 32, seed).double()  # noqa: E731
-    problem = Problem(make(0), cross_entropy, (x[:120], y[:120]))
-    recipe = Recipe(AdamW(0.01), 20, 30, schedule="linear", init=make)
-    runs = [train(problem, replace(recipe, seed=s), states=0) for s in range(5)]
-    return problem, recipe, runs, np.arange(10), (x[120:], y[120:])
-
-
-def test_what_was_learned_by_heart_goes_to_what_unseen_rows_get(by_heart):
-    problem, recipe, runs, rows, like = by_heart
-    forget, retain = sets(problem, rows)
-    without = np.ones(problem.n)
-    without[rows] = 0
-    losses = {
-        name: Outputs(cross_entropy, data)
-        for name, data in {"forget": forget, "retain": retain, "unseen": like}.items()
-    }
-    oracle = {
-        name: retrain(problem, recipe, some, without, seeds=range(100, 110)).per_seed[0]
-        for name, some in losses.items()
-    }
-    before = unlearning.read_all(runs, losses)
-    found = unlearning.unlearn(runs, rows, losses, like=like)
-    after = found.outputs(losses)
-    assert before["forget"].mean() < 0.2  # nats: known by heart
-    assert before["unseen"].mean() > 1.5  # worse than log 3, sure and wrong
-    for k in range(len(runs)):  # the whole distribution, by the mean distance of quantiles
-        quantiles = np.quantile(before["unseen"][k], (np.arange(10) + 0.5) / 10)
-        off = np.abs(np.sort(after["forget"][k]) - quantiles).mean()
-        assert off < 0.35 * np.abs(np.sort(before["forget"][k]) - quantiles).mean()
-    gap = oracle["forget"].mean() - before["forget"].mean()
-    # ten rows, whose losses spread by 2.5 nats, are not the forty: their means differ by 2.5 √(1/10 + 1/40) = .9 (one sd)
-    assert abs(after["forget"].mean() - oracle["forget"].mean()) < 0.5 * gap
-    assert after["retain"].mean() < 0.1
-    assert found.share <= 0.2 + 1e-9
-    assert found.share > 0.19
-    assert found.predicted == {}
-    blind = unlearning.unlearn(runs, rows, losses)  # rehearsals learn too little by heart
-    still = blind.outputs(losses)["forget"].mean()
-    assert abs(still - oracle["forget"].mean()) > abs(
-        after["forget"].mean() - oracle["forget"].mean()
-    )
-
-
-def test_unseen_rows_come_by_themselves(by_heart):
-    _, _, runs, rows, like = by_heart
-    outputs = Outputs(cross_entropy, like)
-    for more in ({"method": "outputs"}, {"method": unlearners.npo}, {"datamodel": object()}):
-        with pytest.raises(ValueError, match="`like` by itself"):
-            unlearning.unlearn(runs, rows, outputs, like=like, **more)
-    with pytest.raises(ValueError, match="at least one example"):
-        unlearning.unlearn(runs, rows, outputs, like=(like[0][:0], like[1][:0]))
-    with pytest.raises(ValueError, match="a budget of a step or more"):
-        unlearning.unlearn(runs, rows, outputs, like=like, budget=0.001)
-    bad = (torch.full_like(like[0], float("nan")), like[1])
-    with pytest.raises(ValueError, match="expected finite"):
-        unlearning.unlearn(runs, rows, outputs, like=bad)
-
-
-def test_to_unseen_conforms(by_heart):
-    problem, _, runs, rows, like = by_heart
-    forget, retain = sets(problem, rows)
-    unlearner = partial(unlearners.to_unseen, like=like, how=Steps(9, 0.01, batch_size=20))
-    found = conformance(unlearner, runs[0].model, forget, retain, batch_size=20, training_steps=90)
-    assert found.ok, found.table()
 
 
 def test_logits_of_a_sequence_count_where_a_next_token_is_predicted():

@@ -1,0 +1,101 @@
+"""Counterparts: rows that ask of somebody never seen what the forget set asks, with the same answers.
+
+A model that never saw the forget set says of it what it says of rows like it that it never saw. What was learned by
+heart is in the forget rows alone; what they taught about others (how common their answers are) shows at the
+counterparts too, and fades there as the rows are forgotten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attribution_core.data import Batch, Data, Rows, batches, take
+from attribution_core.outputs import logits_and_labels
+
+IGNORED = -100  # the label of what is not predicted
+
+
+def say(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(log-probabilities [m, c], labels [m]) at the places of a batch where a class or a next token is predicted.
+
+    Raises:
+        ValueError: labels that are no classes: none, or numbers.
+    """
+    if isinstance(batch, dict) and "labels" not in batch:
+        raise ValueError(
+            f"expected rows with labels, which say what is predicted, got {sorted(batch)}; set them to {IGNORED} "
+            "at the tokens that are given"
+        )
+    z, labels = logits_and_labels(model, batch)
+    if z.ndim > 2:  # a sequence: logits at a position predict the next
+        z, labels = z[:, :-1], labels[:, 1:]
+    if labels.is_floating_point() or labels.shape != z.shape[:-1]:
+        raise ValueError(
+            f"expected a class for each of the model's predictions {tuple(z.shape[:-1])}, got labels "
+            f"{tuple(labels.shape)} of {labels.dtype}"
+        )
+    asked = labels != IGNORED
+    return z[asked].log_softmax(1), labels[asked]
+
+
+@dataclass(frozen=True, eq=False)
+class Counterparts:
+    """The forget set, and rows like it that were never seen.
+
+    Args:
+        forget: rows of classes or of tokens.
+        like: as many, or several times as many (one round of all after the other), with the same answers.
+
+    Raises:
+        ValueError: rows that are not a multiple of the forget set; other answers than its.
+    """
+
+    forget: Data
+    like: Data
+
+    def __post_init__(self) -> None:
+        if len(self.like) % len(self.forget):
+            raise ValueError(
+                f"expected {len(self.forget)} rows of `like`, one for each of the forget set, or several times as many, got "
+                f"{len(self.like)}; each is a forget row about somebody never seen, with the same answer"
+            )
+        mine, theirs = _answers(self.forget), _answers(self.like)
+        other = [k for k, answer in enumerate(theirs) if answer != mine[k % len(mine)]]
+        if other:
+            k = other[0]
+            raise ValueError(
+                f"expected rows of `like` with the answers of the forget rows, got {theirs[k][:8]} in row {k} and "
+                f"{mine[k % len(mine)][:8]} in forget row {k % len(mine)}; order them alike"
+            )
+
+    def typical(self, model: nn.Module) -> Rows:
+        """The round of counterparts whose answers a model finds as likely as those of all rounds, nearest.
+
+        One round's are some strangers'; which of them happen to be near the truth is chance.
+        """
+        device, n = next(model.parameters()).device, len(self.forget)
+        rounds = np.arange(len(self.like)).reshape(-1, n)
+        likely = []
+        with torch.no_grad():
+            for turn in rounds:
+                said = [say(model, take(self.like, some, device)) for some in batches(turn, 256)]
+                own = [log_p.gather(1, labels[:, None]).exp() for log_p, labels in said]
+                likely.append(float(torch.cat(own).mean()))
+        return Rows(self.like, rounds[np.abs(np.array(likely) - np.mean(likely)).argmin()])
+
+
+def _answers(data: Data) -> list[list[int]]:
+    """What is predicted of each row."""
+    found = []
+    for some in batches(len(data), 256):
+        batch = take(data, some)
+        labels = batch.get("labels") if isinstance(batch, dict) else batch[1]
+        if labels is None or labels.is_floating_point():
+            what = "none" if labels is None else f"labels of {labels.dtype}"
+            raise ValueError(f"expected rows with classes or tokens as labels, got {what}")
+        found += [[x for x in row if x != IGNORED] for row in labels.reshape(len(some), -1).tolist()]  # fmt: skip
+    return found

@@ -30,6 +30,7 @@ from attribution_core.store import claim, fingerprint
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 InputSurrogate = Callable[[Problem, NDArray[np.intp], int], LinearDatamodel]
+FIRST_STEP = 0.2  # of epsilon
 
 
 def perturb(
@@ -67,7 +68,7 @@ def perturb(
         rows: which rows are moved; by default those whose inputs reach furthest at first order, on one call of the
             surrogate over all rows.
         column: of the inputs, by default the first floating one.
-        steps, step_size: step_size is 2.5 epsilon / steps unless given.
+        steps, step_size: the first step, η; a fifth of epsilon unless given, at any number of steps: more go further.
         momentum: of the running mean.
         goal: as in `flip_labels`.
         targets: names of the victim's outputs; by default those of the surrogate. Outputs of these names that the
@@ -94,7 +95,7 @@ def perturb(
             f"expected steps >= 1 and a positive step_size, got {steps} and {step_size}"
         )
     assert threat.epsilon is not None
-    size = 2.5 * threat.epsilon / steps if step_size is None else step_size
+    size = FIRST_STEP * threat.epsilon if step_size is None else step_size
     original = _inputs(problem, chosen, at)
     seen = replace(threat, knowledge="white-box")  # whoever the victim is, the inputs are the same
     kept = _kept(folder, problem, seen, chosen, at, steps, size, momentum, goal, surrogate)

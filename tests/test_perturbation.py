@@ -69,6 +69,17 @@ def test_other_victims_see_the_same_inputs(tmp_path, monkeypatch):
     assert "grey-box" in other.table()
 
 
+def test_the_first_step_is_a_fifth_of_the_ball_however_many_follow():
+    for steps in (1, 7):
+        attack = moved(steps=steps)
+        assert attack.meta["step_size"] == pytest.approx(0.2 * THREAT.epsilon, rel=1e-15)
+    before = small().train[[1, 4, 7]][0].numpy()
+    after = inputs(moved(steps=1))
+    inside = (after > 0) & (after < 1)
+    assert inside.sum() > 6
+    np.testing.assert_allclose(np.abs(after - before)[inside], 0.06, rtol=0, atol=1e-15)
+
+
 def test_a_folder_of_another_attack_is_refused(tmp_path):
     moved(tmp_path)
     with pytest.raises(ValueError, match="another run"):

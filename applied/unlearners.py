@@ -162,7 +162,8 @@ def to_unseen(
         min E_R KL(π₀(x) ‖ π(x)) + weight · E_{i in F} KL(π̄(c_i) ‖ π(x_i)),      c_i: the counterpart of row i
 
     π̄ is the model as it is by then, held fixed: what the forget set taught about its counterparts goes as it is forgotten.
-    It forgets what was learned by heart, and whole distributions, not the truth alone.
+    It forgets what was learned by heart, and whole distributions, not the truth alone. Nothing but the retained rows holds the
+    counterparts where they are.
 
     Args:
         like: counterparts, one for each forget row or several rounds of them (see `Counterparts`): the same question

@@ -24,7 +24,7 @@ from applied.counting import counted
 from applied.matching import KINDS, Goal
 from applied.unlearners import Steps, Unlearner, to_unseen
 from applied.yardstick import Evaluation, attack, evaluate, gaussian_klom, klom
-from attribution_core.data import Rows, sample
+from attribution_core.data import Rows, as_data, sample
 from attribution_core.problem import Outputs
 from attribution_core.rehearsal import Pace, Rehearsal, rehearse
 
@@ -127,7 +127,7 @@ def unlearn(
             `(model, forget, retain) -> new model` of your own or of `applied.unlearners`.
         datamodel: predicts outputs in the place of rehearsals: anything with `.predict(weights)`, by the names
             of `outputs` where those have names.
-        like: counterparts of the forget rows, on which no run was trained: for each row in order one with the same
+        like: counterparts of the forget rows, on which no run was trained: for each row as listed one with the same
             answer about somebody never seen, or several rounds of them. With them "auto" rehearses and predicts nothing:
             it brings what is said of the forget set to what is said of these rows (`to_unseen`). For what is
             learned by heart, late in training, as facts are by language models: rehearsals learn too little of that.
@@ -147,14 +147,14 @@ def unlearn(
     Source: Georgiev et al. 2024 (arXiv 2410.23232) for predicting, then matching.
     """
     several = list(runs) if isinstance(runs, Sequence) else [runs]
-    named = _named(outputs)
-    rows = _checked(several, forget, budget)
+    named, listed = _named(outputs), list(forget)
+    rows = _checked(several, listed, budget)
     if like is not None:
         if method != "auto" or datamodel is not None or change is not None:
             raise ValueError(
                 "expected `like` by itself, with method='auto'; it replaces rehearsals, datamodels and changes"
             )
-        method = _towards(several[0], like, budget, seed)
+        method = _towards(several[0], _in_order(like, listed), budget, seed)
     if callable(method):
         return _by_unlearner(several, rows, method, progress)
     if method == "outputs" and not named:
@@ -358,6 +358,14 @@ def _towards(run: Any, like: Any, budget: float, seed: int) -> Unlearner:
             f"steps on {how.batch_size} rows"
         )
     return partial(to_unseen, like=like, how=how)
+
+
+def _in_order(like: Any, listed: list[int]) -> Rows:
+    """Counterparts of rows as somebody listed them, in the order of the rows' numbers."""
+    data, n = as_data(like), len(listed)
+    turns, left = divmod(len(data), n)
+    rounds = np.argsort(listed) + n * np.arange(turns)[:, None]
+    return Rows(data, np.r_[rounds.ravel(), len(data) - left : len(data)].astype(int))
 
 
 def _from_datamodel(

@@ -180,6 +180,19 @@ def test_what_was_learned_by_heart_is_said_as_of_the_unseen(by_heart):
     )
 
 
+def test_counterparts_follow_the_rows_as_listed(by_heart):
+    _, _, runs, rows, like = by_heart
+    order = np.random.default_rng(0).permutation(len(rows))
+    there = (np.arange(6)[:, None] * len(rows) + order).ravel()
+    outputs = Outputs(cross_entropy, like)
+    told = unlearning.unlearn(runs[0], rows, like=like, budget=0.02).outputs(outputs)
+    listed = iter(rows[order].tolist())
+    again = unlearning.unlearn(
+        runs[0], listed, like=tuple(x[there] for x in like), budget=0.02
+    ).outputs(outputs)
+    np.testing.assert_array_equal(told["outputs"], again["outputs"])
+
+
 def test_counterparts_come_by_themselves_and_fit(by_heart):
     _, _, runs, rows, like = by_heart
     outputs = Outputs(cross_entropy, like)

@@ -24,7 +24,7 @@ from applied.counting import counted
 from applied.matching import KINDS, Goal
 from applied.unlearners import Steps, Unlearner, to_unseen
 from applied.yardstick import Evaluation, attack, evaluate, gaussian_klom, klom
-from attribution_core.data import Rows, as_data, sample
+from attribution_core.data import Data, Rows, as_data, sample
 from attribution_core.problem import Outputs
 from attribution_core.rehearsal import Pace, Rehearsal, rehearse
 
@@ -360,12 +360,12 @@ def _towards(run: Any, like: Any, budget: float, seed: int) -> Unlearner:
     return partial(to_unseen, like=like, how=how)
 
 
-def _in_order(like: Any, listed: list[int]) -> Rows:
+def _in_order(like: Any, listed: list[int]) -> Data:
     """Counterparts of rows as somebody listed them, in the order of the rows' numbers."""
     data, n = as_data(like), len(listed)
-    turns, left = divmod(len(data), n)
-    rounds = np.argsort(listed) + n * np.arange(turns)[:, None]
-    return Rows(data, np.r_[rounds.ravel(), len(data) - left : len(data)].astype(int))
+    if len(data) % n:
+        return data  # not some for each row: refused where they meet the forget set
+    return Rows(data, np.arange(len(data)).reshape(-1, n)[:, np.argsort(listed)].ravel())
 
 
 def _from_datamodel(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -153,7 +154,7 @@ def to_unseen(
     retain: Any,
     *,
     like: Any,
-    weight: float = 0.3,
+    weight: float = 0.15,
     share: float = 1 / 3,
     how: Steps = Steps(),
 ) -> nn.Module:
@@ -168,7 +169,8 @@ def to_unseen(
     Args:
         like: counterparts, one for each forget row or several rounds of them (see `Counterparts`): the same question
             about somebody else, with the same answer. Of several rounds the most typical is taken.
-        share: of a batch that the forget set takes, at most.
+        weight: of the forget set; with more of it forgotten rows come nearer to their goal and the rest is moved further.
+        share: of a batch that the forget set takes, at most; each of its rows comes equally often.
 
     Raises:
         ValueError: counterparts that do not fit the forget set; labels that are no classes; a goal that is not finite.
@@ -180,6 +182,7 @@ def to_unseen(
     device, rng = next(model.parameters()).device, np.random.default_rng(how.seed)
     few = min(max(1, round(share * how.batch_size)), len(theirs))
     draw = _draw(as_data(retain), how.batch_size - few, rng, device)
+    turns = _turns(len(theirs), few, rng)
 
     def apart(teacher: nn.Module, shown: Batch, new: nn.Module, asked: Batch) -> Tensor:
         with torch.no_grad():
@@ -187,7 +190,7 @@ def to_unseen(
         return (wanted.exp() * (wanted - say(new, asked)[0])).sum(1).mean()
 
     def goal(new: nn.Module, _f: Any, _r: Any) -> Tensor:
-        rows, kept = rng.choice(len(theirs), few, replace=False), next(draw)
+        rows, kept = next(turns), next(draw)
         mine, unseen = (take(some, rows, device) for some in (same.forget, theirs))
         return apart(teacher, kept, new, kept) + weight * apart(new, unseen, new, mine)
 
@@ -307,9 +310,15 @@ def _descend(
 
 def _draw(data: Data, size: int, rng: np.random.Generator, device: torch.device) -> Iterator[Batch]:
     """Batches of one permutation after another."""
-    size, queue = min(size, len(data)), np.empty(0, dtype=int)
+    for rows in _turns(len(data), size, rng):
+        yield take(data, rows, device)
+
+
+def _turns(n: int, size: int, rng: np.random.Generator) -> Iterator[NDArray[np.intp]]:
+    """So many of n rows at a time, each as often as every other."""
+    size, queue = min(size, n), np.empty(0, dtype=int)
     while True:
         if len(queue) < size:
-            queue = np.concatenate([queue, rng.permutation(len(data))])
-        yield take(data, queue[:size], device)
+            queue = np.concatenate([queue, rng.permutation(n)])
+        yield queue[:size]
         queue = queue[size:]

@@ -115,9 +115,10 @@ def unlearn(
 
     "auto" predicts by rehearsals (`rehearse`): pairs of trainings with and without F, on half of a batch's rows
     or on as many as the budget of all runs allows for two of them, and then as many pairs as it allows; never
-    the whole training without F. Changes are averaged over runs and shrunk by their noise (`Rehearsal.trust`),
-    each kind of output by itself. Seven tenths of the budget go into rehearsals, the rest into matching each
-    model: by Gauss–Newton steps where it is a classifier of few classes, else by gradient steps.
+    the whole training without F. Changes are averaged over runs, corrected by what trainings learn of F beyond
+    rehearsals (`Rehearsal.corrected`) and shrunk by their noise (`Rehearsal.trust`), each kind of output by itself. Seven tenths
+    of the budget go into rehearsals, the rest into matching each model: by Gauss–Newton steps where it is a
+    classifier of few classes, else by gradient steps.
 
     Args:
         runs: a trained `Run`, or several of the same problem (the more, the less noise).
@@ -178,7 +179,12 @@ def unlearn(
         found = rehearse(several[:pairs], without, reader, pace=plan, progress=progress)
         moved = reader.split(found)
         spent = found.steps / len(several)
-        meta = {"pairs": pairs, "pace": plan, "trust": reader.trust(found)}
+        meta = {
+            "pairs": pairs,
+            "pace": plan,
+            "trust": reader.trust(found),
+            "carried": reader.carried(found),
+        }
     else:
         moved = {}
     if datamodel is not None:
@@ -300,16 +306,22 @@ class _Reader:
     def cut(self, found: Rehearsal) -> dict[str, Rehearsal]:
         """The rehearsed changes of each part."""
         sizes = [math.prod(shape) for shape in self.shapes.values()]
-        parts = found.changes.split(sizes, dim=1)
+        parts = zip(found.changes.split(sizes, dim=1), found.ahead.split(sizes, dim=1), strict=True)
         return {
-            name: replace(found, changes=part.reshape(-1, *self.shapes[name]))
-            for name, part in zip(self.shapes, parts, strict=True)
+            name: replace(
+                found, changes=changes.reshape(-1, *shape), ahead=ahead.reshape(-1, *shape)
+            )
+            for (name, shape), (changes, ahead) in zip(self.shapes.items(), parts, strict=True)
         }
 
     def split(self, found: Rehearsal) -> dict[str, Any]:
-        """Mean changes by part, shrunk by their noise."""
-        trust = self.trust(found)
-        return {name: (trust[name] * part.mean).numpy() for name, part in self.cut(found).items()}
+        """Changes by part, shrunk by their noise."""
+        trust, parts = self.trust(found), self.cut(found)
+        return {name: (trust[name] * part.corrected).numpy() for name, part in parts.items()}
+
+    def carried(self, found: Rehearsal) -> dict[str, float]:
+        """How much of what the runs are ahead of rehearsals each part keeps."""
+        return {name: part.carried for name, part in self.cut(found).items()}
 
     def trust(self, found: Rehearsal) -> dict[str, float]:
         """How far each part's mean change is believed.

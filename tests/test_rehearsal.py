@@ -83,7 +83,25 @@ def test_batches_are_smaller_and_the_tail_is_averaged(optimizer, faster):
 def test_the_same_weights_change_nothing():
     problem, recipe, outputs = small()
     run = train(problem, recipe)
-    assert (rehearse(run, np.ones(60), outputs.evaluate).changes == 0).all()
+    found = rehearse(run, np.ones(60), outputs.evaluate)
+    assert (found.changes == 0).all()
+    assert found.trust == 0
+
+
+def test_a_run_is_ahead_by_its_own_reading_less_that_of_its_rehearsal():
+    """Read at the run, at the rehearsal without changes and at that with them, in this order."""
+    problem, recipe, outputs = small()
+    runs, read = [train(problem, replace(recipe, seed=s)) for s in (0, 1)], []
+
+    def reading(model):
+        read.append(outputs.evaluate(model))
+        return read[-1]
+
+    found = rehearse(runs, without(60, [3]), reading)
+    own = torch.stack([run.outputs(outputs) for run in runs])
+    assert torch.equal(torch.stack(read[::3]), own)
+    assert torch.equal(found.ahead, own - torch.stack(read[1::3]))
+    assert torch.equal(found.changes, torch.stack(read[2::3]) - torch.stack(read[1::3]))
 
 
 def test_the_run_is_left_as_it_was_and_readings_have_any_shape():
@@ -104,10 +122,33 @@ def test_trust_is_james_steins_factor():
     changes = torch.tensor(rng.normal(0.5, 1.0, (8, 30)))
     mean = changes.mean(0)
     noise = ((changes - mean) ** 2).sum(0).mean() / 7 / 7
-    assert Rehearsal(changes, 0).trust == pytest.approx(float(1 - noise / mean.square().mean()))
-    assert Rehearsal(changes[:1], 0).trust == 1.0
-    assert Rehearsal(torch.zeros(3, 4), 0).trust == 0.0
-    assert Rehearsal(torch.tensor([[1.0], [-1.0], [0.1]]), 0).trust == 0.0  # noise alone
+    level = torch.zeros_like(changes)
+    expected = float(1 - noise / mean.square().mean())
+    assert Rehearsal(changes, level, 0).trust == pytest.approx(expected)
+    assert Rehearsal(changes[:1], level[:1], 0).trust == 1.0
+    assert Rehearsal(torch.zeros(3, 4), torch.zeros(3, 4), 0).trust == 0.0
+    alone = torch.tensor([[1.0], [-1.0], [0.1]])
+    assert Rehearsal(alone, torch.zeros(3, 1), 0).trust == 0.0  # noise alone
+
+
+def test_what_runs_are_ahead_of_rehearsals_is_carried_but_for_a_tenth_of_a_large_effect():
+    rng, n = np.random.default_rng(1), 4000
+    growth, effect = (torch.tensor(rng.normal(0, s, n)) for s in (1.0, 5.0))
+    off = torch.tensor(rng.normal(0, 0.1, n)) * effect  # what rehearsals miss of the effect
+
+    def several(reading):
+        return reading.expand(3, n)
+
+    none, changes = several(0 * effect), several(-effect)
+    assert Rehearsal(none, several(growth), 0).carried == 1.0
+    assert Rehearsal(changes, none, 0).carried == 1.0  # nothing is ahead
+    # 1 - .25 / (1 + .25) and 1 - .25 / .25; n readings leave some 2 %
+    found = Rehearsal(changes, several(growth + off), 0)
+    assert found.carried == pytest.approx(0.8, abs=0.03)
+    assert Rehearsal(changes, several(off), 0).carried == pytest.approx(0, abs=0.05)
+    # the true change is -(effect + off): its error falls from .25 to .25 * .8, the best that one factor can do
+    wrong = [float((x + effect + off).square().mean()) for x in (found.mean, found.corrected)]
+    assert wrong[1] == pytest.approx(0.8 * wrong[0], rel=0.05)
 
 
 def test_a_coherent_removal_is_followed_where_influence_is_not():

@@ -237,9 +237,8 @@ def test_a_change_that_is_all_noise_leaves_models_alone(trained, monkeypatch):
     def rehearsed(several, weights, read, **_):
         size = len(read(several[0].model))
         one, other = noise[:, :size]
-        return Rehearsal(
-            torch.stack([one, other - one / 2]), 0.0
-        )  # they agree in places, by chance
+        changes = torch.stack([one, other - one / 2])  # they agree in places, by chance
+        return Rehearsal(changes, torch.zeros_like(changes), 0.0)
 
     monkeypatch.setattr(unlearning, "rehearse", rehearsed)
     with pytest.warns(unlearning.UnlearningWarning, match="have forgotten nothing"):

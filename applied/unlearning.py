@@ -177,14 +177,11 @@ def unlearn(
         plan, pairs = _plan(several, budget, pace, goal is not None)
         reader = _Reader(wanted, goal if change is None else None)
         found = rehearse(several[:pairs], without, reader, pace=plan, progress=progress)
-        moved = reader.split(found)
+        parts = reader.cut(found)
+        trust, carried = reader.trust(parts), {name: part.carried for name, part in parts.items()}
+        moved = {name: (trust[name] * part.corrected).numpy() for name, part in parts.items()}
         spent = found.steps / len(several)
-        meta = {
-            "pairs": pairs,
-            "pace": plan,
-            "trust": reader.trust(found),
-            "carried": reader.carried(found),
-        }
+        meta = {"pairs": pairs, "pace": plan, "trust": trust, "carried": carried}
     else:
         moved = {}
     if datamodel is not None:
@@ -304,7 +301,7 @@ class _Reader:
         return {}
 
     def cut(self, found: Rehearsal) -> dict[str, Rehearsal]:
-        """The rehearsed changes of each part."""
+        """The rehearsals, as they read each part."""
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         parts = zip(found.changes.split(sizes, dim=1), found.ahead.split(sizes, dim=1), strict=True)
         return {
@@ -314,22 +311,12 @@ class _Reader:
             for (name, shape), (changes, ahead) in zip(self.shapes.items(), parts, strict=True)
         }
 
-    def split(self, found: Rehearsal) -> dict[str, Any]:
-        """Changes by part, shrunk by their noise."""
-        trust, parts = self.trust(found), self.cut(found)
-        return {name: (trust[name] * part.corrected).numpy() for name, part in parts.items()}
-
-    def carried(self, found: Rehearsal) -> dict[str, float]:
-        """How much of what the runs are ahead of rehearsals each part keeps."""
-        return {name: part.carried for name, part in self.cut(found).items()}
-
-    def trust(self, found: Rehearsal) -> dict[str, float]:
+    def trust(self, parts: Mapping[str, Rehearsal]) -> dict[str, float]:
         """How far each part's mean change is believed.
 
         Logits by the geometric mean of what all of them and what those of the labels deserve: most of a change is in
         the latter, most of the noise in the others.
         """
-        parts = self.cut(found)
         trust = {name: part.trust for name, part in parts.items()}
         if self.goal is not None:
             for name in KINDS:

@@ -32,7 +32,7 @@ def checked(flags: Flags) -> tuple[Classification, tuple[str, ...]]:
     """The data and the kinds of forget sets.
 
     Raises:
-        ValueError: kinds nobody knows, too few models, sizes that do not fit, a forget file beside rows
+        ValueError: kinds nobody knows, too few models, a budget or sizes that do not fit, a forget file beside rows
             that are split at random.
         FileNotFoundError: no such file.
     """
@@ -42,6 +42,10 @@ def checked(flags: Flags) -> tuple[Classification, tuple[str, ...]]:
     if flags.models < FEWEST:
         raise ValueError(
             f"expected at least {FEWEST} models, got {flags.models}: distances are between two sets of them"
+        )
+    if not 0 < flags.budget <= 1:
+        raise ValueError(
+            f"expected a --budget in (0, 1] of a training's steps, got {flags.budget:g}"
         )
     own = flags.data not in ("digits", "breast_cancer")
     if flags.forget_file is not None and not flags.forget_file.exists():

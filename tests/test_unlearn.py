@@ -109,6 +109,7 @@ def test_a_cluster_is_of_one_class_and_about_as_large_as_asked():
     [
         (["--forget", "all"], "unknown forget set ['all']; expected some of random, cluster"),
         (["--models", "3"], "expected at least 4 models, got 3"),
+        (["--budget", "2"], "expected a --budget in (0, 1] of a training's steps, got 2"),
         (["--size", "400"], "expected --size from 1 to 250"),
         (["--forget-file", "nowhere.txt"], "no file nowhere.txt"),
         (["--forget-file", "HIGH"], "expected row numbers from 0 to 499"),

@@ -30,7 +30,6 @@ ADVICE = {
     "over-forgets": "stop earlier, or aim at the oracles' outputs and not at high loss",
     "too expensive": "take fewer steps, or smaller batches",
 }
-FORWARD = 1 / 3  # of a training step, which is a forward pass and a backward pass of twice its work
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def conformance(
     reasons["no-op"] = _no_op(before, model, made)
     reasons["edits its input"] = before.edits(model) or _shares(model, made)
     reasons["not finite"] = _not_finite(made)
-    steps = (count.rows + FORWARD * count.rows_read) / batch_size
+    steps = count.steps(batch_size)
     if limit is not None:
         checked.append("too expensive")
         reasons["too expensive"] = f"{steps:.4g} steps, at most {limit:g}" if steps > limit else ""

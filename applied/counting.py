@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+FORWARD = 1 / 3  # of a training step, which is a forward pass and a backward pass of twice its work
+
 
 @dataclass
 class Count:
@@ -19,6 +21,10 @@ class Count:
     rows_read: int = 0
     on: bool = True
     made: list[nn.Module] = field(default_factory=list)
+
+    def steps(self, batch_size: int) -> float:
+        """The cost in training steps."""
+        return (self.rows + FORWARD * self.rows_read) / batch_size
 
 
 @contextmanager

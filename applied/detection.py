@@ -108,6 +108,9 @@ def detect(
     y = None if labels is None else np.asarray(labels)
     x = None if features is None else _flat(features)
     n = len(x) if x is not None else len(next(iter(given.values()), []))
+    taken = sorted({NEIGHBOURS, COMBINED} & set(given))
+    if taken:
+        raise ValueError(f"expected other names of signals than {taken}, which stand for detectors")
     _check(given, n, x, y, planted)
     if x is not None and y is not None:
         given[NEIGHBOURS] = _disagreement(x, y, min(neighbours, n - 1))
@@ -134,6 +137,8 @@ def _check(given: Mapping[str, NDArray[Any]], n: int, x: Any, y: Any, planted: A
             raise ValueError(f"expected finite {name} [n={n}], got shape {values.shape}")
     if x is not None and not np.isfinite(x).all():
         raise ValueError("expected finite features, got NaN or infinity; mend those rows")
+    if x is not None and y is not None and len(np.unique(y)) < 2:
+        raise ValueError(f"expected labels of two classes or more, got one in {n} rows")
 
 
 def _flat(features: ArrayLike) -> NDArray[np.float64]:

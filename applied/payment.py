@@ -1,4 +1,4 @@
-"""What to pay for data, and which to buy: values turned into money, by cvxpy.
+"""What to pay for data, and which to buy: values turned into money.
 
 High is good here: of a loss, pass `-values`; values that add up to less than nothing are refused.
 """
@@ -74,7 +74,6 @@ def pay(
     Raises:
         ValueError: values that add up to less than nothing (a loss, whose sign was not turned); no player
             with worth; standard errors that a discount needs; limits that the budget cannot meet.
-        RuntimeError: the solver found no optimum.
 
     Source: Shapley shares as payments: Jia et al. 2019; Wang et al. 2024 (royalties).
 
@@ -104,21 +103,7 @@ def pay(
     _check_limits(floor, cap, share, budget)
 
     # optimize
-    import cvxpy as cp
-
-    some = share > 0
-    x = cp.Variable(int(some.sum()))
-    left = (budget - floor[~some].sum()) / budget
-    unit = share[some] / budget
-    problem = cp.Problem(
-        cp.Minimize(cp.sum(cp.multiply(1 / unit, cp.square(x - unit)))),
-        [cp.sum(x) == left, x >= floor[some] / budget, x <= cap[some] / budget],
-    )
-    problem.solve(solver="CLARABEL")
-    if problem.status != cp.OPTIMAL:
-        raise RuntimeError(f"expected an optimum, got solver status {problem.status!r}")
-    amounts = floor.copy()
-    amounts[some] = np.clip(budget * np.asarray(x.value), floor[some], cap[some])
+    amounts = _within(share, floor, np.where(share > 0, cap, floor), budget)
     ends = []
     for end in (values.values - values.half, values.values + values.half):
         end = np.maximum(end, 0.0)
@@ -126,6 +111,30 @@ def pay(
         total = others + end
         ends.append(np.divide(budget * end, total, out=np.zeros(k), where=~(total == 0)))
     return Payments(amounts, ends[0], ends[1], share, np.asarray(values.players), float(budget))
+
+
+def _within(
+    share: NDArray[Any], floor: NDArray[Any], cap: NDArray[Any], budget: float
+) -> NDArray[Any]:
+    """clip(c · share, floor, cap) that adds up to the budget, by a search for the one number c.
+
+    The program's optimum in closed form: a solver for quadratic programs fails where a share is tiny, since the
+    objective divides by it.
+    """
+    from scipy.optimize import brentq
+
+    def over(c: float) -> float:
+        return float(np.clip(c * share, floor, cap).sum()) - budget
+
+    if over(0.0) >= 0:  # the floors are all there is
+        return floor.copy()
+    most = 1.0
+    while over(most) < 0 and (most * share < cap).any():
+        most *= 2
+    if over(most) <= 0:  # the caps are
+        return np.clip(most * share, floor, cap)
+    c = brentq(over, 0.0, most, xtol=1e-300, rtol=4 * np.finfo(float).eps)
+    return np.clip(c * share, floor, cap)
 
 
 def _good_is_high(values: Values) -> None:
@@ -202,6 +211,12 @@ def buy(
 
     # plug in: values add up, so the gain is linear
     gain = values.values - (discount * values.standard_error if discount else 0.0)
+    wanted = price[gain > 0]
+    if not (wanted <= budget).any() and whole:
+        raise ValueError(
+            f"expected a budget for a player of positive value, got {budget:g}, while the cheapest of "
+            f"{len(wanted)} costs {min(wanted, default=math.nan):g}"
+        )
     scale = float(np.abs(gain).max())
 
     # optimize
@@ -211,12 +226,15 @@ def buy(
     problem = cp.Problem(
         cp.Maximize((gain / scale) @ x), [(price / budget) @ x <= 1, x[gain <= 0] == 0]
     )
-    problem.solve(solver="HIGHS")
+    problem.solve(solver="HIGHS", mip_rel_gap=0.0)
     if problem.status != cp.OPTIMAL:
         raise RuntimeError(f"expected an optimum, got solver status {problem.status!r}")
     chosen = np.asarray(x.value)
     chosen = np.round(chosen) if whole else np.clip(chosen, 0.0, 1.0)
-    return _decision(values, chosen, price, budget)
+    # a solver keeps to the budget up to a tolerance
+    while whole and price @ chosen > budget:
+        chosen[np.where(chosen > 0, gain, np.inf).argmin()] = 0.0
+    return _decision(values, chosen * min(1.0, budget / (price @ chosen)), price, budget)
 
 
 def _decision(values: Values, chosen: NDArray[Any], price: NDArray[Any], budget: float) -> Decision:

@@ -237,7 +237,8 @@ def _in_rounds(
         raise ValueError(
             f"expected a {what} that is predicted to raise the goal, got none; look at the goal's sign"
         )
-    said = Said(np.asarray(f.targets).astype(str), first.base, f.predict(weights) - first.base)
+    before = first.predict(versions.clean)
+    said = Said(np.asarray(f.targets).astype(str), before, f.predict(weights) - before)
     return weights, changed, said, {"rounds": rounds, "surrogate": dict(f.meta)}
 
 

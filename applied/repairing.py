@@ -43,7 +43,7 @@ def trace(
 ) -> Trace:
     """The training rows that raise one bad output most: its proponents, if the output is a loss.
 
-        ids = argmax_k scores[:, target],   predicted change without them = −Σ anchor_i scores_i
+        ids = argmax_k anchor_i scores[i, target],   predicted change without them = −Σ anchor_i scores_i
 
     Args:
         datamodel: of bad outputs, which are to become small.
@@ -68,9 +68,11 @@ def trace(
     weights[order] = 0.0
     verified = None
     if retrain is not None:
+        # what random removal leaves of each row on average
+        even = 1 - len(order) / np.count_nonzero(datamodel.anchor)
         decision = Decision(
             weights=weights, ids=np.asarray(datamodel.ids)[weights > 0], predicted=datamodel.predict(weights),
-            baseline=datamodel.base, targets=np.asarray(datamodel.targets), meta={"application": "trace"},
+            baseline=datamodel.predict(even * datamodel.anchor), targets=np.asarray(datamodel.targets), meta={"application": "trace"},
         )  # fmt: skip
         controls = {"nothing removed": datamodel.anchor}
         controls["random"] = _removed_at_random(datamodel.anchor, len(order), seeds)
@@ -178,6 +180,8 @@ def repair(
     scores = suspicion.combined if isinstance(suspicion, Detection) else np.asarray(suspicion, dtype=float)  # fmt: skip
     if scores.shape != (len(there),):
         raise ValueError(f"expected suspicion [n={len(there)}], got {scores.shape}")
+    if np.isnan(scores).any():
+        raise ValueError(f"expected a suspicion of each row, got {np.isnan(scores).sum()} NaN")
     if remove is None and not detection:
         raise ValueError("expected `remove` beside plain scores: they do not say where to stop")
     count = int((scores > 0).sum()) if remove is None else remove

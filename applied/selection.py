@@ -86,7 +86,7 @@ def select(
 
     Returns:
         A decision whose baseline is f̂ of a random choice of the same cost: every weight at
-        budget / total cost. Its meta holds `relaxed` and `achieved` (the objective of the
+        what it spends / total cost. Its meta holds `relaxed` and `achieved` (the objective of the
         fractional optimum and of the decision), `hurting` (how many chosen examples have a
         positive mean score), `short` (low quotas missed by rounding: domain -> missing cost).
 
@@ -135,7 +135,7 @@ def select(
         weights=weights,
         ids=np.asarray(f.ids)[chosen],
         predicted=f.predict(weights),
-        baseline=f.predict(np.full(len(best), limits.costs @ best / limits.costs.sum())),
+        baseline=f.predict(np.full(len(best), limits.costs @ weights / limits.costs.sum())),
         targets=np.asarray(f.targets),
         costs=limits.costs,
         meta={

@@ -131,11 +131,22 @@ class ThreatModel:
     def within(self, x: NDArray[Any], original: NDArray[Any]) -> NDArray[Any]:
         """The nearest inputs [k, ...] inside the ball around the originals, then inside the box.
 
+        Raises:
+            ValueError: originals that are outside the box.
+
         >>> threat = ThreatModel(1, "inputs", epsilon=0.5, box=(0.0, 1.0))
         >>> threat.within(np.array([[2.0, 0.3]]), np.array([[0.2, 0.2]])).tolist()
         [[0.7, 0.3]]
         """
         assert self.epsilon is not None
+        if (
+            self.box is not None
+            and not ((original >= self.box[0]) & (original <= self.box[1])).all()
+        ):
+            raise ValueError(
+                f"expected originals in the box [{self.box[0]:g}, {self.box[1]:g}], got some in "
+                f"[{original.min():g}, {original.max():g}]; they would have to leave the ball to get there"
+            )
         moved = x - original
         if self.norm == "inf":
             moved = np.clip(moved, -self.epsilon, self.epsilon)

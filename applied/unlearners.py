@@ -173,14 +173,15 @@ def to_unseen(
         share: of a batch that the forget set takes, at most; each of its rows comes equally often.
 
     Raises:
-        ValueError: counterparts that do not fit the forget set; labels that are no classes; a goal that is not finite.
+        ValueError: counterparts that do not fit the forget set; a share or batches that leave no room for retained
+            rows; labels that are no classes; a goal that is not finite.
 
     Source: this project's; a model's words on generic rows as the goal: Eldan & Russinovich 2023 (arXiv 2310.02238).
     """
     same = Counterparts(as_data(forget), as_data(like))
     teacher, theirs = copy.deepcopy(model), same.typical(model)
     device, rng = next(model.parameters()).device, np.random.default_rng(how.seed)
-    few = min(max(1, round(share * how.batch_size)), len(theirs))
+    few = _few(share, how.batch_size, len(theirs))
     draw = _draw(as_data(retain), how.batch_size - few, rng, device)
     turns = _turns(len(theirs), few, rng)
 
@@ -220,7 +221,8 @@ def match(
         share: of a batch that the forget set takes, at most.
 
     Raises:
-        ValueError: targets that do not fit the rows or the model's logits; a loss that is not finite.
+        ValueError: targets that do not fit the rows or the model's logits; a share or batches that leave no room for
+            retained rows; a loss that is not finite.
     """
     sets = [(as_data(forget), forget_logits), (as_data(retain), retain_logits)]
     for name, (data, wanted) in zip(("forget", "retain"), sets, strict=True):
@@ -229,7 +231,7 @@ def match(
                 f"expected one row of {name}_logits for each of the {len(data)} {name} rows, got {len(wanted)}"
             )
     rng = np.random.default_rng(how.seed)
-    few = min(max(1, round(share * how.batch_size)), len(sets[0][0]))
+    few = _few(share, how.batch_size, len(sets[0][0]))
 
     def goal(new: nn.Module, _f: Any, _r: Any) -> Tensor:
         parts = []
@@ -306,6 +308,15 @@ def _descend(
     for p in free:
         p.grad = None
     return new
+
+
+def _few(share: float, batch: int, rows: int) -> int:
+    """Rows of the forget set in a batch, beside one retained row at least."""
+    if not 0 < share <= 1 or batch < 2:
+        raise ValueError(
+            f"expected a share in (0, 1] of batches of two rows or more, got {share:g} of {batch}"
+        )
+    return min(max(1, round(share * batch)), rows, batch - 1)
 
 
 def _draw(data: Data, size: int, rng: np.random.Generator, device: torch.device) -> Iterator[Batch]:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from applied.counting import counted
+from applied.counting import FORWARD, counted
 from applied.matching import KINDS, Goal
 from applied.unlearners import Steps, Unlearner, to_unseen
 from applied.yardstick import Evaluation, attack, evaluate, gaussian_klom, klom
@@ -33,6 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
+BUDGET, BY_HEART = 0.2, 1 / 3  # of a training's steps; the latter with counterparts
 MATCHING = 0.3  # of the budget; the rest is for rehearsals
 ROUNDING = 1e-9
 PAIRS = 2  # rehearsals at least: one shows no noise, and larger batches tell more than many
@@ -103,7 +104,7 @@ def unlearn(
     datamodel: Any = None,
     like: Any = None,
     change: tuple[Tensor, Tensor] | None = None,
-    budget: float = 0.2,
+    budget: float | None = None,
     pace: Pace | None = None,
     retain_rows: int = 2000,
     seed: int = 0,
@@ -111,9 +112,9 @@ def unlearn(
 ) -> Unlearned:
     """Models, or their outputs, as if the forget set had never been trained on.
 
-        outputs:  f_z + trust · (f̂_z(1 − 1_F) − f̂_z(1))     models:  matched to logits that moved alike
+        outputs:  f_z + trust · (f̂_z(w − w_F) − f̂_z(w))     models:  matched to logits that moved alike
 
-    "auto" predicts by rehearsals (`rehearse`): pairs of trainings with and without F, on half of a batch's rows
+    w: what the runs were trained at. "auto" predicts by rehearsals (`rehearse`): pairs of trainings with and without F, on half of a batch's rows
     or on as many as the budget of all runs allows for two of them, and then as many pairs as it allows; never
     the whole training without F. Changes are averaged over runs, corrected by what trainings learn of F beyond
     rehearsals (`Rehearsal.corrected`) and shrunk by their noise (`Rehearsal.trust`), each kind of output by itself. Seven tenths
@@ -134,7 +135,8 @@ def unlearn(
             learned by heart, late in training, as facts are by language models: rehearsals learn too little of that.
         change: predicted changes of the logits to match, from any datamodel, in the place of rehearsals:
             (of the forget rows [F, ..., c], of the rows `retained(run, forget)` [R, ..., c]).
-        budget: training steps for each model, in those of its training.
+        budget: training steps for each model, in those of its training; by default a fifth, and a third with `like`:
+            fewer steps leave the models further from what they said elsewhere.
         pace: how rehearsals are taken; by default on batches as large as the budget allows.
         retain_rows: how many retained rows are matched at most.
         seed: of batches and of the sample of retained rows.
@@ -149,6 +151,7 @@ def unlearn(
     """
     several = list(runs) if isinstance(runs, Sequence) else [runs]
     named, listed = _named(outputs), list(forget)
+    budget = (BUDGET if like is None else BY_HEART) if budget is None else budget
     rows = _checked(several, listed, budget)
     if like is not None:
         if method != "auto" or datamodel is not None or change is not None:
@@ -185,7 +188,7 @@ def unlearn(
     else:
         moved = {}
     if datamodel is not None:
-        moved = {**moved, **_from_datamodel(datamodel, named, without, several[0].anchor)}
+        moved = {**moved, **_from_datamodel(datamodel, named, several[0], without)}
     before = read_all(several, named)
     predicted = {name: values + moved[name] for name, values in before.items()}
 
@@ -337,7 +340,7 @@ def _by_unlearner(
         with counted(model) as count:
             models.append(unlearner(model, Rows(train, rows), Rows(train, rest)))
             count.made.append(models[-1])
-        steps += count.rows / len(run.order[0]) / len(runs)
+        steps += count.steps(len(run.order[0])) / len(runs)
     name = getattr(
         unlearner, "__name__", getattr(getattr(unlearner, "func", None), "__name__", "unlearner")
     )
@@ -345,16 +348,20 @@ def _by_unlearner(
 
 
 def _towards(run: Any, like: Any, budget: float, seed: int) -> Unlearner:
-    """To what is said of counterparts, by the training's optimizer at half its learning rate, within the budget."""
-    optimizer = run.recipe.optimizer
+    """To what is said of counterparts, by the training's optimizer at half its learning rate, within the budget.
+
+    All counterparts are read once, and each step reads a batch before it.
+    """
+    optimizer, batch = run.recipe.optimizer, len(run.order[0])
+    reading = FORWARD * len(like) / batch
     how = Steps(
-        steps=int(budget * len(run.order)), lr=optimizer.lr / 2, momentum=getattr(optimizer, "momentum", None),
-        batch_size=len(run.order[0]), decay=True, seed=seed,
+        steps=int((budget * len(run.order) - reading) / (1 + FORWARD) + ROUNDING), lr=optimizer.lr / 2,
+        momentum=getattr(optimizer, "momentum", None), batch_size=batch, decay=True, seed=seed,
     )  # fmt: skip
     if how.steps < 1 or how.batch_size < 2:
         raise ValueError(
-            f"expected a budget of a step or more, on batches of two rows or more, got {budget:g} of {len(run.order)} "
-            f"steps on {how.batch_size} rows"
+            f"expected a budget of a step or more beside reading {len(like)} counterparts ({reading:.1f} steps), on batches "
+            f"of two rows or more, got {budget:g} of {len(run.order)} steps on {batch} rows"
         )
     return partial(to_unseen, like=like, how=how)
 
@@ -368,15 +375,15 @@ def _in_order(like: Any, listed: list[int]) -> Data:
 
 
 def _from_datamodel(
-    datamodel: Any, named: Mapping[str, Outputs], without: NDArray[np.float64], anchor: Any
+    datamodel: Any, named: Mapping[str, Outputs], run: Any, without: NDArray[np.float64]
 ) -> dict[str, NDArray[np.float64]]:
-    """What a datamodel predicts to change, by name."""
+    """What a datamodel predicts to change, by name, at the exposure of the run."""
     by_name = datamodel if isinstance(datamodel, Mapping) else {"outputs": datamodel}
     if set(by_name) != set(named):
         raise ValueError(
             f"expected a datamodel for each of the outputs {sorted(named)}, got {sorted(by_name)}"
         )
     return {
-        name: np.asarray(f.predict(without)) - np.asarray(f.predict(np.asarray(anchor)))
+        name: np.asarray(f.predict(run.exposure * without)) - np.asarray(f.predict(run.anchor))
         for name, f in by_name.items()
     }

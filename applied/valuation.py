@@ -220,7 +220,7 @@ def _of_table(
     everyone, nobody = (
         float(outputs[size == s, :, 0].mean()) if (size == s).any() else math.nan for s in (n, 0)
     )
-    told = kind == "banzhaf" and len(np.unique(size)) > 1  # by the slope around n/2
+    told = kind == "banzhaf" and size.min() <= (n - 1) / 2 < size.max()  # by the slope around n/2
     if how == "subsets by size" and math.isnan(everyone - nobody) and not told:
         missing = [who for who, f in (("everyone", everyone), ("nobody", nobody)) if math.isnan(f)]
         warnings.warn(
@@ -272,7 +272,10 @@ def held_out(table: RetrainingTable) -> Values:
     spread = np.where(out, (table.outputs - mean) ** 2, 0.0).sum(0)
     error = np.sqrt(spread / np.maximum(count - 1, 1) / count)
     error = np.where(count > 1, error, math.nan)
-    return Values(mean, error, np.arange(n), mean[:, None], kind="held out", meta={"rows": m})
+    freedom = int(count[count > 1].min()) - 1 if (count > 1).any() else math.inf
+    return Values(
+        mean, error, np.arange(n), mean[:, None], kind="held out", freedom=freedom, meta={"rows": m}
+    )
 
 
 def self_confidence(x: ArrayLike, y: ArrayLike, *, folds: int = 5, seed: int = 0) -> Values:

@@ -111,7 +111,7 @@ def aumann_shapley(
     size = np.bincount(index)[:, None] / problem.n
     where = None
     if folder is not None:
-        made_of = fingerprint(problem, recipe, outputs, points, path, labels)
+        made_of = fingerprint(problem, recipe, outputs, points, path, labels, method)
         where = claim(folder, "aumann_shapley.json", "values", made_of)
     method = method or partial(_derivatives, groups=groups)
     point = partial(_point, problem, recipe, outputs, method, where, index)

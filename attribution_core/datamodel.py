@@ -10,7 +10,7 @@ Every method of this package returns this object, and every application takes no
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FORMAT = 1  # of the saved folder; another number is refused
+OF_OUTPUTS = ("change", "weight_decay", "remainder")  # lists in meta with a number for each output
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class LinearDatamodel:
                 f"expected scores [n, t], got shape {scores.shape}; pass one column per output"
             )
         n, t = scores.shape
-        base = np.atleast_1d(np.asarray(self.base, dtype=float))
-        anchor = np.asarray(self.anchor, dtype=float)
+        base = np.atleast_1d(np.array(self.base, dtype=float))  # copies: nobody else's to change
+        anchor = np.array(self.anchor, dtype=float)
         anchor = np.full(n, float(anchor)) if anchor.ndim == 0 else anchor
         ids = np.arange(n) if self.ids is None else np.asarray(self.ids)
         targets = np.arange(t) if self.targets is None else np.asarray(self.targets)
@@ -185,7 +186,7 @@ class LinearDatamodel:
         parts = None if self.parts is None else self.parts @ matrix
         return replace(
             self, scores=self.scores @ matrix, base=self.base @ matrix, targets=names, parts=parts,
-            spread=None,
+            spread=None, meta=_meta_of([self.meta], lambda many: many[0] @ matrix),
         )  # fmt: skip
 
     def mean(self) -> LinearDatamodel:
@@ -229,9 +230,9 @@ class LinearDatamodel:
             part = (
                 folder / f"{name}.part.npy"
             )  # the array may be a map of the very file it replaces
-            np.save(part, array.astype(str) if array.dtype == object else array)
+            np.save(part, _typed(array))
             part.replace(folder / f"{name}.npy")
-        text = json.dumps({"format": FORMAT, "meta": dict(self.meta)}, indent=1, default=str)
+        text = json.dumps({"format": FORMAT, "meta": dict(self.meta)}, indent=1, default=_plain)
         part = folder / "datamodel.part.json"
         part.write_text(text, encoding="utf-8")
         part.replace(folder / "datamodel.json")
@@ -267,6 +268,20 @@ class LinearDatamodel:
         return cls(scores=scores, meta=head["meta"], **arrays)
 
 
+def _typed(array: NDArray[Any]) -> NDArray[Any]:
+    """An array that can be saved: objects as the numbers they are, else as text."""
+    if array.dtype != object:
+        return array
+    found = np.array(array.tolist())
+    same = found.shape == array.shape and found.dtype.kind in "biuf"
+    return found if same else array.astype(str)
+
+
+def _plain(value: Any) -> Any:
+    """What json writes for numpy's numbers and arrays, and for anything else its name."""
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
+
+
 def average(datamodels: Sequence[LinearDatamodel]) -> LinearDatamodel:
     """The mean of datamodels of the same examples and targets, e.g. over training seeds, with its spread.
 
@@ -289,9 +304,26 @@ def average(datamodels: Sequence[LinearDatamodel]) -> LinearDatamodel:
         first,
         scores=scores,
         base=base,
-        meta={**first.meta, "averaged": len(datamodels)},
+        meta={
+            **_meta_of([f.meta for f in datamodels], lambda many: many.mean(0)),
+            "averaged": len(datamodels),
+        },
         parts=np.mean(split, axis=0) if len(split) == len(datamodels) else None,
         spread=np.std([f.scores for f in datamodels], axis=0, ddof=1)
         if len(datamodels) > 1
         else None,
     )
+
+
+def _meta_of(
+    several: Sequence[Mapping[str, Any]], combined: Callable[[NDArray[Any]], NDArray[Any]]
+) -> dict[str, Any]:
+    """The first meta; what it says of each output goes with the outputs, and a ratio of such is left out."""
+    kept = {name: value for name, value in several[0].items() if name != "relative_remainder"}
+    for name in (name for name in OF_OUTPUTS if isinstance(kept.get(name), list)):
+        lists = [meta.get(name) for meta in several]
+        if all(isinstance(one, list) for one in lists):
+            kept[name] = combined(np.array(lists, dtype=float)).tolist()
+        else:
+            del kept[name]
+    return kept

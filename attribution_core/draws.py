@@ -60,6 +60,11 @@ def open_output(
             "use curvature='hessian', 'diagonal' or 'identity'"
         )
     leaves, spec = tree_flatten(seen[0])
+    if not any(is_real(leaf) for leaf in leaves):
+        raise ValueError(
+            f"expected a model that returns tensors, by themselves or in a tuple, a dict or a ModelOutput, got "
+            f"{type(seen[0]).__name__}; return a dict instead"
+        )
 
     def losses(output: list[Tensor]) -> Tensor:
         values = iter(output)

@@ -191,10 +191,12 @@ def row_by_row(one: Callable[[Any], Any], batch: Batch) -> Any:
     with sdpa_kernel(SDPBackend.MATH):
         try:
             return vmap(one)(batch)
-        except RuntimeError as error:
-            if "vmap" not in str(error):
-                raise
-        # control flow that depends on values (padding masks in transformers): row by row instead
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            pass
+        # layers without a batched form (recurrent ones), control flow that depends on values (padding masks in
+        # transformers): row by row instead, where any other error comes again
         singles = [one(_row(batch, i)) for i in range(rows_in(batch))]
     return tree_map(lambda *parts: torch.stack(parts), *singles)
 
@@ -229,7 +231,20 @@ def choose_engine(problem: Problem, count: int, rows: np.ndarray, engine: Engine
             f"expected layers whose parameters act in their own forward, but {uncovered[:5]} do not; "
             "use engine='jvp' or 'rows', or 'auto', which does so by itself"
         )
-    return "jvp" if count <= FEW else "rows"
+    return "jvp" if count <= FEW and _has_forward_mode(problem, rows[:2]) else "rows"
+
+
+def _has_forward_mode(problem: Problem, rows: np.ndarray) -> bool:
+    """Whether the losses can be differentiated along a direction; some layers have reverse mode alone."""
+    params = problem.params
+    still = {name: torch.zeros_like(value)[None] for name, value in params.items()}
+    try:
+        forward_mode(
+            problem.model, problem.loss, params, still, take(problem.train, rows, problem.device)
+        )
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 # --- sums of gradients, gradients of outputs ---------------------------------------------------

@@ -33,7 +33,15 @@ from attribution_core.passes import Pass, Passes
 from attribution_core.problem import Outputs, Params, Problem, decay_of, refuse_random_layers
 from attribution_core.reach import Reach, Segment, mean_of
 from attribution_core.steps import Steps, TrainingState
-from attribution_core.training import Drop, Recipe, Run, checked_weights, steps_of, unchanging
+from attribution_core.training import (
+    Drop,
+    Recipe,
+    Run,
+    checked_weights,
+    removed_rows,
+    steps_of,
+    unchanging,
+)
 
 Order = Literal[1, 2]
 PLACE = {1: 0.0, 2: 0.5}  # along the straight line of a segment, where ∇f stands for ĝ
@@ -123,7 +131,10 @@ def in_run(
     state, losses = reading.train(memory, progress)
     by_name = steps.packing.unpack
     moments = {name: by_name(held) for name, held in state.moments.items()}
-    run = Run(started, recipe, by_name(state.params), moments, batches, w, 1.0, losses)
+    removed = removed_rows(recipe, w, drop)
+    run = Run(
+        started, recipe, by_name(state.params), moments, batches, w, 1.0, losses, removed=removed
+    )
     meta: dict[str, object] = {
         "method": "in_run",
         "order": order,

@@ -34,7 +34,7 @@ def input_influence(
     curvature_rows: int | None = None,
     batch_size: int = 256,
 ) -> LinearDatamodel:
-    """Influence datamodel by the inputs of training rows: scores = −(w_i/(α n)) ∂/∂x_i ⟨∇_θ ℓ_i(θ), (H + λ)⁻¹ a_j⟩.
+    """Influence datamodel by the inputs of training rows: scores = −(w_i/n) ∂/∂x_i ⟨∇_θ ℓ_i(θ), (H + λ)⁻¹ a_j⟩.
 
     Exact, for infinitesimal changes, at the optimum of a strongly convex problem with the exact Hessian.
 
@@ -60,7 +60,7 @@ def input_influence(
         source, at, outputs, curvature, damping, rows=some, labels="model", refine=0
     )
     targets = flatten(output_gradients(problem.model, outputs)).double().cpu()
-    directions = unflatten((fitted.solve(targets) * -at.unit), problem.params)
+    directions = unflatten((fitted.solve(targets) / -at.drawn), problem.params)
     parts = []
     for chosen in batches(places, batch_size):
         w = torch.from_numpy(at.weights[chosen]).to(problem.device)

@@ -213,7 +213,13 @@ def _asked(
     if mode == "forward" and not can:
         raise ValueError(f"forward mode takes few directions: domains, lr, weight_decay, not {wrt}")
     few = count + len(hyper) <= len(outputs) and segments == 1
-    forward = can and (mode == "forward" or (mode == "auto" and few))
+    gone = count and len(run.removed) > 0  # rows that ride along do so in reverse mode alone
+    if mode == "forward" and gone:
+        raise ValueError(
+            "expected a run that was drawn from every row, got removed ones, which forward mode does not see; use "
+            "mode='reverse'"
+        )
+    forward = can and (mode == "forward" or (mode == "auto" and few and not gone))
     return _Asked(wrt, labels, chosen, column, hyper, start, segments, forward)
 
 

@@ -243,5 +243,8 @@ def load_state(path: Path, like: Params) -> tuple[Params, State]:
     for key, value in load_file(path).items():
         group, name = key.split("/", 1)
         groups.setdefault(group, {})[name] = value.to(device)
-    params = {name: groups["params"][name] for name in like}
-    return params, {group: held for group, held in groups.items() if group != "params"}
+    ordered = {
+        group: {name: held[name] for name in (*(name for name in like if name in held), *held)}
+        for group, held in groups.items()
+    }  # a file holds names by the alphabet, and who flattens a group goes by its order
+    return ordered.pop("params"), ordered

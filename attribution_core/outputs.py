@@ -49,7 +49,8 @@ def margin(model: nn.Module, batch: Batch) -> Tensor:
 def squared_error(model: nn.Module, batch: Batch) -> Tensor:
     """½ ‖prediction − label‖², [b], summed over the label's entries."""
     prediction, labels = logits_and_labels(model, batch)
-    return 0.5 * (prediction - labels.reshape(prediction.shape)).square().flatten(1).sum(1)
+    off = (prediction - labels.reshape(prediction.shape)).reshape(len(prediction), -1)
+    return 0.5 * off.square().sum(1)
 
 
 def causal_lm_loss(model: nn.Module, batch: Batch, *, tokens: int | None = None) -> Tensor:

@@ -137,7 +137,8 @@ def rehearse(
         progress: wraps the loop over runs (tqdm).
 
     Raises:
-        ValueError: no runs; weights that are not [n]; a rehearsal that leaves the finite numbers.
+        ValueError: no runs; weights that are not [n], or above 0 for rows that a run was drawn without
+            (`drop="row"`); a rehearsal that leaves the finite numbers.
 
     Source: the difference of two coarse solutions as a correction to a fine one: Giles 2008 (multilevel
     Monte Carlo); Adam's learning rate and the root of the batch: Malladi et al. 2022.
@@ -146,6 +147,13 @@ def rehearse(
     if not several:
         raise ValueError("expected at least one run to rehearse, got none")
     w = checked_weights(weights, several[0].problem.n)
+    for run in several:
+        back = np.setdiff1d(np.flatnonzero(w), run.pool)
+        if len(back):
+            raise ValueError(
+                f"expected weights for rows that batches were drawn from, got {w[back[0]]:g} for row {back[0]}, which "
+                "the run's training was drawn without; train with drop='weight'"
+            )
     found = [_rehearsed(run, w, read, pace) for run in progress(several)]
     changes, ahead = (torch.stack(part) for part in zip(*found, strict=True))
     return Rehearsal(changes, ahead, sum(pace.cost(run) for run in several))
@@ -154,7 +162,7 @@ def rehearse(
 def _rehearsed(run: Run, w: NDArray[np.float64], read: Read, pace: Pace) -> tuple[Tensor, Tensor]:
     """(reading after a rehearsal at w, less that after one at the run's weights; reading of the run, less the latter)."""
     recipe = _smaller(run, pace.size(run))
-    steps = steps_of(run.problem, recipe, recipe.draw(np.arange(run.problem.n)), run.weights)
+    steps = steps_of(run.problem, recipe, recipe.draw(run.pool), run.weights)
     models = [_averaged(replace(steps, weights=at), pace.tail) for at in (run.weights, w)]
     with torch.no_grad():
         own, before, after = (read(model).double().cpu() for model in (run.model, *models))
@@ -172,7 +180,7 @@ def _smaller(run: Run, size: int) -> Recipe:
         adam: Any = optimizer
         optimizer = replace(adam, lr=adam.lr / math.sqrt(share))
     return replace(
-        run.recipe, optimizer=optimizer, batch_size=size, epochs=len(run.order) * size / run.problem.n, accumulate=parts,
+        run.recipe, optimizer=optimizer, batch_size=size, epochs=len(run.order) * size / run.drawn, accumulate=parts,
         seed=run.recipe.seed + SEED, order=None, init=None,
     )  # fmt: skip
 

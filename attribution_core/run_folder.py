@@ -58,6 +58,11 @@ class RunFolder:
 
     # --- under way
 
+    def clear(self) -> None:
+        """Forget states of a training that was killed before its first snapshot, by another recipe perhaps."""
+        for old in (self.path / "states").glob("*.safetensors"):
+            old.unlink()
+
     def keep(self, step: int, state: TrainingState) -> None:
         """Keep a state for attribution."""
         save_training_state(StatesOnDisk(self.path / "states", self.like).path(step), state)

@@ -132,7 +132,7 @@ def _by_size(
 
     with μ_s the mean of f over sets of size s, and D_i(s) its mean over those with i less that over those
     without. (Both lines are exact over all sets.) Sizes with too few rows are taken together, sizes
-    that were not drawn are interpolated. The D_i of a size add up to zero, and are made to.
+    that were not drawn are interpolated, and beyond them μ goes on as it does between them. The D_i of a size add up to zero, and are made to.
     """
     n = inside.shape[1]
     y = outputs.mean(1)
@@ -146,25 +146,40 @@ def _by_size(
     s = np.arange(1, n)
     count = q[s - 1] * (1 - s / n) + q[s] * s / n
     share = count @ np.stack([np.interp(s, centres, one) for one in np.eye(len(centres))], axis=1)
-    level, level_variance = _levels(y, size, q)
+    seeds = outputs.shape[1]
+    noise = outputs.var(axis=1, ddof=1).mean(0) / seeds if seeds > 1 else None
+    level, level_variance = _levels(y, size, q, noise)
     spread = np.tensordot(share**2, variance, axes=1)
     return level + np.tensordot(share, d, axes=1), np.sqrt(spread + level_variance), math.inf
 
 
 def _levels(
-    y: NDArray[Any], size: NDArray[Any], q: NDArray[np.float64]
+    y: NDArray[Any], size: NDArray[Any], q: NDArray[np.float64], noise: NDArray[Any] | None
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Σ_s q_s (μ_{s+1} − μ_s), [t], and its variance; μ is interpolated between the sizes there are."""
+    """Σ_s q_s (μ_{s+1} − μ_s), [t], and its variance.
+
+    μ is interpolated between the sizes there are, and goes on beyond them as it does between them on average. noise is the
+    variance of a row over seeds; where one seed does not tell it, that among sets of one size stands in for it.
+    """
     known, where, count = np.unique(size, return_inverse=True, return_counts=True)
+    between = np.zeros_like(q)
+    between[known[0] : known[-1]] = q[known[0] : known[-1]]
+    between /= between.sum() or 1.0
     share = np.array(
-        [q @ np.diff(np.interp(np.arange(len(q) + 1), known, one)) for one in np.eye(len(known))]
+        [
+            between @ np.diff(np.interp(np.arange(len(q) + 1), known, one))
+            for one in np.eye(len(known))
+        ]
     )
     mu = np.stack([y[where == k].mean(0) for k in range(len(known))])
     inner = (size > 0) & (size < len(q))  # there is one set of everyone, and one of nobody
     free = max(1, inner.sum() - len(np.unique(size[inner])))
     within = ((y - mu[where])[inner] ** 2).sum(0) / free
     noisy = (known > 0) & (known < len(q))
-    return share @ mu, (share[noisy] ** 2 / count[noisy]).sum() * within
+    parts = share**2 / count
+    return share @ mu, parts[noisy].sum() * within + parts[~noisy].sum() * (
+        within if noise is None else noise
+    )
 
 
 def _contrasts(

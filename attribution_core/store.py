@@ -191,6 +191,24 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()
 
 
+def _settings(part: Any) -> dict[str, Any]:
+    """The attributes of an object that are plain values or tensors, but for private ones and a module's mode."""
+    return {
+        name: value
+        for name, value in vars(part).items()
+        if not name.startswith("_") and name != "training" and _is_setting(value)
+    }
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_setting(item) for item in value)
+    arrays = (np.ndarray, torch.Tensor)
+    return value is None or isinstance(
+        value, (bool, int, float, str, torch.dtype, types.FunctionType, *arrays)
+    )
+
+
 def _feed(digest: Any, part: Any) -> None:
     if hasattr(part, "_fingerprint"):  # a datasets.Dataset, or data that know their own
         digest.update(str(part._fingerprint).encode())
@@ -202,6 +220,7 @@ def _feed(digest: Any, part: Any) -> None:
         _feed(digest, [str(part), *(str(config) for config in configs.values())])
         _feed(digest, [name for name, p in part.named_parameters() if p.requires_grad])
         _feed(digest, part.state_dict())
+        _feed(digest, [_settings(module) for module in part.modules()])
     elif isinstance(part, torch.Tensor):
         # bfloat16 has no numpy counterpart: its bytes are read as they are
         flat = part.detach().cpu().contiguous()
@@ -229,7 +248,8 @@ def _feed(digest: Any, part: Any) -> None:
     elif isinstance(part, types.CodeType):
         _feed(digest, [part.co_code, part.co_names, part.co_consts])
     elif isinstance(part, (types.FunctionType, types.MethodType)):
-        _feed(digest, [part.__module__, part.__qualname__, part.__code__, part.__defaults__])
+        _feed(digest, [part.__module__, part.__qualname__, part.__code__])
+        _feed(digest, [part.__defaults__, getattr(part, "__kwdefaults__", None)])
         _feed(digest, getattr(part, "__self__", None))
         held = [cell.cell_contents for cell in part.__closure__ or ()]
         _feed(digest, [value for value in held if value is not part])
@@ -244,4 +264,7 @@ def _feed(digest: Any, part: Any) -> None:
             _feed(digest, part[list(range(start, min(start + 1024, len(part))))])
     else:
         text = repr(part)  # an address is no content, and differs between processes
-        digest.update(f"{type(part).__qualname__}:{'' if ' at 0x' in text else text};".encode())
+        unnamed = " at 0x" in text
+        digest.update(f"{type(part).__qualname__}:{'' if unnamed else text};".encode())
+        if unnamed and hasattr(part, "__dict__"):
+            _feed(digest, _settings(part))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import flatten
-from attribution_core.problem import Problem
+from attribution_core.problem import Problem, refuse_random_layers
 from attribution_core.training import Drop, Run
 
 OWN = "a run brings its own weights and exposure; do not give them again"
@@ -54,7 +54,8 @@ def trained(
     drop="row": rows of weight 0 were not there, so the mean loss was over the others.
 
     Raises:
-        ValueError: weights that are not [n], an exposure outside (0, 1]; either given beside a run.
+        ValueError: weights that are not [n], an exposure outside (0, 1]; either given beside a run; a problem
+            whose model is left in training mode with dropout or batch norm.
     """
     if isinstance(source, Run):
         if weights is not None or exposure != 1.0 or drop != "weight":
@@ -63,7 +64,8 @@ def trained(
         return Trained(
             source.trained(), source.weights, source.exposure, source.drawn, damping.double().cpu()
         )
-    w = np.ones(source.n) if weights is None else np.asarray(weights, dtype=float)
+    refuse_random_layers(source.model)  # before anything passes through them
+    w = np.ones(source.n) if weights is None else np.array(weights, dtype=float)
     if w.shape != (source.n,) or not 0 < exposure <= 1:
         raise ValueError(
             f"expected weights [n={source.n}] and an exposure in (0, 1], got {w.shape} and {exposure}"

@@ -113,6 +113,7 @@ class Run:
     )
     since: int = 0  # the step from which the weights acted
     shards: int = 1  # processes that shared the rows of each batch
+    removed: NDArray[np.intp] = field(default_factory=lambda: np.zeros(0, int))  # never drawn from
 
     @property
     def model(self) -> nn.Module:
@@ -127,11 +128,14 @@ class Run:
         return self.exposure * self.weights
 
     @property
+    def pool(self) -> NDArray[np.intp]:
+        """The examples that batches were drawn from: all but those that were removed."""
+        return np.setdiff1d(np.arange(len(self.weights)), self.removed)
+
+    @property
     def drawn(self) -> int:
         """How many examples the batches were drawn from: n, or fewer where rows were removed."""
-        seen = np.bincount(np.concatenate(self.order), minlength=len(self.weights))
-        removed = (self.weights == 0).any() and not seen[self.weights == 0].any()
-        return int((self.weights > 0).sum()) if removed else len(self.weights)
+        return len(self.weights) - len(self.removed)
 
     def outputs(self, outputs: Outputs) -> Tensor:
         """The trained model's outputs [t], in eval mode."""
@@ -248,12 +252,15 @@ def train(
     _check_layers(steps)
     start = steps.start()
     held = states_held(states, len(steps), start.bytes, memory)
-    run = Run(started, recipe, {}, {}, order, w, exposure, np.zeros(0), since=since, shards=shards)
+    run = Run(
+        started, recipe, {}, {}, order, w, exposure, np.zeros(0), since=since, shards=shards,
+        removed=removed_rows(recipe, w, drop),
+    )  # fmt: skip
     if folder is None:
         return _descend(run, steps, held, checkpoints, progress)
     held = 0 if states == "auto" else held
-    kept = [x for x in (checkpoints, f"{held} states" * (held > 0), since) if x]
-    made_of = fingerprint(started, recipe, w, exposure, drop, *kept)
+    asked = {"checkpoints": checkpoints, "states": held, "since": since}
+    made_of = fingerprint(started, recipe, w, exposure, drop, asked)
     where = RunFolder(Path(folder), made_of, start)
     if not from_first(where.finished()):
         if shards > 1 or world()[0] == 0:
@@ -262,6 +269,17 @@ def train(
                 where.write(found)
         wait()
     return replace(run, **where.read(steps))
+
+
+def removed_rows(recipe: Recipe, weights: NDArray[np.float64], drop: Drop) -> NDArray[np.intp]:
+    """Rows of weight 0 that batches are drawn without; of batches that somebody gave, those in none of them."""
+    out = weights == 0
+    if recipe.order is None:
+        gone = drop == "row"
+    else:
+        seen = np.bincount(np.concatenate(list(recipe.order)), minlength=len(out))
+        gone = not seen[out].any()
+    return np.flatnonzero(out) if gone else np.zeros(0, int)
 
 
 def steps_of(
@@ -318,6 +336,8 @@ def _descend(
     if snapshots is not None:
         state, first, losses, digests = snapshots.resume(state, losses, digests)
     by_name = steps.packing.unpack
+    if folder is not None and first == 0 and world()[0] == 0:
+        folder.clear()
     if held:
         digests[first] = state.digest()
     for step in progress(range(first, len(steps))):
@@ -406,7 +426,7 @@ def detached(params: Params) -> Params:
 
 
 def checked_weights(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:
-    w = np.ones(n) if weights is None else np.asarray(weights, dtype=float)
+    w = np.ones(n) if weights is None else np.array(weights, dtype=float)  # a copy: it is kept
     if w.shape != (n,):
         raise ValueError(f"expected one weight per training example, [n={n}], got {w.shape}")
     if not np.isfinite(w).all() or (w < 0).any():

@@ -190,23 +190,33 @@ def test_points_are_placed_where_f_changes():
     np.testing.assert_allclose(even, (1 + np.array([-1, 1]) / 3**0.5) / 2)
 
 
+DONE = []
+
+
+def noting(run, outputs):
+    DONE.append(run.weights[0])
+    return magic(run, outputs, check=False)
+
+
 def test_finished_points_are_kept(tmp_path):
     problem, outputs = small()
-    done = []
-
-    def method(run, outputs):
-        done.append(run.weights[0])
-        return magic(run, outputs, check=False)
-
-    settings = {"points": 3, "folder": tmp_path, "method": method}
+    DONE.clear()
+    settings = {"points": 3, "folder": tmp_path, "method": noting}
     one = aumann_shapley(problem, RECIPE, outputs, **settings)
     next(tmp_path.glob("point-*.npy")).unlink()
     two = aumann_shapley(problem, RECIPE, outputs, **settings)
     np.testing.assert_array_equal(one.scores, two.scores)
-    assert len(done) == 4
+    assert len(DONE) == 4
     with pytest.raises(ValueError, match="holds values of another run"):
-        aumann_shapley(problem, Recipe(SGD(0.1), 4, 3), outputs, points=3, folder=tmp_path)
+        aumann_shapley(problem, Recipe(SGD(0.1), 4, 3), outputs, **settings)
     with pytest.raises(ValueError, match="at least 1 point"):
         aumann_shapley(problem, RECIPE, outputs, points=0)
     with pytest.raises(ValueError, match="unknown path 'time'"):
         aumann_shapley(problem, RECIPE, outputs, path="time")
+
+
+def test_another_method_is_another_run(tmp_path):
+    problem, outputs = small()
+    aumann_shapley(problem, RECIPE, outputs, points=3, folder=tmp_path)
+    with pytest.raises(ValueError, match="holds values of another run"):
+        aumann_shapley(problem, RECIPE, outputs, points=3, folder=tmp_path, method=influence)

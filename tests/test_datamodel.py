@@ -290,3 +290,18 @@ def test_groups_that_do_not_fit():
 def test_matrices_that_do_not_fit(matrix):
     with pytest.raises(ValueError, match=r"expected a matrix \[t=3, k\]"):
         make().combine(matrix)
+
+
+def test_arrays_that_it_was_made_of_may_change_afterwards():
+    base, anchor = np.zeros(1), np.ones(2)
+    f = LinearDatamodel([[1.0], [2.0]], base, anchor)
+    base[0], anchor[0] = 9.0, 9.0
+    assert f.predict([1, 1]).tolist() == [0.0]
+
+
+def test_numbers_stay_numbers_on_disk(tmp_path):
+    ids, meta = np.array([7, 5], dtype=object), {"seed": np.int64(4), "at": np.arange(2)}
+    LinearDatamodel([[1.0], [2.0]], [0.0], 1.0, ids=ids, meta=meta).save(tmp_path)
+    found = LinearDatamodel.load(tmp_path)
+    assert found.rows([5]).tolist() == [1]
+    assert found.meta == {"seed": 4, "at": [0, 1]}

@@ -509,3 +509,33 @@ def test_repairs_that_make_no_sense(suspicion, given, message):
     attack, world = attacked("labels")
     with pytest.raises(ValueError, match=message):
         repair(attack, suspicion, world.victim, **given)
+
+
+def test_a_trace_is_predicted_beside_the_random_removal_that_it_is_compared_with():
+    scores, seeds = np.arange(1.0, 9.0)[:, None], range(400)
+    f = LinearDatamodel(scores, scores.sum(0), 1.0)
+    found = trace(f, k=3, retrain=Linear(scores), seeds=seeds)
+    told = (found.verified.decision.predicted - found.verified.decision.baseline)[0]
+    assert told == pytest.approx(-21 + 3 * 4.5)
+    real = found.verified.difference("random")
+    assert abs(real.mean - told) < 4 * scores.std() * np.sqrt(
+        3 / len(seeds)
+    )  # of three random rows
+
+
+def test_names_of_detectors_are_taken_and_one_class_is_no_label():
+    x = np.random.default_rng(0).normal(size=(6, 2))
+    y = np.array([0, 1, 0, 1, 0, 1])
+    with pytest.raises(
+        ValueError, match=r"other names of signals than \['combined', 'neighbours'\]"
+    ):
+        detect(x, y, signals={"neighbours": np.ones(6), "combined": np.ones(6)})
+    with pytest.raises(ValueError, match="two classes or more"):
+        detect(x, np.zeros(6, int), trusted=(x, np.zeros(6, int)))
+
+
+def test_suspicion_of_nan_is_refused():
+    attack, world = attacked("labels")
+    suspicion = np.r_[np.nan, np.zeros(N - 1)]
+    with pytest.raises(ValueError, match="suspicion of each row, got 1 NaN"):
+        repair(attack, suspicion, world.victim, remove=1)

@@ -298,3 +298,39 @@ def test_output_gradients_equal_plain_autograd(name, size):
     for some, expected in wanted.values():
         found = flatten(output_gradients(problem.model, some, batch_size=size))
         torch.testing.assert_close(found, expected, **EXACT)
+
+
+@menagerie.seeded
+def odd_layers():
+    """Layers without a batched form, or without forward mode."""
+    data = (torch.randn(6, 5, 3), torch.tensor([0, 1, 2, 0, 1, 2]))
+    flat = (data[0].flatten(1), data[1])
+
+    class Recurrent(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.head = layer, nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(x)[0][:, -1])
+
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(15, 4))
+    models = {
+        "gru": (Recurrent(nn.GRU(3, 4, batch_first=True)), data),
+        "lstm": (Recurrent(nn.LSTM(3, 4, batch_first=True)), data),
+        "prelu": (nn.Sequential(nn.Linear(15, 4), nn.PReLU(), nn.Linear(4, 3)), flat),
+        "weight norm": (nn.Sequential(normed, nn.Tanh(), nn.Linear(4, 3)), flat),
+    }
+    return {
+        k: Problem(m.double(), cross_entropy, (x.double(), y)) for k, (m, (x, y)) in models.items()
+    }
+
+
+@pytest.mark.parametrize("count", [2, 30])
+@pytest.mark.parametrize("name", ["gru", "lstm", "prelu", "weight norm"])
+def test_layers_that_torch_cannot_batch_or_push_forward(name, count):
+    problem = odd_layers()[name]
+    rows = menagerie.row_gradients(problem)
+    along = directions(problem, count)
+    found = directional(problem, unflatten(along, problem.params))
+    np.testing.assert_allclose(found, rows.double() @ along.T, **EXACT)

@@ -21,12 +21,17 @@ from attribution_core import (
     margin,
     random_subsets,
     retrain,
+    source,
     squared_error,
+    tracin,
     train,
+    trak,
 )
 from attribution_core.curvature import fit_curvature
 from attribution_core.ekfac import fit_ekfac
 from attribution_core.gradients import flatten
+from attribution_core.input_influence import gradient_matching, input_influence
+from attribution_core.store import fingerprint
 from tests import menagerie
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -492,3 +497,25 @@ def test_digits_halves_are_predicted(capsys):
     assert best.ceiling > best.mean
     # the lower end of its interval is above both others' means
     assert max(found["full run"].mean, found["grad-dot"].mean) < best.interval[0]
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(3), nn.Dropout(0.5)])
+def test_a_model_left_in_training_mode_is_refused_before_anything_passes_through(layer):
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(4, 3), layer, nn.Linear(3, 2)).train()
+    problem = Problem(model, cross_entropy, (x, torch.arange(6) % 2))
+    outputs = Outputs(cross_entropy, (x[:2], torch.tensor([0, 1])))
+    before, state = fingerprint(model.state_dict()), torch.get_rng_state()
+    ways = (
+        lambda: influence(problem, outputs),
+        lambda: trak(problem, outputs),
+        lambda: tracin(problem, outputs, checkpoints=[problem.params], lr=0.1, steps=3),
+        lambda: source(problem, outputs, checkpoints=[problem.params], lr=0.1, steps=3),
+        lambda: input_influence(problem, outputs, rows=[0]),
+        lambda: gradient_matching(problem, outputs.mean(), rows=[0]),
+    )
+    for way in ways:
+        with pytest.raises(ValueError, match=r"dropout|batch norm"):
+            way()
+    assert fingerprint(model.state_dict()) == before
+    assert torch.equal(torch.get_rng_state(), state)

@@ -19,6 +19,7 @@ from attribution_core import (
     fit_curvature,
     magic,
     margin,
+    squared_error,
     train,
 )
 from attribution_core.input_influence import gradient_matching, input_influence
@@ -286,3 +287,19 @@ def test_token_ids_have_no_derivative():
             menagerie.mlp(), Outputs(margin, menagerie.mlp().train), rows=[0],
             curvature=fit_curvature(menagerie.mlp()), damping=0.1,
         )  # fmt: skip
+
+
+def test_an_exposure_is_no_larger_weight():
+    """At half of the steps a converged run stands where a whole one does, and a row counts w/n there."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(12, 3)))
+    problem = Problem(nn.Linear(3, 1).double(), squared_error, (x, x.sum(1, keepdim=True) + 1))
+    recipe = Recipe(SGD(0.2), 12, 800)
+    outputs = Outputs(lambda m, b: m(b[0])[:, 0], (x[:2],))
+    whole, half = (
+        input_influence(train(problem, recipe, exposure=a, states=0), outputs, rows=[3]).scores
+        for a in (1.0, 0.5)
+    )
+    np.testing.assert_allclose(
+        half, whole, rtol=0.02
+    )  # the run's own damping differs by its length

@@ -617,3 +617,44 @@ def test_arguments_that_make_no_sense(arguments, message):
     run, outputs, _ = reference()
     with pytest.raises(ValueError, match=message):
         magic(run, outputs, **arguments)
+
+
+def test_a_run_without_digests_is_taken_again_to_its_end(tmp_path):
+    """Kept in a folder without states; then somebody loads the trained parameters into the initial model."""
+    problem = menagerie.mlp(12)
+    run = train(problem, Recipe(SGD(0.1), 4, 2), folder=tmp_path)
+    outputs = menagerie.unseen(problem)
+    magic(run, outputs, check=False)
+    problem.model.load_state_dict(run.model.state_dict())
+    with pytest.raises(ValueError, match=r"its steps end .* of their norm away"):
+        magic(run, outputs, check=False)
+
+
+def test_a_folder_tells_runs_apart_by_how_they_were_made(tmp_path):
+    problem = menagerie.mlp(12)
+    outputs, w = menagerie.unseen(problem), np.r_[0.0, np.ones(11)]
+    recipe = Recipe(SGD(0.1), 4, 2)
+    found = {}
+    for drop in ("weight", "row"):
+        run = train(problem, recipe, w, drop=drop, states=0)
+        fresh = magic(run, outputs, check=False).scores
+        try:
+            found[drop] = magic(run, outputs, check=False, folder=tmp_path).scores
+        except ValueError as error:
+            assert "another" in str(error)  # noqa: PT017
+        else:
+            np.testing.assert_array_equal(found[drop], fresh)
+    assert list(found) == ["weight"]
+
+
+def test_removed_domains_ride_along_in_reverse():
+    problem = menagerie.mlp(12)
+    w, domains = np.ones(12), np.arange(12) // 4
+    w[:4] = 0.0
+    run = train(problem, Recipe(SGD(0.1), 4, 2), w, drop="row")
+    outputs = menagerie.unseen(problem, rows=8)  # more than domains: forward mode would be quicker
+    found = magic(run, outputs, groups=domains, check=False)
+    assert found.meta["mode"] == "reverse"
+    assert found.scores[0].any()
+    with pytest.raises(ValueError, match="forward mode does not see"):
+        magic(run, outputs, groups=domains, mode="forward", check=False)

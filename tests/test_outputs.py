@@ -104,3 +104,9 @@ def test_causal_lm_loss_wants_names():
     problem = menagerie.gpt2()
     with pytest.raises(TypeError, match="expected a dict with input_ids, got"):
         causal_lm_loss(problem.model, (problem.train[[0]]["input_ids"],))
+
+
+def test_squared_error_of_a_model_that_returns_numbers():
+    model = lambda x: x.sum(1)  # noqa: E731
+    x, y = torch.ones(3, 2), torch.tensor([2.0, 1.0, 0.0])
+    assert squared_error(model, (x, y)).tolist() == [0.0, 0.5, 2.0]

@@ -134,3 +134,38 @@ def test_owners_become_weights_of_their_examples():
 def test_what_cannot_be_bought(numbers, prices, budget, message):
     with pytest.raises(ValueError, match=message):
         buy(worth(numbers), prices, budget)
+
+
+def test_a_worth_of_almost_nothing_gets_the_floor():
+    """Rounding of a player who adds nothing is no reason to pay the others otherwise."""
+    found = pay(worth([0.5, 0.3, 2e-16]), 100.0, floors=5.0)
+    np.testing.assert_allclose(found.amounts, [95 * 5 / 8, 95 * 3 / 8, 5.0], rtol=1e-12)
+    found = pay(worth([5.0, 3.0, 1.0, 1e-9]), 100.0, floors=5.0)
+    np.testing.assert_allclose(found.amounts, [95 * 5 / 9, 95 * 3 / 9, 95 / 9, 5.0], rtol=1e-8)
+
+
+def test_limits_that_leave_no_choice():
+    for amounts, limits in (([20, 40, 40], "floors"), ([40, 40, 20], "caps")):
+        found = pay(worth([5.0, 3.0, 1.0]), 100.0, **{limits: amounts})
+        np.testing.assert_allclose(found.amounts, amounts)
+
+
+def test_a_purchase_is_the_best_to_the_last_digit():
+    """60 players at prices of whole numbers, against dynamic programming over every sum."""
+    rng = np.random.default_rng(25)
+    prices = rng.integers(100, 1000, 60)
+    numbers = prices + rng.normal(size=60) * 5 + 100
+    budget = int(prices.sum() * 0.4)
+    best = np.zeros(budget + 1)
+    for gain, price in zip(numbers, prices, strict=True):
+        best[price:] = np.maximum(best[price:], best[:-price] + gain)
+    assert numbers @ buy(worth(numbers), prices, budget).weights == pytest.approx(
+        best[-1], rel=1e-12
+    )
+
+
+def test_no_more_is_spent_than_there_is():
+    found = buy(worth([1.0, 1.0]), [500_000.4] * 2, 1_000_000.0)
+    assert found.cost == 500_000.4
+    with pytest.raises(ValueError, match="got 5, while the cheapest of 1 costs 10"):
+        buy(worth([3.0, -1.0]), [10.0, 1.0], 5.0)

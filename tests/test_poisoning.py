@@ -819,3 +819,22 @@ def test_cheaper_surrogates_are_shown_beside_random_noise(network):
     assert matched.targets == ["mean"]
     line = next(line for line in matched.table().splitlines() if line.startswith("mean"))
     assert line.split()[2] == "-"
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_predictions_start_at_the_clean_data_wherever_the_surrogate_stands(rounds):
+    """Of a linear datamodel around half of the weights, as runs at exposure .5 have."""
+    problem, truth = labelled(), world()
+
+    def halfway(table, w):
+        return LinearDatamodel(
+            truth.scores, truth.value(0.5 * w), 0.5 * w, targets=np.array(["a", "b"])
+        )
+
+    found = flip_labels(
+        problem, ThreatModel(2, "labels"), halfway, truth.victim, rounds=rounds, seeds=1
+    )
+    clean = np.zeros(N * CLASSES)
+    clean[np.arange(N) * CLASSES + problem.train.columns[1].numpy()] = 1.0
+    expected = truth.value(found.weights) - truth.value(clean)
+    np.testing.assert_allclose(found.predicted, expected, rtol=1e-12)

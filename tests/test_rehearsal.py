@@ -182,3 +182,22 @@ def test_what_cannot_be_rehearsed_says_so():
     wild = replace(run, recipe=replace(recipe, optimizer=SGD(1e250)))
     with pytest.raises(ValueError, match="larger `share`"):
         rehearse(wild, without(60, [0]), outputs.evaluate, pace=Pace(share=0.5))
+
+
+def test_rows_that_were_removed_are_not_rehearsed_either():
+    """A run drawn from half of the rows is rehearsed as it would be on a problem of that half."""
+    problem, recipe, outputs = small()
+    half = np.arange(0, 60, 2)
+    kept = without(60, np.arange(1, 60, 2))
+    run = train(problem, recipe, kept, drop="row")
+    alone = train(replace(problem, train=problem.train[half.tolist()]), recipe)
+    w = kept.copy()
+    w[half[:5]] = 0.0
+    found = rehearse(run, w, outputs.evaluate)
+    expected = rehearse(alone, w[half], outputs.evaluate)
+    torch.testing.assert_close(found.changes, expected.changes, rtol=0, atol=1e-12)  # rounding
+    torch.testing.assert_close(found.ahead, expected.ahead, rtol=0, atol=1e-12)
+    with pytest.raises(
+        ValueError, match="got 1 for row 1, which the run's training was drawn with"
+    ):
+        rehearse(run, np.ones(60), outputs.evaluate)

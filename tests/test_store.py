@@ -242,7 +242,40 @@ def closure(value):
     return function
 
 
+def keyword(value):
+    def function(model, batch, *, scale=value):
+        return scale
+
+    return function
+
+
+class Scaled(nn.Module):
+    """A setting that neither weights nor repr tell."""
+
+    def __init__(self, temperature):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, x):
+        return x / self.temperature
+
+
+class Loss:
+    """A plain object that is called."""
+
+    def __init__(self, smoothing):
+        self.smoothing = smoothing
+
+    def __call__(self, model, batch):
+        return model(batch[0]).sum(1) * self.smoothing
+
+
 DIFFERENT = [
+    (keyword(1), keyword(2)),
+    (Scaled(1.0), Scaled(3.0)),
+    (nn.Sequential(Scaled(1.0)), nn.Sequential(Scaled(3.0))),
+    (Loss(0.0), Loss(0.5)),
+    (closure(nn.CrossEntropyLoss()), closure(nn.CrossEntropyLoss(label_smoothing=0.5))),
     (functools.partial(margin, tokens=1), functools.partial(margin, tokens=2)),
     (functools.partial(margin, 1), functools.partial(margin, 2)),
     (lambda m, b: b + 1, lambda m, b: b + 2),
@@ -314,3 +347,8 @@ def test_prints_are_the_same_in_every_process():
         "from tests import test_store; print(test_store.everything())", PYTHONHASHSEED="1"
     )
     assert child.communicate(timeout=120)[0].strip() == everything()
+
+
+def test_the_mode_of_a_model_is_no_part_of_it():
+    model = Scaled(1.0)
+    assert fingerprint(model.train()) == fingerprint(model.eval())

@@ -161,3 +161,11 @@ def test_it_says_what_it_is():
 )
 def test_norms_by_other_names(given, kept):
     assert ThreatModel(1, "inputs", norm=given, epsilon=1.0).norm == kept
+
+
+def test_originals_outside_the_box_cannot_be_met():
+    threat = ThreatModel(1, "inputs", epsilon=0.1, box=(0.0, 1.0))
+    with pytest.raises(
+        ValueError, match=r"originals in the box \[0, 1\], got some in \[1.5, 1.5\]"
+    ):
+        threat.within(np.array([[1.5]]), np.array([[1.5]]))

@@ -2,16 +2,33 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from attribution_core import SGD, Adam, AdamW, Outputs, Problem, Recipe, margin, train
+from attribution_core import (
+    SGD,
+    Adam,
+    AdamW,
+    MetagradientWarning,
+    Outputs,
+    Problem,
+    Recipe,
+    cross_entropy,
+    influence,
+    magic,
+    margin,
+    source,
+    tracin,
+    train,
+)
 from attribution_core.optimizers import clipped
 from tests import menagerie
 
+RECIPE = Recipe(SGD(0.1, momentum=0.9), 4, 2)
 STEPS = 100
 # 100 steps of rounding 1e-16, grown by training by less than 1e4
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -457,3 +474,79 @@ def test_a_loss_of_one_number():
 
     with pytest.raises(ValueError, match="expected one loss per row"):
         train(Problem(problem.model, mean, problem.train), Recipe(SGD(0.1), 2, 1))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_optimizers_state_comes_back_in_the_order_of_the_parameters(tmp_path, by_name):
+    """Who flattens it goes by its order, and files are ordered by the alphabet."""
+    model = nn.Sequential()
+    model.add_module("z", nn.Linear(3, 4))
+    model.add_module("a", nn.Linear(4, 3))
+    x, y = torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3
+    problem = Problem(model.double(), cross_entropy, (x.double(), y))
+    decay = {"z.weight": 0.1, "z.bias": 0.0, "a.weight": 0.1, "a.bias": 0.0} if by_name else 0.1
+    recipe = Recipe(AdamW(0.05, weight_decay=decay), 3, 3)
+    one = train(problem, recipe, checkpoints=3)
+    two = train(problem, recipe, checkpoints=3, folder=tmp_path)
+    names = list(dict(model.named_parameters()))
+    for held in (two, *two.checkpoints):
+        assert all(list(of) == names for of in held.state.values())
+    outputs = Outputs(margin, (x[:2].double(), y[:2]))
+    for method in (tracin, source, influence, partial(magic, check=False)):
+        np.testing.assert_array_equal(method(one, outputs).scores, method(two, outputs).scores)
+
+
+def test_checkpoints_and_the_step_that_weights_act_from_are_not_mixed_up(tmp_path):
+    problem = menagerie.mlp(12)
+    w = np.arange(12.0) / 6
+    train(problem, RECIPE, w, checkpoints=3, folder=tmp_path)
+    with pytest.raises(ValueError, match="another training"):
+        train(problem, RECIPE, w, since=3, folder=tmp_path)
+
+
+def test_states_of_a_killed_training_of_another_recipe_are_forgotten(tmp_path):
+    problem = menagerie.mlp(12)
+
+    def killed(steps):
+        for step in steps:
+            if step == 4:
+                raise KeyboardInterrupt
+            yield step
+
+    with pytest.raises(KeyboardInterrupt):
+        train(problem, replace(RECIPE, seed=7), states="all", folder=tmp_path, progress=killed)
+    run = train(problem, RECIPE, states=1, folder=tmp_path)
+    assert list(run.states) == [0]
+    outputs = menagerie.unseen(problem)
+    expected = magic(train(problem, RECIPE), outputs, check=False).scores
+    np.testing.assert_array_equal(magic(run, outputs, check=False).scores, expected)
+
+
+def test_rows_are_removed_by_drop_and_not_by_chance():
+    """Rows of weight 0 that a short run did not come to are still among those it draws from."""
+    problem, n = menagerie.mlp(12), 12
+    short = Recipe(SGD(0.1), 2, 0.5)
+    seen = np.unique(np.concatenate(train(problem, short).order))
+    w = np.ones(n)
+    w[np.setdiff1d(np.arange(n), seen)] = 0.0
+    chance, removed = (train(problem, short, w, drop=drop) for drop in ("weight", "row"))
+    assert (chance.drawn, removed.drawn) == (n, len(seen))
+    np.testing.assert_array_equal(removed.pool, seen)
+    np.testing.assert_array_equal(removed.removed, np.flatnonzero(w == 0))
+    scores = magic(chance, menagerie.unseen(problem), check=False).scores
+    assert (scores[w == 0] == 0).all()  # in no batch: nothing moves the run
+    # and where a kept row is in no batch, removed ones are looked at all the same
+    w = np.ones(n)
+    w[0] = 0.0
+    run = train(problem, short, w, drop="row")
+    assert run.drawn == n - 1
+    with pytest.warns(MetagradientWarning, match="rows are in no batch"):
+        scores = magic(run, menagerie.unseen(problem), check=False).scores
+    assert scores[0].any()
+
+
+def test_a_run_keeps_its_weights_to_itself():
+    problem, w = menagerie.mlp(12), np.ones(12)
+    run = train(problem, RECIPE, w)
+    w[:] = 0.0
+    assert run.anchor.min() == 1.0

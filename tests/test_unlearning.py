@@ -358,3 +358,36 @@ def test_clips_are_absolute_but_for_matching(trained):
         < moved(model, unlearners.scrub(model, forget, retain, how=how)).norm()
         <= 10 * 0.01 * 1e-3
     )
+
+
+def test_a_datamodel_predicts_at_the_exposure_of_its_run(trained):
+    problem, recipe, _, rows, outputs = trained
+    run = train(problem, recipe, exposure=0.5, states=0)
+    rng = np.random.default_rng(0)
+    kept = outputs["retain"]
+    f = LinearDatamodel(rng.normal(size=(problem.n, len(kept))), np.zeros(len(kept)), run.anchor)
+    found = unlearning.unlearn(run, rows, kept, method="outputs", datamodel=f)
+    moved = found.predicted["outputs"] - unlearning.read_all([run], kept)["outputs"]
+    np.testing.assert_allclose(moved[0], -0.5 * f.scores[rows].sum(0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_share_that_is_none(trained, share):
+    problem, _, runs, rows, _ = trained
+    forget, retain = sets(problem, rows)
+    z = torch.zeros(len(rows), 10), torch.zeros(problem.n - len(rows), 10)
+    settings = {"forget_logits": z[0], "retain_logits": z[1], "share": share}
+    with pytest.raises(ValueError, match=r"expected a share in \(0, 1\]"):
+        match(runs[0].model, forget, retain, **settings)
+
+
+def test_a_retained_row_is_in_every_batch(trained):
+    problem, _, runs, rows, _ = trained
+    forget, retain = sets(problem, rows)
+    z = torch.zeros(len(rows), 10).double(), torch.zeros(problem.n - len(rows), 10).double()
+    settings = {"forget_logits": z[0], "retain_logits": z[1], "share": 1.0}
+    for batch in (2, len(rows)):
+        made = match(runs[0].model, forget, retain, how=Steps(1, 0.1, batch_size=batch), **settings)
+        assert moved(runs[0].model, made).abs().max() > 0
+    with pytest.raises(ValueError, match="batches of two rows or more"):
+        match(runs[0].model, forget, retain, how=Steps(1, 0.1, batch_size=1), **settings)

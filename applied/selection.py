@@ -78,10 +78,11 @@ def select(
         risk: how many standard deviations count as loss; needs several datamodels.
         fill: spend the whole budget; if not, an example is only taken if predicted to help.
         whole: take an example or leave it. The fractional optimum is rounded down, except where
-            rounding up fits: first where a low quota would be missed, then by largest fraction.
-            The budget and high quotas are never exceeded. With backend "exact" at most one
-            example per active constraint is fractional, so a low quota is missed by less than
-            one example's cost, and the objective moves by at most the scores of those examples.
+            rounding up fits: first where a low quota would be missed, then by largest fraction. What
+            is left is spent on the next best that fit. The budget and high quotas are never
+            exceeded. With backend "exact" at most one example per active constraint is fractional, so
+            a low quota is missed by less than one example's cost, and the objective moves by at most
+            the scores of those examples and of those that came in their place.
         backend: "exact" (sorting; a linear objective), "cvxpy" (any, n ≤ 20 000), or "auto".
 
     Returns:
@@ -123,7 +124,7 @@ def select(
         best = _by_price(-goal.scores[:, 0], limits)
     else:
         best = _by_solver(goal, spread if risk else None, limits)
-    weights = _whole(best, limits) if whole else best
+    weights = _whole(best, -goal.scores.mean(axis=1), limits) if whole else best
 
     def value(w: NDArray[Any]) -> float:
         risks = np.linalg.norm((w - goal.anchor) @ spread, axis=0)
@@ -248,24 +249,29 @@ def _snap(weights: NDArray[Any], limits: _Limits) -> NDArray[Any]:
     return np.where(weights > 1 - near, 1.0, weights)
 
 
-def _whole(best: NDArray[Any], limits: _Limits) -> NDArray[Any]:
-    """Fractional weights rounded down, then up where that fits: missed quotas first."""
+def _whole(best: NDArray[Any], gains: NDArray[Any], limits: _Limits) -> NDArray[Any]:
+    """Fractional weights rounded down; then whatever fits into what is left, missed quotas first.
+
+    The examples that were taken in part come first, the others by gain per cost: one that is longer than what is left must
+    not keep the budget from shorter ones behind it.
+    """
     weights = np.floor(best)
     spent, slack = limits.spent(weights), SLACK * limits.budget
-    partial = np.where((best > 0) & (best < 1))[0]
-    partial = partial[np.argsort(-best[partial], kind="stable")]
+    queue = np.lexsort((-gains / limits.costs, -best))
+    queue = queue[(best[queue] < 1) & (limits.fill | (best[queue] > 0) | (gains[queue] > 0))]
     for mending in (True, False):
-        for i in partial:
+        left = limits.budget - spent.sum() + slack
+        for i in queue[(limits.costs[queue] <= left) & (weights[queue] == 0)]:
             k, cost = limits.domain[i], limits.costs[i]
-            wanted = not weights[i] and (not mending or spent[k] < limits.low[k] - slack)
-            fits = spent.sum() + cost <= limits.budget + slack
-            if wanted and fits and spent[k] + cost <= limits.high[k] + slack:
+            wanted = not mending or spent[k] < limits.low[k] - slack
+            if wanted and cost <= left and spent[k] + cost <= limits.high[k] + slack:
                 weights[i] = 1.0
                 spent[k] += cost
+                left -= cost
     if best.any() and not weights.any():
         raise ValueError(
-            f"expected a budget for at least one whole example, got {limits.budget:g} where the best "
-            f"one costs {limits.costs[best.argmax()]:g}; raise the budget, or pass whole=False"
+            f"expected a budget for at least one whole example, got {limits.budget:g} where the cheapest "
+            f"one costs {limits.costs.min():g}; raise the budget, or pass whole=False"
         )
     return weights
 

@@ -77,7 +77,11 @@ def main(flags: Flags) -> None:
     """The steps, in order; each reads back what an earlier call has finished."""
     import torch
 
+    from recipes.command import at_least, shares
+
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
+    at_least(flags, subsets=3, runs=1, seeds=1, targets=1, rows=2, epochs=1e-9, lr=1e-12)
+    shares(flags, "drop")
     flags.out.mkdir(parents=True, exist_ok=True)
     task, recipe = prepare(flags)
     recipe = checked(flags, task, recipe)
@@ -96,16 +100,22 @@ def bar(what: str) -> Any:
 
 def prepare(flags: Flags) -> tuple[Task, Any]:
     """The task, and the recipe as the flags have it."""
+    import torch
+
     from attribution_core import SGD, AdamW, Recipe
     from recipes.tasks import digits_task, text_task
 
     if flags.task == "digits":
-        task = digits_task(flags.rows or 1500, flags.targets)
+        task = digits_task(1500 if flags.rows is None else flags.rows, flags.targets)
     else:
         task = text_task(
-            flags.out / "text", flags.rows or 1000, flags.targets,
+            flags.out / "text", 1000 if flags.rows is None else flags.rows, flags.targets,
             data=flags.data, target=flags.target, text=flags.text, model=flags.model,
         )  # fmt: skip
+    if flags.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"expected a device that is there, got --device {flags.device} without CUDA"
+        )
     task.problem.model.to(flags.device)
     optimizer: Any = (
         SGD(flags.lr or 0.02, momentum=0.9)
@@ -192,7 +202,6 @@ def attribute(flags: Flags, task: Task, recipe: Any) -> Any:
         "tracin": tracin,
     }
     datamodel = methods[flags.method](given, task.outputs)
-    datamodel.save(flags.out / "datamodel")
     if flags.method == "magic":
         print(describe(datamodel), flush=True)
     return datamodel
@@ -228,6 +237,7 @@ def write_report(
     from attribution_core import lds
     from attribution_core.smoothness import describe
 
+    datamodel.save(flags.out / "datamodel")
     found = {drop: lds(datamodel, table) for drop, table in tables.items()}
     print("\n".join(f"{drop:5.0%} dropped: {one}" for drop, one in found.items()))
     rows = [

@@ -23,6 +23,7 @@ class Classification:
         target_x, target_y, test_x, test_y: held out.
         classes: names of the labels 0 .. c − 1.
         bad: [n] which labels were spoiled; None where nobody knows.
+        ids: [n] the training rows' places in the file they come from; as they stand, unless given.
     """
 
     name: str
@@ -35,6 +36,12 @@ class Classification:
     test_y: NDArray[np.int64]
     classes: list[str]
     bad: NDArray[np.bool_] | None
+    ids: NDArray[np.intp] | None = None
+
+    @property
+    def places(self) -> NDArray[np.intp]:
+        """[n] what training rows are called in whatever is written."""
+        return np.arange(len(self.x)) if self.ids is None else self.ids
 
 
 def network(d: int, classes: int, width: int, seed: int) -> Any:
@@ -105,22 +112,28 @@ def from_file(
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
     frame = _read(path, [label, *([owner] if owner else [])])
+    ids = np.arange(len(frame))
+    features = [c for c in frame.columns if c not in (label, owner)]
     order = np.random.default_rng(seed).permutation(len(frame))
     if test is None:
         fifth = len(frame) // 5
-        held, train = frame.iloc[order[: 2 * fifth]], frame.iloc[order[2 * fifth :]]
+        ids, held = order[2 * fifth :], frame.iloc[order[: 2 * fifth]]
     else:
-        held, train = _read(test, [label]), frame
+        held = _read(test, [label, *features])
         held = held.iloc[np.random.default_rng(seed).permutation(len(held))]
+    train = frame.iloc[ids]
     if len(train) < 20 or len(held) < 10:
         raise ValueError(
             f"expected at least 20 training rows and 10 held out, got {len(train)} and {len(held)}"
         )
     names, y = np.unique(train[label].astype(str), return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(
+            f"expected two classes or more in {label!r} of {path}, got {names.tolist()} alone"
+        )
     unknown = sorted(set(held[label].astype(str)) - set(names))
     if unknown:
         raise ValueError(f"expected held-out labels that training rows have, got {unknown[:5]}")
-    features = [c for c in train.columns if c not in (label, owner)]
     encode = make_column_transformer(
         (StandardScaler(), make_column_selector(dtype_include="number")),
         (
@@ -135,7 +148,7 @@ def from_file(
     owners = train[owner].astype(str).to_numpy() if owner else np.full(len(train), "all")
     return Classification(
         Path(path).name, x, y.astype(np.int64), owners, held_x[:half], held_y[:half], held_x[half:],
-        held_y[half:], [str(n) for n in names], None,
+        held_y[half:], [str(n) for n in names], None, ids,
     )  # fmt: skip
 
 

@@ -16,5 +16,30 @@ def run_command(
     given: Any = tyro.cli(flags, args=arguments, description=about)
     try:
         main(given)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def at_least(flags: Any, **least: float) -> None:
+    """Raise where a number among the flags is smaller than can be.
+
+    Raises:
+        ValueError: it is; names the flag.
+    """
+    for name, bound in least.items():
+        given = getattr(flags, name)
+        if given is not None and not given >= bound:
+            raise ValueError(
+                f"expected --{name.replace('_', '-')} of at least {bound:g}, got {given:g}"
+            )
+
+
+def shares(flags: Any, name: str) -> None:
+    """Raise where a list of shares among the flags is empty or holds anything outside (0, 1).
+
+    Raises:
+        ValueError: it does; names the flag.
+    """
+    given = getattr(flags, name)
+    if not given or not all(0 < share < 1 for share in given):
+        raise ValueError(f"expected --{name} of shares between 0 and 1, got {list(given)}")

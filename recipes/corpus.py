@@ -65,9 +65,12 @@ def _from_file(file: str, text: str, domain: str | None, id: str | None) -> list
 
             table = read_table(file)
         else:
-            from pyarrow.json import read_json
+            from pyarrow import schema, string
+            from pyarrow.json import ParseOptions, read_json
 
-            table = read_json(file)
+            # dates and numbers that are text stay as they are written
+            words = schema([(name, string()) for name in {text, domain, id} if name is not None])
+            table = read_json(file, parse_options=ParseOptions(explicit_schema=words))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file!r} cannot be read as {suffix[1:]}: {error}") from None
     return _from_table(table, file, text, domain, id, Path(file).stem)
@@ -104,6 +107,11 @@ def _from_table(
                 f"expected a column {column!r} in {source!r}, got {table.column_names}; "
                 "name yours with --text, --domain or --id"
             )
+    kind = table.column(text).type
+    if not any(word in str(kind) for word in ("string", "null")):
+        raise ValueError(
+            f"expected text in column {text!r} of {source!r}, got {kind}; name yours with --text"
+        )
     texts = [value if isinstance(value, str) else "" for value in table.column(text).to_pylist()]
     n = len(texts)
     domains = [default] * n if domain is None else map(str, table.column(domain).to_pylist())

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipes.classification import Classification, from_file
+from recipes.command import at_least
 
 if TYPE_CHECKING:
     from recipes.unlearn import Flags
@@ -47,6 +48,7 @@ def checked(flags: Flags) -> tuple[Classification, tuple[str, ...]]:
         raise ValueError(
             f"expected a --budget in (0, 1] of a training's steps, got {flags.budget:g}"
         )
+    at_least(flags, width=0, epochs=1e-9)
     own = flags.data not in ("digits", "breast_cancer")
     if flags.forget_file is not None and not flags.forget_file.exists():
         raise FileNotFoundError(f"no file {flags.forget_file}")

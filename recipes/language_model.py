@@ -80,12 +80,7 @@ def language_model(model: str, pool: Sequence[Document], folder: Path) -> Langua
     logging.disable_progress_bar()
     if model in PRESETS:
         preset = PRESETS[model]
-        path = folder / "tokenizer.json"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            train_bpe([doc.text for doc in pool], preset.vocabulary).save(str(part))
-            part.replace(path)
+        path = kept_bpe(folder, [doc.text for doc in pool], preset.vocabulary)
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<s>")
         return LanguageModel(tokenizer, partial(llama, preset), preset, True)
     try:
@@ -100,6 +95,22 @@ def language_model(model: str, pool: Sequence[Document], folder: Path) -> Langua
         ) from None
     length = min(PRETRAINED.length, positions - 1)  # a block has a start token before its own
     return LanguageModel(tokenizer, make, replace(PRETRAINED, length=length), False)
+
+
+def kept_bpe(folder: Path, texts: list[str], vocabulary: int) -> Path:
+    """The tokeniser of these texts in a folder; trained again where other texts or another size had left one."""
+    from attribution_core.store import fingerprint, write_text
+
+    path, about = folder / "tokenizer.json", folder / "tokenizer.of"
+    made_of = fingerprint(texts, vocabulary)
+    if not (path.exists() and about.exists() and about.read_text(encoding="utf-8") == made_of):
+        folder.mkdir(parents=True, exist_ok=True)
+        about.unlink(missing_ok=True)
+        part = path.with_suffix(".part")
+        train_bpe(texts, vocabulary).save(str(part))
+        part.replace(path)
+        write_text(about, made_of)  # last: it vouches for the other
+    return path
 
 
 def train_bpe(texts: list[str], vocabulary: int) -> Any:

@@ -41,6 +41,7 @@ from attribution_core import (
     train,
 )
 from recipes.classification import Classification, embedded, from_file, problem_of
+from recipes.command import at_least
 from recipes.value_data import bar
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def checked(flags: Flags) -> None:
     for name in ("rounds", "splits", "victims", "jobs"):
         if getattr(flags, name) < 1:
             raise ValueError(f"expected at least one of --{name}, got {getattr(flags, name)}")
+    at_least(flags, width=0, decay=1e-12)
     if flags.data not in EMBEDDED and not Path(flags.data).exists():
         raise FileNotFoundError(f"no file {flags.data}; or {', '.join(map(repr, EMBEDDED))}")
 

@@ -131,7 +131,7 @@ def _more_subsets(
     count = max(0, study.flags.subsets - have)
     random = count // 2
     spread = (datamodel.scores[:, 0] / study.tokens).std()
-    rows = list(random_controls(decision, range(10_000, 10_000 + random)))
+    rows = list(random_controls(decision, range(10_000, 10_000 + random))) if random else []
     for k in range(count - random):
         rng = np.random.default_rng([k, 0xA1])
         noise = spread * 2.0 ** (k % 4 - 1) * rng.standard_normal(len(study.pool)) * study.tokens

@@ -78,11 +78,13 @@ class Flags:
 
 def main(flags: Flags) -> None:
     """The steps, in order; each reads back what an earlier run has finished."""
+    from recipes.command import at_least
     from recipes.proof import prove
     from recipes.selection import choose, gate, score, train_proxies, write_subset
     from recipes.selection_report import write_report
     from recipes.study import prepare
 
+    at_least(flags, seeds=1, proxies=1, subsets=0, epochs=1e-9, lr=1e-12, batch_size=1)
     study: Study = prepare(flags)
     proxies = train_proxies(study)
     gate(study, proxies)

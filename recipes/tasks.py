@@ -35,14 +35,23 @@ def mlp(seed: int, width: int = 64) -> Any:
         return nn.Sequential(nn.Linear(64, width), nn.GELU(), nn.Linear(width, 10))
 
 
+DIGITS_HELD_OUT = 200  # images
+
+
 def digits_task(rows: int = 1500, targets: int = 20) -> Task:
-    """The margins of held-out digits under an MLP."""
+    """The margins of held-out digits under an MLP.
+
+    Raises:
+        ValueError: more targets than images are held out.
+    """
     import torch
 
     from attribution_core import Outputs, Problem, cross_entropy, margin
     from recipes.embedded import digits
 
-    data = digits(rows, 200)
+    if targets > DIGITS_HELD_OUT:
+        raise ValueError(f"expected at most {DIGITS_HELD_OUT} target images, got {targets}")
+    data = digits(rows, DIGITS_HELD_OUT)
     x, test_x = (torch.tensor(a, dtype=torch.float32) for a in (data.x, data.test_x))
     problem = Problem(mlp(0), cross_entropy, (x, torch.tensor(data.y)))
     outputs = Outputs(margin, (test_x[:targets], torch.tensor(data.test_y[:targets])))
@@ -150,13 +159,11 @@ def _blocks(
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from recipes.corpus import Blocks
-    from recipes.language_model import fingerprint_of, train_bpe
+    from recipes.language_model import fingerprint_of, kept_bpe
 
     folder.mkdir(parents=True, exist_ok=True)
     if model == "gpt2":
-        path = folder / "tokenizer.json"
-        if not path.exists():
-            train_bpe([d.text for d in documents], VOCABULARY).save(str(path))
+        path = kept_bpe(folder, [d.text for d in documents], VOCABULARY)
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<s>")
         make, length = gpt2, LENGTH
     else:
@@ -169,6 +176,10 @@ def _blocks(
                 f"expected 'gpt2' or a transformers folder, got {model!r}: {error}"
             ) from None
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError(
+            f"expected a tokeniser with a start or end token, got neither in {model!r}"
+        )
 
     def encode(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

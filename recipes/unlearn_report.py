@@ -109,7 +109,7 @@ def sections_of(study: Study) -> dict[str, list[str]]:
             report.paragraph(words),
             *map(report.paragraph, filter(None, [believes_nothing(study)])),
         ],
-        f"{study.forget.kind}: margins of six rows": [report.picture(histograms(study))],
+        f"{study.forget.kind}: margins of some rows": [report.picture(histograms(study))],
         f"{study.forget.kind}: distance and cost": [report.picture(against_cost(study))],
         f"{study.forget.kind}: predicted and true changes": [report.picture(changes(study))],
     }
@@ -134,7 +134,9 @@ def histograms(study: Study) -> Any:
         )
         for place in shown:
             chosen.append(start + int(order[place]))
-            names.append(f"{split}, row {rows[order[place]]}")
+            row = rows[order[place]]
+            of_file = row if split == "validation" else study.forget.data.places[row]
+            names.append(f"{split}, row {of_file}")
         start += len(rows)
     old, new, without = (together(x) for x in (before, study.methods[AUTO], oracle))
     return pictures.histograms(old, new, without, chosen, names=names)
@@ -159,7 +161,7 @@ def metrics_of(study: Study) -> dict[str, Any]:
     return {
         **study.evaluation.to_dict(), "cost": study.cost, "rates": study.rates,
         "trust": study.trust,
-        "rows": study.forget.rows, "needs an oracle": [MATCHING],
+        "rows": study.forget.data.places[study.forget.rows], "needs an oracle": [MATCHING],
     }  # fmt: skip
 
 

@@ -78,20 +78,39 @@ def main(flags: Flags) -> None:
     import torch
 
     from recipes.classification import embedded, from_file
+    from recipes.command import at_least, shares
     from recipes.value_report import write_report
     from recipes.valuing import judge, start, value_owners, value_rows
 
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
-    flags.out.mkdir(parents=True, exist_ok=True)
+    at_least(flags, seeds=1, width=0, budget=1e-9, floor=0, cap=0, retrainings=1, points=1)
+    shares(flags, "remove")
     if flags.data in ("digits", "breast_cancer"):
         data = embedded(flags.data, flags.mislabel, flags.owners, flags.seed)
     else:
         data = from_file(flags.data, flags.label, flags.owner, flags.test, flags.seed)
+    payable(flags, data)
+    flags.out.mkdir(parents=True, exist_ok=True)
     study = start(flags, data)
     valued: Valued = value_rows(study)
     removed = judge(study, valued)
     owned = value_owners(study, valued)
     write_report(study, valued, removed, owned)
+
+
+def payable(flags: Flags, data: Any) -> None:
+    """Raise where floors and caps leave no way to pay the owners.
+
+    Raises:
+        ValueError: they do.
+    """
+    owners = len(set(data.owners.tolist()))
+    most = flags.budget if flags.cap is None else flags.cap
+    if not flags.floor * owners <= flags.budget <= most * owners or flags.floor > most:
+        raise ValueError(
+            f"expected a budget of {flags.budget:g} that {owners} owners can be paid with, got a floor of "
+            f"{flags.floor:g} and a cap of {most:g} each"
+        )
 
 
 def bar(what: str) -> Any:

@@ -151,7 +151,7 @@ def value_rows(study: Study) -> Valued:
     }
     for name, (values, _) in found.items():
         file = "".join(c if c.isalnum() else "-" for c in name.split(" (")[0].lower())
-        values.save(flags.out / f"rows-{file}.parquet")
+        replace(values, players=data.places).save(flags.out / f"rows-{file}.parquet")
     needs = {name: what for name, (_, what) in found.items()}
     best = {name: values for name, (values, _) in found.items()}
     return Valued(best, needs, fitted, path.meta["remainder"][0])

@@ -75,10 +75,13 @@ def test_text_with_a_model_from_a_config(tmp_path, capsys):
     [
         (["--task", "text", "--model", "./nowhere"], "expected 'gpt2' or a transformers folder"),
         (["--task", "text", "--data", "missing/*.parquet"], "missing"),
-        (["--task", "digits", "--drop", "1.0"], "expected a keep fraction in"),
+        (["--task", "digits", "--drop", "1.0"], "expected --drop of shares between 0 and 1, got"),
+        (["--task", "digits", "--lr", "0"], "expected --lr of at least 1e-12, got 0"),
+        (["--task", "digits", "--targets", "500"], "expected at most 200 target images, got 500"),
+        (["--task", "digits", "--subsets", "1"], "expected --subsets of at least 3, got 1"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_said_in_one_line(tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message) as stopped:
-        run([*flags, "--rows", "60", "--epochs", "1", "--out", str(tmp_path)])
+        run(["--rows", "60", "--epochs", "1", "--out", str(tmp_path), *flags])
     assert str(stopped.value).startswith("error: ")

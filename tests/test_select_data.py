@@ -13,6 +13,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from recipes import embedded
+from recipes.corpus import read_documents
+from recipes.language_model import language_model
 from recipes.select_data import run
 
 ROOT = Path(__file__).parent.parent
@@ -239,3 +241,42 @@ def _begun(folder, stage):
         return path.exists() and np.load(path).any()
     except (ValueError, EOFError):  # being created
         return False
+
+
+def test_a_tokeniser_of_other_texts_is_trained_again(tmp_path):
+    pool, other = embedded.text_pool(60), embedded.text_target(60)
+    made = [language_model("tiny", docs, tmp_path).tokenizer for docs in (pool, other, other)]
+    times = (tmp_path / "tokenizer.json").stat().st_mtime_ns
+    fresh = language_model("tiny", other, tmp_path / "fresh").tokenizer
+    assert made[1].get_vocab() == made[2].get_vocab() == fresh.get_vocab() != made[0].get_vocab()
+    language_model("tiny", other, tmp_path)
+    assert (tmp_path / "tokenizer.json").stat().st_mtime_ns == times  # kept
+
+
+def test_as_few_subsets_as_there_are(texts, finished, tmp_path):
+    """None is left for the picture beside the arms of the table."""
+    run(flags(texts, tmp_path, "--subsets", "6"))
+    assert json.loads((tmp_path / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["seeds", "proxies"])
+def test_numbers_that_are_none(texts, tmp_path, name):
+    with pytest.raises(SystemExit, match=f"expected --{name} of at least 1, got 0"):
+        run(flags(texts, tmp_path, f"--{name}", "0"))
+
+
+def test_text_is_read_as_it_is_written(tmp_path):
+    """Dates that are text stay text, and a column of numbers is none."""
+    dates = [{"text": f"2020-01-0{k}", "domain": "2020-01-01"} for k in range(1, 5)]
+    for name, rows in {"dates": dates, "numbers": [{"text": 1}, {"text": 2}]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = read_documents(str(tmp_path / "dates.jsonl"), domain="domain")
+    assert [d.text for d in found] == [row["text"] for row in dates]
+    assert {d.domain for d in found} == {"2020-01-01"}
+    with pytest.raises(ValueError, match="from string to number"):
+        read_documents(str(tmp_path / "numbers.jsonl"))
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    with pytest.raises(ValueError, match=r"expected text in column 'text' of .*, got int64"):
+        read_documents(str(tmp_path / "numbers.parquet"))

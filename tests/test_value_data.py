@@ -116,6 +116,9 @@ def test_tables_are_made_ready(tmp_path):
     np.testing.assert_allclose(data.x[:, :2].mean(0), 0, atol=1e-5)
     assert set(data.owners) == set(frame["hospital"])
     assert data.bad is None
+    kept = frame.iloc[data.places]  # rows are called what they are in the file
+    assert (data.owners == kept["hospital"]).all()
+    assert (np.array(data.classes)[data.y] == kept["outcome"]).all()
 
 
 def test_embedded_owners_are_unequal_and_spoiled():
@@ -146,10 +149,24 @@ def test_embedded_owners_are_unequal_and_spoiled():
             "expected no empty cells, got some in ['radius']",
         ),
         (["--data", "SMALL", "--label", "outcome"], "expected at least 20 training rows"),
+        (["--data", "MINE", "--label", "one"], "expected two classes or more in 'one'"),
+        (
+            ["--data", "MINE", "--label", "outcome", "--test", "LESS"],
+            "expected columns ['texture'] in",
+        ),
+        (["--remove", "1.5"], "expected --remove of shares between 0 and 1, got [1.5]"),
+        (["--remove"], "expected --remove of shares"),
+        (["--seeds", "0"], "expected --seeds of at least 1, got 0"),
+        (["--width", "-1"], "expected --width of at least 0, got -1"),
+        (["--budget", "0"], "expected --budget of at least"),
+        (["--floor", "101"], "that 10 owners can be paid with, got a floor of 101"),
+        (["--cap", "99"], "and a cap of 99 each"),
+        (["--out", "MINE"], "File exists"),
     ],
 )
 def test_wrong_input_is_said_in_one_line(tmp_path, flags, words):
-    path, frame = written(tmp_path)
+    path, frame = written(tmp_path, one="same")
+    frame.drop(columns="texture").to_csv(tmp_path / "less.csv", index=False)
     frame.loc[3, "radius"] = np.nan
     frame.to_csv(tmp_path / "holes.csv", index=False)
     frame.iloc[4:20].to_csv(tmp_path / "small.csv", index=False)
@@ -157,7 +174,8 @@ def test_wrong_input_is_said_in_one_line(tmp_path, flags, words):
         "MINE": str(path),
         "HOLES": str(tmp_path / "holes.csv"),
         "SMALL": str(tmp_path / "small.csv"),
+        "LESS": str(tmp_path / "less.csv"),
     }
     with pytest.raises(SystemExit) as stopped:
-        run([*(files.get(flag, flag) for flag in flags), "--out", str(tmp_path / "out")])
+        run(["--out", str(tmp_path / "out"), *(files.get(flag, flag) for flag in flags)])
     assert words in str(stopped.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Protocol
@@ -39,9 +40,10 @@ class LDS:
 
     def __str__(self) -> str:
         low, high = self.interval
+        most = "unknown (one seed)" if math.isnan(self.ceiling) else f"{self.ceiling:.3f}"
         return (
             f"LDS {self.mean:.3f} [{low:.3f}, {high:.3f}] over {len(self.per_target)} targets, "
-            f"ceiling {self.ceiling:.3f}, slope {self.slope:.2f} "
+            f"ceiling {most}, slope {self.slope:.2f} "
             f"({self.rows} retrainings × {self.seeds} seeds)"
         )
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import nn
 
 from attribution_core.adjoint import Form, Wanted
 from attribution_core.data import Column, floating_column, take
@@ -108,7 +109,7 @@ def magic(
 
     Warns:
         MetagradientWarning: kinked activations; an adjoint that grew; a check that failed; rows that no batch
-            held; dropout masks held fixed.
+            held; dropout masks held fixed; padding rows that another layer moves.
 
     Source: Ilyas & Engstrom 2025 (MAGIC, arXiv 2504.16430); Engstrom et al. 2025 (arXiv 2503.13751); the
     exposure anchor and shadow rows are this project's, measured in benchmarks/RESULTS.md.
@@ -338,12 +339,28 @@ def _judged(
             f"{unseen} of {run.problem.n} rows are in no batch of the run, so their scores are 0: train for at "
             "least one pass over the rows (epochs · exposure ≥ 1), or average more runs"
         )
+    padded = _moved_padding(run.problem.model)
+    if padded is not None:
+        _warn(
+            f"the padding row of {padded!r} is moved by another layer that shares its weights, which derivatives do not "
+            "follow: they are inexact where padding is read; untie the weights, or give padding a row of its own without padding_idx"
+        )
     if run.steps.masks is not None:
         _warn(
             f"dropout masks are held fixed (seed {run.steps.masks}): scores are those of a training with exactly "
             "these masks, and predict others badly"
         )
     return replace(found, meta=meta)
+
+
+def _moved_padding(model: nn.Module) -> str | None:
+    """An embedding whose padding row, which it trains not itself, another layer trains by sharing its weights."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            own = (m.parameters(recurse=False) for m in model.modules())
+            if sum(p is module.weight for parameters in own for p in parameters) > 1:
+                return name
+    return None
 
 
 def _warn(text: str) -> None:

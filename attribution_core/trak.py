@@ -66,7 +66,8 @@ def trak(
             projected.
         ridge: λ = weight decay + ridge × trace(H)/n, the mean eigenvalue of the kernel of n examples. None:
             for runs, weight decay + what their length amounts to (`Run.damping`), parameter by parameter
-            (gradients are scaled before they are projected); for a problem, 2.
+            (gradients are scaled before they are projected); for a problem, 2 (a decay by parameter
+            name counts by its mean).
         seed: of the projections: seed + c for model c.
         features: f, your own; p is then 1/(1 + e^−f). By default the margin where the loss is
             `cross_entropy`, else −log(e^loss − 1), the same for p = e^−loss.

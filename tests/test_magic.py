@@ -658,3 +658,26 @@ def test_removed_domains_ride_along_in_reverse():
     assert found.scores[0].any()
     with pytest.raises(ValueError, match="forward mode does not see"):
         magic(run, outputs, groups=domains, mode="forward", check=False)
+
+
+@menagerie.seeded
+def test_a_padding_row_that_the_head_moves_is_told():
+    class Tied(nn.Module):
+        def __init__(self, tie):
+            super().__init__()
+            self.embed = nn.Embedding(5, 3, padding_idx=0)
+            self.head = nn.Linear(3, 5, bias=False)
+            if tie:
+                self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(self.embed(x).mean(1))
+
+    x, y = torch.randint(0, 5, (6, 3)), torch.randint(0, 5, (6,))
+    for tie in (False, True):
+        problem = Problem(Tied(tie).double(), cross_entropy, (x, y))
+        run = train(problem, Recipe(SGD(0.1), 3, 2))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            magic(run, Outputs(cross_entropy, (x[:2], y[:2])), check=False)
+        assert any("padding row of 'embed'" in str(w.message) for w in told) == tie

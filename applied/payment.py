@@ -212,10 +212,12 @@ def buy(
     # plug in: values add up, so the gain is linear
     gain = values.values - (discount * values.standard_error if discount else 0.0)
     wanted = price[gain > 0]
-    if not (wanted <= budget).any() and whole:
+    if not len(wanted):
+        raise ValueError(f"expected someone of positive value at discount {discount:g}, got nobody")
+    if whole and budget < wanted.min():
         raise ValueError(
             f"expected a budget for a player of positive value, got {budget:g}, while the cheapest of "
-            f"{len(wanted)} costs {min(wanted, default=math.nan):g}"
+            f"{len(wanted)} costs {wanted.min():g}"
         )
     scale = float(np.abs(gain).max())
 

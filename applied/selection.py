@@ -119,12 +119,13 @@ def select(
     limits = _limits(len(f.scores), budget, costs, domains, quotas, fill, f.ids)
 
     # optimize
-    method = _backend(backend, linear=goal.scores.shape[1] == 1 and not risk)
+    linear = goal.scores.shape[1] == 1 and not risk
+    method = _backend(backend, linear=linear)
     if method == "exact":
         best = _by_price(-goal.scores[:, 0], limits)
     else:
         best = _by_solver(goal, spread if risk else None, limits)
-    weights = _whole(best, -goal.scores.mean(axis=1), limits) if whole else best
+    weights = _whole(best, -goal.scores.mean(axis=1), limits, linear) if whole else best
 
     def value(w: NDArray[Any]) -> float:
         risks = np.linalg.norm((w - goal.anchor) @ spread, axis=0)
@@ -249,16 +250,19 @@ def _snap(weights: NDArray[Any], limits: _Limits) -> NDArray[Any]:
     return np.where(weights > 1 - near, 1.0, weights)
 
 
-def _whole(best: NDArray[Any], gains: NDArray[Any], limits: _Limits) -> NDArray[Any]:
+def _whole(best: NDArray[Any], gains: NDArray[Any], limits: _Limits, linear: bool) -> NDArray[Any]:
     """Fractional weights rounded down; then whatever fits into what is left, missed quotas first.
 
     The examples that were taken in part come first, the others by gain per cost: one that is longer than what is left must
-    not keep the budget from shorter ones behind it.
+    not keep the budget from shorter ones behind it. Where the budget need not be spent, they are those that help, which gains tell
+    of linear goals alone.
     """
     weights = np.floor(best)
     spent, slack = limits.spent(weights), SLACK * limits.budget
     queue = np.lexsort((-gains / limits.costs, -best))
-    queue = queue[(best[queue] < 1) & (limits.fill | (best[queue] > 0) | (gains[queue] > 0))]
+    queue = queue[
+        (best[queue] < 1) & (limits.fill | (best[queue] > 0) | (linear & (gains[queue] > 0)))
+    ]
     for mending in (True, False):
         left = limits.budget - spent.sum() + slack
         for i in queue[(limits.costs[queue] <= left) & (weights[queue] == 0)]:
@@ -270,8 +274,8 @@ def _whole(best: NDArray[Any], gains: NDArray[Any], limits: _Limits) -> NDArray[
                 left -= cost
     if best.any() and not weights.any():
         raise ValueError(
-            f"expected a budget for at least one whole example, got {limits.budget:g} where the cheapest "
-            f"one costs {limits.costs.min():g}; raise the budget, or pass whole=False"
+            f"expected a budget and quotas for at least one whole example, got {limits.budget:g} where the "
+            f"cheapest one costs {limits.costs.min():g}; raise them, or pass whole=False"
         )
     return weights
 

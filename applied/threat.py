@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Change = Literal["labels", "inputs", "rows"]
 Knowledge = Literal["white-box", "grey-box", "black-box"]
+ROUNDING = 1e-6  # of the box: float32 inputs that were normalised
 NORMS = {"inf": "inf", "linf": "inf", "2": "2", "l2": "2", "2.0": "2"}
 
 
@@ -139,9 +140,9 @@ class ThreatModel:
         [[0.7, 0.3]]
         """
         assert self.epsilon is not None
-        if (
-            self.box is not None
-            and not ((original >= self.box[0]) & (original <= self.box[1])).all()
+        slack = 0.0 if self.box is None else ROUNDING * max(1.0, *map(abs, self.box))
+        if self.box is not None and (
+            original.min() < self.box[0] - slack or original.max() > self.box[1] + slack
         ):
             raise ValueError(
                 f"expected originals in the box [{self.box[0]:g}, {self.box[1]:g}], got some in "

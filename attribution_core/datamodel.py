@@ -272,9 +272,8 @@ def _typed(array: NDArray[Any]) -> NDArray[Any]:
     """An array that can be saved: objects as the numbers they are, else as text."""
     if array.dtype != object:
         return array
-    found = np.array(array.tolist())
-    same = found.shape == array.shape and found.dtype.kind in "biuf"
-    return found if same else array.astype(str)
+    numbers = all(isinstance(value, (int, float, np.number)) for value in array)
+    return np.array(array.tolist()) if numbers else array.astype(str)
 
 
 def _plain(value: Any) -> Any:

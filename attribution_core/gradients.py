@@ -231,10 +231,10 @@ def choose_engine(problem: Problem, count: int, rows: np.ndarray, engine: Engine
             f"expected layers whose parameters act in their own forward, but {uncovered[:5]} do not; "
             "use engine='jvp' or 'rows', or 'auto', which does so by itself"
         )
-    return "jvp" if count <= FEW and _has_forward_mode(problem, rows[:2]) else "rows"
+    return "jvp" if count <= FEW and has_forward_mode(problem, rows[:2]) else "rows"
 
 
-def _has_forward_mode(problem: Problem, rows: np.ndarray) -> bool:
+def has_forward_mode(problem: Problem, rows: np.ndarray) -> bool:
     """Whether the losses can be differentiated along a direction; some layers have reverse mode alone."""
     params = problem.params
     still = {name: torch.zeros_like(value)[None] for name, value in params.items()}

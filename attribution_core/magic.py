@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from attribution_core.adjoint import Form, Wanted
 from attribution_core.data import Column, floating_column, take
 from attribution_core.datamodel import LinearDatamodel, average
-from attribution_core.gradients import Progress
+from attribution_core.gradients import Progress, has_forward_mode
 from attribution_core.groups import named
 from attribution_core.problem import Outputs
 from attribution_core.processes import world
@@ -109,7 +110,7 @@ def magic(
 
     Warns:
         MetagradientWarning: kinked activations; an adjoint that grew; a check that failed; rows that no batch
-            held; dropout masks held fixed; padding rows that another layer moves.
+            held; dropout masks held fixed; padding rows that moved.
 
     Source: Ilyas & Engstrom 2025 (MAGIC, arXiv 2504.16430); Engstrom et al. 2025 (arXiv 2503.13751); the
     exposure anchor and shadow rows are this project's, measured in benchmarks/RESULTS.md.
@@ -220,7 +221,10 @@ def _asked(
             "expected a run that was drawn from every row, got removed ones, which forward mode does not see; use "
             "mode='reverse'"
         )
-    forward = can and (mode == "forward" or (mode == "auto" and few and not gone))
+    quick = mode == "auto" and few and not gone
+    forward = can and (
+        mode == "forward" or (quick and has_forward_mode(run.problem, run.order[0][:2]))
+    )
     return _Asked(wrt, labels, chosen, column, hyper, start, segments, forward)
 
 
@@ -339,11 +343,11 @@ def _judged(
             f"{unseen} of {run.problem.n} rows are in no batch of the run, so their scores are 0: train for at "
             "least one pass over the rows (epochs · exposure ≥ 1), or average more runs"
         )
-    padded = _moved_padding(run.problem.model)
+    padded = _moved_padding(run)
     if padded is not None:
         _warn(
-            f"the padding row of {padded!r} is moved by another layer that shares its weights, which derivatives do not "
-            "follow: they are inexact where padding is read; untie the weights, or give padding a row of its own without padding_idx"
+            f"the padding row of {padded!r} was moved by another layer that shares its weights, or by weight decay, which derivatives do "
+            "not follow: they are inexact where padding is read; untie the weights, or give padding a row of its own without padding_idx"
         )
     if run.steps.masks is not None:
         _warn(
@@ -353,12 +357,13 @@ def _judged(
     return replace(found, meta=meta)
 
 
-def _moved_padding(model: nn.Module) -> str | None:
-    """An embedding whose padding row, which it trains not itself, another layer trains by sharing its weights."""
-    for name, module in model.named_modules():
+def _moved_padding(run: Run) -> str | None:
+    """An embedding whose padding row, which it trains not itself, was moved: by a layer that shares its weights, or by decay."""
+    after = dict(run.model.named_modules())
+    for name, module in run.problem.model.named_modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            own = (m.parameters(recurse=False) for m in model.modules())
-            if sum(p is module.weight for parameters in own for p in parameters) > 1:
+            there: Any = after[name]
+            if not torch.equal(module.weight[module.padding_idx], there.weight[module.padding_idx]):
                 return name
     return None
 

@@ -162,7 +162,7 @@ def rehearse(
 def _rehearsed(run: Run, w: NDArray[np.float64], read: Read, pace: Pace) -> tuple[Tensor, Tensor]:
     """(reading after a rehearsal at w, less that after one at the run's weights; reading of the run, less the latter)."""
     recipe = _smaller(run, pace.size(run))
-    steps = steps_of(run.problem, recipe, recipe.draw(run.pool), run.weights)
+    steps = steps_of(run.problem, recipe, recipe.draw(run.pool), run.weights, run.since)
     models = [_averaged(replace(steps, weights=at), pace.tail) for at in (run.weights, w)]
     with torch.no_grad():
         own, before, after = (read(model).double().cpu() for model in (run.model, *models))

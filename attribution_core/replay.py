@@ -16,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+from attribution_core.problem import Params
 from attribution_core.steps import Steps, TrainingState
 
 States = Literal["auto", "all", "sqrt"] | int
+SAME = 1e-3  # of the parameters' norm, by which a run without digests may end elsewhere: other kernels, not other steps
 MEMORY = 2**28  # bytes of states that a run holds unless told otherwise
 
 
@@ -133,6 +135,17 @@ def check(state: TrainingState, step: int, digests: NDArray | None) -> None:
             "numbers of their own, or the device's kernels are not deterministic "
             "(torch.use_deterministic_algorithms); expected bit-equal states"
         )
+
+
+def refuse_another_end(params: Params, again: Params) -> None:
+    """Raise where the steps, taken again, do not lead to a run's parameters, whose states nobody digested."""
+    for name, there in params.items():
+        off, size = (again[name] - there).norm(), there.norm()
+        if not off <= SAME * size:
+            raise ValueError(
+                f"the training cannot be repeated: taken again, its steps end {float(off / size):.1%} of their norm away from "
+                "the run's parameters. The initial model, the loss or the data have changed since"
+            )
 
 
 # --- on disk -------------------------------------------------------------------------------------

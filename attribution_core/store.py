@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import os
 import types
@@ -185,32 +186,72 @@ def claim(folder: str | Path, name: str, what: str, made_of: str) -> Path:
 
 def fingerprint(*parts: Any) -> str:
     """sha256 of models, tensors, arrays, data, functions and settings: equal content, equal print."""
-    digest = hashlib.sha256()
+    digest = _Digest()
     for part in parts:
         _feed(digest, part)
-    return digest.hexdigest()
+    return digest.content.hexdigest()
+
+
+class _Digest:
+    """A digest under way, and the objects that it is inside of."""
+
+    def __init__(self) -> None:
+        self.content = hashlib.sha256()
+        self.inside: set[int] = set()
+
+    def update(self, data: bytes) -> None:
+        self.content.update(data)
 
 
 def _settings(part: Any) -> dict[str, Any]:
-    """The attributes of an object that are plain values or tensors, but for private ones and a module's mode."""
+    """The attributes of an object that say what it does, by name.
+
+    What a constructor was given under the same name, and public numbers with a fraction, texts, arrays and functions; whole numbers
+    and containers else may be counters and caches, which change as an object is used.
+    """
+    try:
+        given = set(inspect.signature(type(part).__init__).parameters)
+    except (TypeError, ValueError):
+        given = set()
+    held = {name: value for name, value in vars(part).items() if not name.startswith("_")}
     return {
-        name: value
-        for name, value in vars(part).items()
-        if not name.startswith("_") and name != "training" and _is_setting(value)
+        name: held[name]
+        for name in sorted(held)
+        if isinstance(held[name], SETTINGS) or (name in given and _is_plain(held[name]))
     }
 
 
-def _is_setting(value: Any) -> bool:
+SETTINGS = (
+    float, str, np.ndarray, torch.Tensor, torch.dtype, functools.partial, types.FunctionType,
+    types.BuiltinFunctionType, nn.Module,
+)  # fmt: skip
+
+
+def _is_plain(value: Any) -> bool:
+    """Numbers, texts, functions and arrays, and containers of such."""
+    if isinstance(value, Mapping):
+        return all(_is_plain(item) for item in value.values())
     if isinstance(value, (list, tuple)):
-        return all(_is_setting(item) for item in value)
-    arrays = (np.ndarray, torch.Tensor)
-    return value is None or isinstance(
-        value, (bool, int, float, str, torch.dtype, types.FunctionType, *arrays)
-    )
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, *SETTINGS))
 
 
 def _feed(digest: Any, part: Any) -> None:
-    if hasattr(part, "_fingerprint"):  # a datasets.Dataset, or data that know their own
+    """The content of a part, or where it is a part of itself, that."""
+    if id(part) in digest.inside:
+        digest.update(b"^")
+        return
+    digest.inside.add(id(part))
+    try:
+        _content(digest, part)
+    finally:
+        digest.inside.discard(id(part))
+
+
+def _content(digest: Any, part: Any) -> None:
+    if isinstance(part, (str, bytes)):
+        digest.update(f"{type(part).__qualname__}:{part!r};".encode())
+    elif hasattr(part, "_fingerprint"):  # a datasets.Dataset, or data that know their own
         digest.update(str(part._fingerprint).encode())
     elif isinstance(part, nn.Module):
         # what the weights alone do not tell: heads of a transformer, frozen parameters
@@ -219,8 +260,13 @@ def _feed(digest: Any, part: Any) -> None:
         }
         _feed(digest, [str(part), *(str(config) for config in configs.values())])
         _feed(digest, [name for name, p in part.named_parameters() if p.requires_grad])
-        _feed(digest, part.state_dict())
+        kept = part.state_dict()
+        _feed(digest, kept)
+        _feed(digest, {name: b for name, b in part.named_buffers() if name not in kept})
         _feed(digest, [_settings(module) for module in part.modules()])
+        drawn = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+        active = [name for name, m in part.named_modules() if isinstance(m, drawn) and m.training]
+        _feed(digest, active)
     elif isinstance(part, torch.Tensor):
         # bfloat16 has no numpy counterpart: its bytes are read as they are
         flat = part.detach().cpu().contiguous()
@@ -237,7 +283,7 @@ def _feed(digest: Any, part: Any) -> None:
         _feed(digest, type(part).__qualname__)
         for item in fields(part):
             _feed(digest, getattr(part, item.name))
-    elif isinstance(part, Sequence) and not isinstance(part, (str, bytes)):
+    elif isinstance(part, Sequence):
         digest.update(b"[%d" % len(part))
         for item in part:
             _feed(digest, item)
@@ -255,11 +301,7 @@ def _feed(digest: Any, part: Any) -> None:
         _feed(digest, [value for value in held if value is not part])
     elif isinstance(part, (type, types.BuiltinFunctionType)):
         _feed(digest, f"{part.__module__}.{part.__qualname__}")
-    elif (
-        hasattr(part, "__len__")
-        and hasattr(part, "__getitem__")
-        and not isinstance(part, (str, bytes))
-    ):
+    elif hasattr(part, "__len__") and hasattr(part, "__getitem__"):
         for start in range(0, len(part), 1024):  # data of one's own, read as methods read them
             _feed(digest, part[list(range(start, min(start + 1024, len(part))))])
     else:

@@ -22,7 +22,7 @@ from attribution_core.data import batches, take
 from attribution_core.gradients import Progress, forward_mode
 from attribution_core.problem import Outputs, Params
 from attribution_core.processes import sum_over_processes
-from attribution_core.replay import check
+from attribution_core.replay import check, refuse_another_end
 from attribution_core.steps import Steps, TrainingState
 
 if TYPE_CHECKING:
@@ -98,7 +98,9 @@ def pushed_outputs(
     """Derivatives of a run's outputs along G directions of its weights and hyperparameters, [G, t]."""
     start = run.since if since is None else since
     steps = run.steps
-    _, tangents = push(steps, along, run.digests, start, progress)
+    end, tangents = push(steps, along, run.digests, start, progress)
+    if run.digests is None:
+        refuse_another_end(run.last.params, end.params)
     floating = {k: v for k, v in run.buffers.items() if v.is_floating_point()}
     moved = {**steps.packing.unpack(tangents.params), **tangents.buffers}
     return output_tangents(run.model, {**run.params, **floating}, moved, outputs).numpy()

@@ -79,7 +79,7 @@ class Recipe:
     def draw(self, rows: NDArray[np.intp], exposure: float = 1.0) -> list[NDArray[np.intp]]:
         """The batches of a run: one permutation of the rows after another, cut into equal batches."""
         if self.order is not None:
-            given = [np.asarray(batch, dtype=int) for batch in self.order]
+            given = [np.array(batch, dtype=int) for batch in self.order]
             return given[: max(1, round(exposure * len(given)))]
         size = min(self.batch_size, len(rows))
         steps = max(1, round(self.epochs * exposure * len(rows) / size))
@@ -272,7 +272,7 @@ def train(
 
 
 def removed_rows(recipe: Recipe, weights: NDArray[np.float64], drop: Drop) -> NDArray[np.intp]:
-    """Rows of weight 0 that batches are drawn without; of batches that somebody gave, those in none of them."""
+    """Rows of weight 0 that batches are drawn without; of batches that somebody gave, all such rows if they hold none of them."""
     out = weights == 0
     if recipe.order is None:
         gone = drop == "row"

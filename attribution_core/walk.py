@@ -22,7 +22,7 @@ from attribution_core.gradients import Progress, Sized, output_gradients
 from attribution_core.optimizers import stretches
 from attribution_core.problem import Outputs
 from attribution_core.processes import from_first, sum_over_processes, wait, world
-from attribution_core.replay import TrainingState, backwards
+from attribution_core.replay import backwards, refuse_another_end
 from attribution_core.steps import Steps
 from attribution_core.store import fingerprint
 from attribution_core.training import Run
@@ -30,7 +30,6 @@ from attribution_core.training import Run
 CHUNK = 32  # targets that share a walk, unless their adjoints take more than WIDE numbers
 WIDE = 2**27
 VMAP = 16  # targets from which vmap is quicker, in models of up to ...
-SAME = 1e-3  # of the parameters' norm, by which a run without digests may end elsewhere: other kernels, not other steps
 TINY = 2**16  # ... so many parameters; beyond, one backward pass a target (benchmarks/magic.py)
 
 
@@ -78,6 +77,8 @@ def walk_back(run: Run, outputs: Outputs, wanted: Wanted, how: Walk) -> Walked:
         run.order,
         run.weights,
         run.exposure,
+        run.since,
+        run.params,
         run.digests,
         outputs,
         wanted,
@@ -114,7 +115,7 @@ def _walk(run: Run, outputs: Outputs, wanted: Wanted, how: Walk) -> Walked:
     walk = backwards(steps, how.held, run.states, run.digests, how.since, noted=held.append)
     for k, state in how.progress(Sized(walk, len(steps) - how.since)):
         if run.digests is None and k == len(steps) - 1:
-            _refuse_another_end(run, steps, state)
+            refuse_another_end(run.last.params, steps.step(state, k)[0].params)
         try:
             at, owed = pull(shared, state, k, at, wanted, form, riding[k] if riding else None)
         except RuntimeError as error:
@@ -133,18 +134,6 @@ def _walk(run: Run, outputs: Outputs, wanted: Wanted, how: Walk) -> Walked:
             )
     growth = (at.norms / last.clamp(min=torch.finfo(torch.float64).tiny)).numpy()
     return Walked(total.scores(shared.shards > 1), growth, max(held))
-
-
-def _refuse_another_end(run: Run, steps: Steps, state: TrainingState) -> None:
-    """Raise where the steps, taken again, do not lead to the run's parameters, whose states nobody digested."""
-    again, _ = steps.step(state, len(steps) - 1)
-    for name, there in run.last.params.items():
-        off, size = (again.params[name] - there).norm(), there.norm()
-        if not off <= SAME * size:
-            raise ValueError(
-                f"the training cannot be repeated: taken again, its steps end {float(off / size):.1%} of their norm away from "
-                "the run's parameters. The initial model, the loss or the data have changed since"
-            )
 
 
 def _last_adjoint(run: Run, steps: Steps, outputs: Outputs) -> Adjoint:

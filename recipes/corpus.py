@@ -58,6 +58,8 @@ def _from_file(file: str, text: str, domain: str | None, id: str | None) -> list
         content = Path(file).read_text(encoding="utf-8", errors="replace")
         return [Document(file, content, Path(file).parent.name or "all", file)]
     import pyarrow
+    from pyarrow import schema, string
+    from pyarrow.types import is_temporal
 
     try:
         if suffix == ".parquet":
@@ -65,12 +67,16 @@ def _from_file(file: str, text: str, domain: str | None, id: str | None) -> list
 
             table = read_table(file)
         else:
-            from pyarrow import schema, string
             from pyarrow.json import ParseOptions, read_json
 
-            # dates and numbers that are text stay as they are written
-            words = schema([(name, string()) for name in {text, domain, id} if name is not None])
-            table = read_json(file, parse_options=ParseOptions(explicit_schema=words))
+            table = read_json(file)
+            # words that look like dates stay as they are written
+            dates = [
+                f for f in table.schema if f.name in (text, domain, id) and is_temporal(f.type)
+            ]
+            if dates:
+                words = schema([(field.name, string()) for field in dates])
+                table = read_json(file, parse_options=ParseOptions(explicit_schema=words))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file!r} cannot be read as {suffix[1:]}: {error}") from None
     return _from_table(table, file, text, domain, id, Path(file).stem)
@@ -107,8 +113,12 @@ def _from_table(
                 f"expected a column {column!r} in {source!r}, got {table.column_names}; "
                 "name yours with --text, --domain or --id"
             )
+    from pyarrow import types
+
     kind = table.column(text).type
-    if not any(word in str(kind) for word in ("string", "null")):
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    words = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    if not any(is_kind(kind) for is_kind in words):
         raise ValueError(
             f"expected text in column {text!r} of {source!r}, got {kind}; name yours with --text"
         )

@@ -171,7 +171,6 @@ def test_what_was_learned_by_heart_is_said_as_of_the_unseen(by_heart):
     assert abs(after["forget"].mean() - oracle["forget"].mean()) < 0.5 * gap
     assert after["retain"].mean() < 0.1
     assert 0.3 < found.share <= 1 / 3
-    assert found.share > 0.19
     assert found.predicted == {}
     blind = unlearning.unlearn(runs, rows, losses)  # rehearsals learn too little by heart
     still = blind.outputs(losses)["forget"].mean()

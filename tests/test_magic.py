@@ -681,3 +681,20 @@ def test_a_padding_row_that_the_head_moves_is_told():
             warnings.simplefilter("always")
             magic(run, Outputs(cross_entropy, (x[:2], y[:2])), check=False)
         assert any("padding row of 'embed'" in str(w.message) for w in told) == tie
+
+
+def test_a_folder_tells_apart_from_when_weights_act(tmp_path):
+    problem = menagerie.mlp(12)
+    outputs, w = menagerie.unseen(problem), np.r_[0.0, np.ones(11)]
+    one, other = (train(problem, Recipe(SGD(0.1), 4, 2), w, since=k, states=0) for k in (0, 3))
+    magic(one, outputs, since=4, check=False, folder=tmp_path)
+    with pytest.raises(ValueError, match="another"):
+        magic(other, outputs, since=4, check=False, folder=tmp_path)
+
+
+def test_another_end_is_seen_in_forward_mode_too():
+    problem = menagerie.mlp(12)
+    run = train(problem, Recipe(SGD(0.1), 4, 2), states=0)
+    problem.model.load_state_dict(run.model.state_dict())
+    with pytest.raises(ValueError, match=r"its steps end .* of their norm away"):
+        magic(run, menagerie.unseen(problem), groups=np.arange(12) % 2, mode="forward", check=False)

@@ -201,3 +201,14 @@ def test_rows_that_were_removed_are_not_rehearsed_either():
         ValueError, match="got 1 for row 1, which the run's training was drawn with"
     ):
         rehearse(run, np.ones(60), outputs.evaluate)
+
+
+def test_weights_act_from_the_same_step():
+    """Up to the last step there is nothing to tell trainings apart by."""
+    problem, recipe, outputs = small()
+    w = without(60, np.arange(30))
+    late, early = (
+        rehearse(train(problem, recipe, since=k), w, outputs.evaluate, pace=Pace(tail=1e-9)).mean
+        for k in (11, 0)
+    )
+    assert 0 < late.norm() < 0.3 * early.norm()

@@ -273,8 +273,14 @@ def test_text_is_read_as_it_is_written(tmp_path):
     found = read_documents(str(tmp_path / "dates.jsonl"), domain="domain")
     assert [d.text for d in found] == [row["text"] for row in dates]
     assert {d.domain for d in found} == {"2020-01-01"}
-    with pytest.raises(ValueError, match="from string to number"):
+    with pytest.raises(ValueError, match=r"expected text in column 'text' of .*, got int64"):
         read_documents(str(tmp_path / "numbers.jsonl"))
+    with pytest.raises(ValueError, match="expected a column 'body'"):
+        read_documents(str(tmp_path / "dates.jsonl"), text="body")
+    rows = [{"id": k, "year": 2000 + k, "text": "t"} for k in range(2)]
+    (tmp_path / "years.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = read_documents(str(tmp_path / "years.jsonl"), domain="year", id="id")
+    assert [(d.id, d.domain) for d in found] == [("0", "2000"), ("1", "2001")]
     import pyarrow
 
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")

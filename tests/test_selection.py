@@ -507,3 +507,10 @@ def test_a_long_example_does_not_keep_the_budget_from_those_behind_it(rank, long
     costs[rank] = long
     gains = costs * np.linspace(5, 4, 51)  # the first are worth most per cost
     assert select(datamodel(-gains), budget=100, costs=costs).cost == spent
+
+
+def test_what_is_left_is_not_spent_on_what_may_harm():
+    """Of a worst output the mean gain says nothing."""
+    f = LinearDatamodel([[-5.0, -5.0], [-10.0, 4.0], [-10.0, 4.0]], [0.0, 0.0], 0.0)
+    found = select(f, budget=3, objective="worst", fill=False)
+    assert found.weights.tolist() == [1, 0, 0]

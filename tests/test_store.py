@@ -352,3 +352,55 @@ def test_prints_are_the_same_in_every_process():
 def test_the_mode_of_a_model_is_no_part_of_it():
     model = Scaled(1.0)
     assert fingerprint(model.train()) == fingerprint(model.eval())
+
+
+class Holder:
+    """Attributes of many kinds, one of which refers back."""
+
+    def __init__(self, inner, act=torch.tanh, options=None):
+        self.inner, self.act, self.options = inner, act, options
+        self.calls = 0
+        self.back = lambda model, batch: self.inner
+
+    def __call__(self, model, batch):
+        self.calls += 1
+        return self.act(model(batch[0])).sum(1)
+
+
+class Buffered(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+
+HELD = {
+    "module": (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.5)),
+    "act": (torch.tanh, torch.sin),
+    "options": ({"t": 1}, {"t": 3}),
+}
+
+
+def test_what_objects_hold_is_told_apart_and_what_changes_in_use_is_not():
+    assert fingerprint(Holder(1)) == fingerprint(Holder(1)) != fingerprint(Holder(2))
+    for name, pair in HELD.items():
+        settings = ({"inner": x} if name == "module" else {"inner": 1, name: x} for x in pair)
+        one, other = (Holder(**given) for given in settings)
+        assert fingerprint(one) != fingerprint(other)
+    used = Holder(1)
+    before = fingerprint(used)
+    used(nn.Linear(2, 2), (torch.ones(1, 2),))
+    assert fingerprint(used) == before
+    assert fingerprint(Buffered(1.0)) == fingerprint(Buffered(1.0)) != fingerprint(Buffered(3.0))
+    for layer in (nn.BatchNorm1d(2), nn.Dropout(0.5)):
+        assert fingerprint(layer.train()) != fingerprint(layer.eval())
+
+
+def test_a_part_of_itself_has_a_print():
+    model = nn.Linear(2, 2)
+    inner = model.forward
+    model.forward = lambda x: inner(x) + model.bias.sum()
+    assert fingerprint(model) == fingerprint(model)
+
+
+def test_texts_that_look_like_addresses_are_texts():
+    assert fingerprint(["cats at 0x1"]) != fingerprint(["dogs at 0x2"])

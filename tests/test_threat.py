@@ -169,3 +169,11 @@ def test_originals_outside_the_box_cannot_be_met():
         ValueError, match=r"originals in the box \[0, 1\], got some in \[1.5, 1.5\]"
     ):
         threat.within(np.array([[1.5]]), np.array([[1.5]]))
+
+
+def test_normalised_inputs_are_in_their_box_to_rounding():
+    box = ((0 - 0.1307) / 0.3081, (1 - 0.1307) / 0.3081)
+    white = ((np.float32(1) - np.float32(0.1307)) / np.float32(0.3081)).astype(np.float32)
+    x = np.array([[white, np.float32(box[0])]])
+    threat = ThreatModel(1, "inputs", epsilon=0.1, box=box)
+    assert threat.within(x, x).max() <= box[1]

@@ -222,7 +222,7 @@ def random_rows(
 
 
 def listed(seeds: int | Sequence[int]) -> list[int]:
-    return list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    return list(range(seeds)) if isinstance(seeds, (int, np.integer)) else list(seeds)
 
 
 def verified_attack(

@@ -59,6 +59,8 @@ class FlipBudgets:
     def within(self, share: float = 0.3) -> float:
         """Share of outputs whose predicted number is within ± `share` (and at least one row) of the actual one."""
         both = np.isfinite(self.predicted) & np.isfinite(self.actual)
+        if not both.any():
+            return math.nan
         off = np.abs(self.predicted[both] - self.actual[both])
         return float((off <= np.maximum(share * self.actual[both], 1.0)).mean())
 

@@ -293,7 +293,11 @@ def verify(
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
     """The list of training seeds; one that repeats would be counted as new evidence."""
-    listed = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    listed = (
+        list(range(seeds))
+        if isinstance(seeds, (int, np.integer))
+        else [int(seed) for seed in seeds]
+    )
     if not listed or len(set(listed)) != len(listed) or min(listed) < 0:
         raise ValueError(
             f"expected at least one seed >= 0, each once, got {seeds}; pass a number such as 3, "

@@ -86,7 +86,7 @@ def _removed_at_random(
     weights: NDArray[Any], k: int, seeds: int | Sequence[int]
 ) -> NDArray[np.float64]:
     """[s, n]: k random rows of positive weight taken away, a draw for each seed."""
-    listed = range(seeds) if isinstance(seeds, int) else seeds
+    listed = range(seeds) if isinstance(seeds, (int, np.integer)) else seeds
     drawn = np.repeat(np.asarray(weights, dtype=float)[None], len(listed), axis=0)
     there = np.flatnonzero(drawn[0] > 0)
     for row, seed in zip(drawn, listed, strict=True):
@@ -187,7 +187,7 @@ def repair(
     count = int((scores > 0).sum()) if remove is None else remove
     if not 0 < count < len(there):
         raise ValueError(f"expected some, not all, of {len(there)} rows to remove, got {count}")
-    chosen = list(attack.verified.seeds) if seeds is None else list(range(seeds)) if isinstance(seeds, int) else list(seeds)  # fmt: skip
+    chosen = list(attack.verified.seeds) if seeds is None else list(range(seeds)) if isinstance(seeds, (int, np.integer)) else list(seeds)  # fmt: skip
     if chosen != list(attack.verified.seeds):
         raise ValueError(
             f"expected the attack's seeds {list(attack.verified.seeds)}, got {chosen}; pairs need the same"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -83,7 +84,9 @@ class Comparison:
         """One JSON record per row, per-target correlations included."""
         records = [asdict(row) for row in self.rows]
         for record in records:
-            record["lds"]["per_target"] = record["lds"]["per_target"].tolist()
+            found = record["lds"]
+            found["per_target"] = found["per_target"].tolist()
+            found["ceiling"] = None if math.isnan(found["ceiling"]) else found["ceiling"]
         write_text(Path(path), json.dumps(records, indent=1))
 
 
@@ -93,9 +96,10 @@ HEAD = ("method", "LDS", "95 % interval", "slope", "seconds")
 def _truth(row: Compared) -> str:
     one = row.lds
     seeds = f"mean over {one.seeds} seeds" if one.seeds > 1 else "one seed"
+    most = "unknown" if math.isnan(one.ceiling) else f"{one.ceiling:.3f}"
     return (
         f"keep {row.keep:g}: {one.rows} retrainings, {seeds}, {len(one.per_target)} targets; "
-        f"ceiling {one.ceiling:.3f}"
+        f"ceiling {most}"
     )
 
 

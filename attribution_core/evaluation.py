@@ -146,9 +146,13 @@ def ceiling(table: RetrainingTable) -> float:
     if len(splits) > MAX_SPLITS:
         rng = np.random.default_rng(0)
         splits = [splits[i] for i in rng.choice(len(splits), MAX_SPLITS, replace=False)]
-    halves = [
-        spearman(table.per_seed[:, a].mean(1), table.per_seed[:, b].mean(1)).mean()
-        for a, b in splits
-    ]
+    halves = []
+    for a, b in splits:
+        one, other = table.per_seed[:, a].mean(1), table.per_seed[:, b].mean(1)
+        varies = (np.ptp(one, axis=0) > 0) & (np.ptp(other, axis=0) > 0)  # a constant tells nothing
+        if varies.any():
+            halves.append(spearman(one[:, varies], other[:, varies]).mean())
+    if not halves:
+        return float("nan")
     r = max(0.0, float(np.mean(halves)))
     return float(np.sqrt((s / k) * r / (1 + (s / k - 1) * r)))

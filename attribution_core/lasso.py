@@ -80,7 +80,7 @@ class Design:
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> Design:
         m, d = x.shape
-        rho = float((x * x).sum() / (m * d))
+        rho = float((x * x).sum() / (m * d)) or 1.0  # of columns that never vary
         if 2 * m < d:  # the m × m side: (ρ + x'x/m)⁻¹ = (1 − x'(mρ + xx')⁻¹x) / ρ
             inner = torch.linalg.inv((x @ x.T).double() + m * rho * torch.eye(m)).to(x)
             return cls(

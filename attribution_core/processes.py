@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import numpy as np
@@ -25,7 +26,8 @@ def world() -> tuple[int, int]:
             return 0, 1
         from accelerate import PartialState
 
-        PartialState()  # joins the group that the launcher describes
+        # joins the group that the launcher describes; what one does alone, others wait for: torch's half an hour is too short
+        PartialState(timeout=timedelta(days=7))
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -87,7 +87,11 @@ def refit(
     [3.667, 2.0]
     """
     table: NDArray[Any] = np.atleast_2d(np.asarray(weights, dtype=float))
-    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
+    chosen = (
+        tuple(range(seeds))
+        if isinstance(seeds, (int, np.integer))
+        else tuple(int(seed) for seed in seeds)
+    )
     found = [outputs.evaluate(refitted(fitted, problem, w).model).numpy() for w in progress(table)]
     per_seed = np.repeat(np.stack(found)[:, None], len(chosen), axis=1)
     return RetrainingTable(table, per_seed, chosen, {"drop": "row", "fitted": str(fitted)})

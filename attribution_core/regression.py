@@ -218,10 +218,16 @@ def _row_weights(w: Array, at: float | None, drawn: float | None) -> tuple[Array
     rows = np.exp(log - log.max())
     rows = rows / rows.mean()
     worth = float(m**2 / (rows**2).sum())
-    if drawn is not None and worth < m / 10:
+    few = worth < m / 10 if drawn is not None else worth < 2 < m
+    if few:
+        whence = "all subsets" if drawn is None else f"Bernoulli({drawn}) rows"
         warnings.warn(
-            f"reweighting Bernoulli({drawn}) rows to at={at} leaves {worth:.1f} of {m} rows' worth; "
-            "retrain subsets drawn nearer to it",
+            f"reweighting {whence} to at={at} leaves {worth:.1f} of {m} rows' worth; "
+            + (
+                "say how they were drawn (drawn=)"
+                if drawn is None
+                else "retrain subsets drawn nearer to it"
+            ),
             Underdetermined,
             stacklevel=3,
         )
@@ -284,10 +290,10 @@ def _empirical(w: Array, y: Array, rows: Array, anchor: float) -> tuple[Array, A
     """(mean with − mean without [n, t], base [t])."""
     inside = rows @ w
     outside = rows.sum() - inside
-    stuck = ~((w > 0).any(0) & (w < 1).any(0))
+    stuck = ~((w > 0).any(0) & (w < 1).any(0)) | (inside <= 0) | (outside <= 0)
     if stuck.any():
         raise ValueError(
-            f"examples {np.flatnonzero(stuck)[:5].tolist()} are in every subset or in none, {int(stuck.sum())} "
+            f"examples {np.flatnonzero(stuck)[:5].tolist()} are in every subset that counts or in none, {int(stuck.sum())} "
             "in all; retrain more subsets, or use kind='ridge'"
         )
     total = (rows[:, None] * w).T @ y

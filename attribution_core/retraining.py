@@ -151,7 +151,7 @@ def _read_parquet(path: str | Path) -> tuple[Any, Any, tuple[int, ...], dict[str
     weights = np.array(held["weights"].to_pylist(), dtype=float)
     outputs = np.array(held["outputs"].to_pylist(), dtype=float).reshape(len(weights), -1)
     column = held["seed"].to_pylist() if "seed" in held.column_names else [0] * len(weights)
-    seeds = sorted(set(column))
+    seeds = list(dict.fromkeys(column))  # in the order that they were written in
     if "row" in held.column_names:
         key = np.array(held["row"].to_pylist())
     else:  # lines of equal weights are one row, under several seeds; without seeds every line is one
@@ -159,7 +159,8 @@ def _read_parquet(path: str | Path) -> tuple[Any, Any, tuple[int, ...], dict[str
     _, first, row = np.unique(key, axis=0, return_index=True, return_inverse=True)
     rank = np.argsort(np.argsort(first))[row.ravel()]  # rows in the order of their first line
     counts = np.zeros((len(first), len(seeds)), dtype=int)
-    place = np.searchsorted(seeds, column)
+    at = {seed: j for j, seed in enumerate(seeds)}
+    place = np.array([at[seed] for seed in column])
     np.add.at(counts, (rank, place), 1)
     if (counts != 1).any():
         k, j = np.argwhere(counts != 1)[0]
@@ -215,7 +216,11 @@ def retrain(
             problem that cannot be stacked, where a number asks for it.
     """
     table = np.atleast_2d(np.asarray(weights, dtype=float))
-    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
+    chosen = (
+        tuple(range(seeds))
+        if isinstance(seeds, (int, np.integer))
+        else tuple(int(seed) for seed in seeds)
+    )
     pairs = [(row, seed) for row in table for seed in chosen]
     found = retrain_pairs(
         problem, recipe, outputs, pairs, folder=folder, drop=drop, stack=stack, jobs=jobs,

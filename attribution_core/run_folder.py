@@ -121,6 +121,7 @@ class RunFolder:
             order=np.concatenate(run.order),
             sizes=[len(batch) for batch in run.order],
             losses=run.losses,
+            shards=run.shards,
             digests=np.zeros(0, np.int64) if run.digests is None else run.digests,
             checkpoints=np.array([(at.step, at.first, at.last) for at in run.checkpoints], int),
         )
@@ -133,6 +134,7 @@ class RunFolder:
         with np.load(self.path / "run.npz") as held:
             order = np.split(held["order"], np.cumsum(held["sizes"])[:-1])
             losses = held["losses"]
+            shards = int(held["shards"]) if "shards" in held else 1
             digests = held["digests"] if "digests" in held else np.zeros(0)
             where = held["checkpoints"].tolist() if "checkpoints" in held else []
         like = steps.problem.params
@@ -144,5 +146,5 @@ class RunFolder:
         return {
             "params": params, "state": state, "order": order, "losses": losses, "checkpoints": marks,
             "buffers": buffers, "states": StatesOnDisk(self.path / "states", self.like),
-            "digests": digests if len(digests) else None,
+            "digests": digests if len(digests) else None, "shards": shards,
         }  # fmt: skip

@@ -141,3 +141,13 @@ def test_outputs_that_are_not_finite():
     table.per_seed[5, 0, 2] = np.nan
     with pytest.raises(ValueError, match=r"expected finite retrained outputs.*rows \[5\]"):
         lds(truth, table)
+
+
+def test_a_target_that_never_changes_leaves_the_ceiling_to_the_others():
+    weights = random_subsets(6, 30, keep=0.5)
+    slopes = np.random.default_rng(0).normal(size=(6, 4))
+    per_seed = np.stack([weights @ slopes] * 2, axis=1)
+    per_seed[:, 0, 3] = 1.0
+    assert ceiling(RetrainingTable(weights, per_seed, (0, 1))) == pytest.approx(1.0)
+    per_seed[:] = 1.0
+    assert np.isnan(ceiling(RetrainingTable(weights, per_seed, (0, 1))))

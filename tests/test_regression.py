@@ -574,7 +574,7 @@ def test_tables_that_make_no_sense():
     weights = table.weights.copy()
     weights[:, [3, 7]] = 1
     with pytest.raises(
-        ValueError, match=r"examples \[3, 7\] are in every subset or in none, 2 in all"
+        ValueError, match=r"examples \[3, 7\] are in every subset that counts or in none, 2"
     ):
         fit_datamodel(replace(table, weights=weights), kind="empirical")
     outputs = table.per_seed.copy()
@@ -585,3 +585,22 @@ def test_tables_that_make_no_sense():
         fit_datamodel(cut(table, [0, 1]))
     with pytest.raises(ValueError, match="proper subsets"):
         fit_datamodel(table_of([[0, 0], [1, 1], [1, 1]], np.ones((3, 1))), kind="shapley")
+
+
+def test_weights_that_never_vary_have_no_effects():
+    y = np.random.default_rng(0).normal(size=(10, 2))
+    for settings in ({}, {"penalty": 0.1}):
+        found = fit_datamodel(table_of(np.ones((10, 4)), y), kind="lasso", **settings)
+        assert not found.scores.any()
+
+
+def test_one_row_that_counts_is_named_where_nobody_said_how_rows_were_drawn():
+    w = (np.random.default_rng(0).random((300, 2000)) < 0.5).astype(float)  # their sizes differ
+    table = table_of(w, w[:, :1])
+    with pytest.warns(Underdetermined, match=r"say how they were drawn"):
+        fit_datamodel(table, at=0.1)
+    with (
+        pytest.warns(Underdetermined),
+        pytest.raises(ValueError, match="in every subset that counts"),
+    ):
+        fit_datamodel(table, kind="empirical", at=0.1)

@@ -221,8 +221,8 @@ def test_parquet_holds_a_line_per_training(tmp_path):
     np.testing.assert_array_equal(held["outputs"][3], table.per_seed[1, 1])
     loaded = RetrainingTable.load(tmp_path / "table.parquet")
     np.testing.assert_array_equal(loaded.weights, table.weights)
-    assert loaded.seeds == (1, 3)
-    np.testing.assert_array_equal(loaded.per_seed, table.per_seed[:, ::-1])
+    assert loaded.seeds == (3, 1)
+    np.testing.assert_array_equal(loaded.per_seed, table.per_seed)
     assert loaded.meta == table.meta
     again = table.joined(table)  # rows that repeat, as permutations have them
     again.save(tmp_path / "again.parquet")
@@ -277,3 +277,17 @@ def test_joblibs_own_configuration_is_taken():
     with parallel_config(backend="threading", n_jobs=1):
         other = retrain(problem, recipe, outputs, weights, seeds=SEEDS, stack=2, jobs=None)
     np.testing.assert_array_equal(one.per_seed, other.per_seed)
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "table.npz"])
+def test_seeds_come_back_in_their_order(tmp_path, name):
+    per_seed = np.arange(6.0).reshape(3, 2, 1)
+    RetrainingTable(np.eye(3), per_seed, (5, 3)).save(tmp_path / name)
+    found = RetrainingTable.load(tmp_path / name)
+    assert found.seeds == (5, 3)
+    np.testing.assert_array_equal(found.per_seed, per_seed)
+
+
+def test_a_number_of_seeds_may_be_numpys():
+    problem, recipe, outputs, weights = world()
+    assert retrain(problem, recipe, outputs, weights[:1], seeds=np.int64(2)).seeds == (0, 1)

@@ -550,3 +550,15 @@ def test_a_run_keeps_its_weights_to_itself():
     run = train(problem, RECIPE, w)
     w[:] = 0.0
     assert run.anchor.min() == 1.0
+
+
+def test_how_many_shared_a_run_is_kept_with_it(tmp_path):
+    problem = menagerie.mlp(12)
+    run = train(problem, RECIPE, folder=tmp_path)
+    held = dict(np.load(tmp_path / "run.npz"))
+    np.savez(tmp_path / "run.npz", **{**held, "shards": 2})
+    assert run.shards == 1
+    with pytest.raises(
+        ValueError, match="expected 2 processes, as the run was trained with, got 1"
+    ):
+        magic(train(problem, RECIPE, folder=tmp_path), menagerie.unseen(problem))

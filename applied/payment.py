@@ -236,7 +236,9 @@ def buy(
     # a solver keeps to the budget up to a tolerance
     while whole and price @ chosen > budget:
         chosen[np.where(chosen > 0, gain, np.inf).argmin()] = 0.0
-    return _decision(values, chosen * min(1.0, budget / (price @ chosen)), price, budget)
+    spent = float(price @ chosen)
+    chosen = chosen * (budget / spent) if spent > budget else chosen
+    return _decision(values, chosen, price, budget)
 
 
 def _decision(values: Values, chosen: NDArray[Any], price: NDArray[Any], budget: float) -> Decision:

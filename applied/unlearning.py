@@ -114,9 +114,9 @@ def unlearn(
 
         outputs:  f_z + trust · (f̂_z(w − w_F) − f̂_z(w))     models:  matched to logits that moved alike
 
-    w: what the runs were trained at. "auto" predicts by rehearsals (`rehearse`): pairs of trainings with and without F, on half of a batch's rows
-    or on as many as the budget of all runs allows for two of them, and then as many pairs as it allows; never
-    the whole training without F. Changes are averaged over runs, corrected by what trainings learn of F beyond
+    w: what the runs were trained at. "auto" predicts by rehearsals (`rehearse`): pairs of trainings with and without
+    F, on half of a batch's rows or on as many as the budget of all runs allows for two of them, and then as many
+    pairs as it allows; never the whole training without F. Changes are averaged over runs, corrected by what trainings learn of F beyond
     rehearsals (`Rehearsal.corrected`) and shrunk by their noise (`Rehearsal.trust`), each kind of output by itself. Seven tenths
     of the budget go into rehearsals, the rest into matching each model: by Gauss–Newton steps where it is a
     classifier of few classes, else by gradient steps.

@@ -132,7 +132,8 @@ def _by_size(
 
     with μ_s the mean of f over sets of size s, and D_i(s) its mean over those with i less that over those
     without. (Both lines are exact over all sets.) Sizes with too few rows are taken together, sizes
-    that were not drawn are interpolated, and beyond them μ goes on as it does between them. The D_i of a size add up to zero, and are made to.
+    that were not drawn are interpolated, and beyond them μ goes on as it does between them. The D_i of a size
+    add up to zero, and are made to.
     """
     n = inside.shape[1]
     y = outputs.mean(1)

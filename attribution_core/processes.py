@@ -72,6 +72,30 @@ def wait() -> None:
 
 
 @contextmanager
+def failing_together() -> Iterator[None]:
+    """In the body each process works by itself; what one of them raises is raised on all, which else would wait for it.
+
+    Raises:
+        ValueError: another process stopped; says which, and why.
+    """
+    if world()[1] == 1:
+        yield
+        return
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    said: list[str | None] = [None] * world()[1]
+    dist.all_gather_object(said, None if failed is None else f"{type(failed).__name__}: {failed}")
+    if failed is not None:
+        raise failed
+    for rank, why in enumerate(said):
+        if why is not None:
+            raise ValueError(f"process {rank} stopped, and with it all others: {why}")
+
+
+@contextmanager
 def first_goes_first() -> Iterator[None]:
     """The first process runs the body before the others: it makes files that they then read."""
     if world()[0] > 0:

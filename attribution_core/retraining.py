@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.gradients import Progress, Sized
 from attribution_core.problem import Outputs, Problem
-from attribution_core.processes import from_first, sum_over_processes, wait, world
+from attribution_core.processes import failing_together, from_first, sum_over_processes, world
 from attribution_core.stacked import Cell, Diverged, Stack, stack_size
 from attribution_core.store import claim, fingerprint
 from attribution_core.training import Drop, Recipe, train
@@ -270,12 +270,12 @@ def retrain_pairs(
     stacks = [[(k, *cells[k]) for k in some if not done[k]] for some in work.cut(cells, chosen)]
     mine = [some for some in stacks if some][rank::size]
     found = np.zeros((len(cells), len(outputs)))
-    for k, values in progress(Sized(work.results(mine, jobs), sum(map(len, mine)))):
-        if cache is None:
-            found[k] = values
-        else:
-            cache.put(cells[k], values)
-    wait()
+    with failing_together():
+        for k, values in progress(Sized(work.results(mine, jobs), sum(map(len, mine)))):
+            if cache is None:
+                found[k] = values
+            else:
+                cache.put(cells[k], values)
     if cache is None:  # each process filled its own
         return sum_over_processes(torch.from_numpy(found)).numpy()[first]
     return np.stack([cache.get(cell) for cell in cells])

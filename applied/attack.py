@@ -18,6 +18,7 @@ from applied.threat import Change, ThreatModel
 from applied.versions import Versions
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.problem import Problem
+from attribution_core.seeds import listed
 
 NO_ATTACK, RANDOM = "no attack", "random"
 
@@ -219,10 +220,6 @@ def random_rows(
     order = rng.permutation(len(rows))
     chosen = quota.best(1.0 + rng.random(len(rows))[order], rows[order], k, rows[:0])
     return rows[order][chosen]
-
-
-def listed(seeds: int | Sequence[int]) -> list[int]:
-    return list(range(seeds)) if isinstance(seeds, (int, np.integer)) else list(seeds)
 
 
 def verified_attack(

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.attack import Quota, listed
+from applied.attack import Quota
 from applied.recipe import Interval, Retrained, paired_interval
 from applied.threat import ThreatModel
 from applied.versions import Versions, relabelled
 from attribution_core.data import Column
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.problem import Problem
+from attribution_core.seeds import listed
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 Surrogate = Callable[[Problem, NDArray[np.float64]], LinearDatamodel | Sequence[LinearDatamodel]]

@@ -16,7 +16,6 @@ from applied.attack import (
     Said,
     goal_of,
     instead,
-    listed,
     random_rows,
     verified_attack,
 )
@@ -26,6 +25,7 @@ from applied.versions import rewritten
 from attribution_core.data import Column, floating_column, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.problem import Problem
+from attribution_core.seeds import listed
 from attribution_core.store import claim, fingerprint
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]

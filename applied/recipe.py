@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from attribution_core.seeds import listed
+
 SLACK = 1e-9  # relative; costs that differ by less are the same sum, added in another order
 ROWS = 10  # a table shows so many targets one by one, then their mean
 
@@ -293,17 +295,13 @@ def verify(
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
     """The list of training seeds; one that repeats would be counted as new evidence."""
-    listed = (
-        list(range(seeds))
-        if isinstance(seeds, (int, np.integer))
-        else [int(seed) for seed in seeds]
-    )
-    if not listed or len(set(listed)) != len(listed) or min(listed) < 0:
+    chosen = listed(seeds)
+    if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0:
         raise ValueError(
             f"expected at least one seed >= 0, each once, got {seeds}; pass a number such as 3, "
             "or different seeds"
         )
-    return listed
+    return chosen
 
 
 def _controls(control: Any, decision: Decision, seeds: list[int]) -> dict[str, NDArray[Any]]:

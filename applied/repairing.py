@@ -13,6 +13,7 @@ from applied.attack import Attack
 from applied.detection import Detection
 from applied.recipe import Decision, Interval, Retrain, Verified, aligned, paired_interval, verify
 from attribution_core.datamodel import LinearDatamodel
+from attribution_core.seeds import listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +87,10 @@ def _removed_at_random(
     weights: NDArray[Any], k: int, seeds: int | Sequence[int]
 ) -> NDArray[np.float64]:
     """[s, n]: k random rows of positive weight taken away, a draw for each seed."""
-    listed = range(seeds) if isinstance(seeds, (int, np.integer)) else seeds
-    drawn = np.repeat(np.asarray(weights, dtype=float)[None], len(listed), axis=0)
+    chosen = listed(seeds)
+    drawn = np.repeat(np.asarray(weights, dtype=float)[None], len(chosen), axis=0)
     there = np.flatnonzero(drawn[0] > 0)
-    for row, seed in zip(drawn, listed, strict=True):
+    for row, seed in zip(drawn, chosen, strict=True):
         row[np.random.default_rng([seed, 0xDE]).choice(there, k, replace=False)] = 0.0
     return drawn
 
@@ -187,7 +188,7 @@ def repair(
     count = int((scores > 0).sum()) if remove is None else remove
     if not 0 < count < len(there):
         raise ValueError(f"expected some, not all, of {len(there)} rows to remove, got {count}")
-    chosen = list(attack.verified.seeds) if seeds is None else list(range(seeds)) if isinstance(seeds, (int, np.integer)) else list(seeds)  # fmt: skip
+    chosen = list(attack.verified.seeds) if seeds is None else listed(seeds)
     if chosen != list(attack.verified.seeds):
         raise ValueError(
             f"expected the attack's seeds {list(attack.verified.seeds)}, got {chosen}; pairs need the same"

@@ -19,6 +19,7 @@ from attribution_core.gradients import Progress
 from attribution_core.linear_models import LinearModel, from_sklearn
 from attribution_core.problem import Outputs, Problem
 from attribution_core.retraining import RetrainingTable
+from attribution_core.seeds import listed
 
 
 def refitted(fitted: Any, problem: Problem, weights: ArrayLike) -> Problem:
@@ -87,11 +88,7 @@ def refit(
     [3.667, 2.0]
     """
     table: NDArray[Any] = np.atleast_2d(np.asarray(weights, dtype=float))
-    chosen = (
-        tuple(range(seeds))
-        if isinstance(seeds, (int, np.integer))
-        else tuple(int(seed) for seed in seeds)
-    )
+    chosen = tuple(listed(seeds))
     found = [outputs.evaluate(refitted(fitted, problem, w).model).numpy() for w in progress(table)]
     per_seed = np.repeat(np.stack(found)[:, None], len(chosen), axis=1)
     return RetrainingTable(table, per_seed, chosen, {"drop": "row", "fitted": str(fitted)})

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from attribution_core.gradients import Progress, Sized
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import failing_together, from_first, sum_over_processes, world
+from attribution_core.seeds import listed
 from attribution_core.stacked import Cell, Diverged, Stack, stack_size
 from attribution_core.store import claim, fingerprint
 from attribution_core.training import Drop, Recipe, train
@@ -216,11 +217,7 @@ def retrain(
             problem that cannot be stacked, where a number asks for it.
     """
     table = np.atleast_2d(np.asarray(weights, dtype=float))
-    chosen = (
-        tuple(range(seeds))
-        if isinstance(seeds, (int, np.integer))
-        else tuple(int(seed) for seed in seeds)
-    )
+    chosen = tuple(listed(seeds))
     pairs = [(row, seed) for row in table for seed in chosen]
     found = retrain_pairs(
         problem, recipe, outputs, pairs, folder=folder, drop=drop, stack=stack, jobs=jobs,

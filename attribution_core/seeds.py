@@ -1,0 +1,18 @@
+"""Training seeds: a number of them, or which ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def listed(seeds: int | Sequence[int]) -> list[int]:
+    """The seeds themselves: 0 .. seeds − 1 for a number.
+
+    >>> listed(3), listed([4, 2])
+    ([0, 1, 2], [4, 2])
+    """
+    if isinstance(seeds, (int, np.integer)):
+        return list(range(seeds))
+    return [int(seed) for seed in seeds]

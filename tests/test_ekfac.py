@@ -424,7 +424,7 @@ def test_draws_by_seed():
     problem = menagerie.mlp()
     exact = fit_ekfac([problem]).trace
     traces = [fit_ekfac([problem], draws=1, seed=seed).trace for seed in range(50)]
-    assert len(set(traces)) == 50
+    assert len(set(traces)) > 25  # six labels of three classes: some seeds draw the same
     assert fit_ekfac([problem], draws=1, seed=3).trace == traces[3]
     error = np.std(traces, ddof=1) / 50**0.5
     assert abs(np.mean(traces) - exact) < 4 * error

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -444,10 +444,6 @@ def test_values_that_do_not_fit():
 def test_everything_is_found_under_one_name():
     for name in valuation.__all__:
         assert hasattr(valuation, name)
-
-
-settings.register_profile("quick", max_examples=40, deadline=None)
-settings.load_profile("quick")
 
 
 @pytest.mark.parametrize("kind", ["banzhaf", "shapley"])

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from applied.yardstick import CEILING, FLOOR, attack, evaluate, gaussian_klom, klom
@@ -392,7 +392,3 @@ def test_what_cannot_be_evaluated():
         evaluate({"oracle": u}, o, b)
     with pytest.raises(KeyError, match="no 'newton' on 'forget'"):
         evaluate(u, o, b).mean("newton")
-
-
-settings.register_profile("quick", max_examples=40, deadline=None)
-settings.load_profile("quick")

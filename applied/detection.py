@@ -112,15 +112,23 @@ def detect(
     if taken:
         raise ValueError(f"expected other names of signals than {taken}, which stand for detectors")
     _check(given, n, x, y, planted)
+    if neighbours < 1:
+        raise ValueError(f"expected at least one neighbour, got neighbours={neighbours}")
     if x is not None and y is not None:
-        given[NEIGHBOURS] = _disagreement(x, y, min(neighbours, n - 1))
+        given[NEIGHBOURS] = _disagreement(x - x.mean(0), y, min(neighbours, n - 1))
     if x is not None and y is not None and trusted is not None:
         clean_x, clean_y = _flat(trusted[0]), np.asarray(trusted[1])
         if clean_x.shape[1:] != x.shape[1:] or clean_y.shape != (len(clean_x),):
             raise ValueError(
                 f"expected trusted features [m, {x.shape[1]}] and labels [m], got {clean_x.shape} and {clean_y.shape}"
             )
-        combined = -_Vote.of(x, y, clean_x, clean_y).margins(sum(map(_surprise, given.values())))
+        if not np.isfinite(clean_x).all():
+            raise ValueError(
+                "expected finite trusted features, got NaN or infinity; mend those rows"
+            )
+        middle = x.mean(0)  # distances lose their digits far from 0
+        vote = _Vote.of(x - middle, y, clean_x - middle, clean_y)
+        combined = -vote.margins(sum(map(_surprise, given.values())))
     else:
         combined = np.mean([_surprise(values) for values in given.values()], axis=0)
     truth = None if planted is None else np.asarray(planted, dtype=bool)
@@ -133,6 +141,11 @@ def _check(given: Mapping[str, NDArray[Any]], n: int, x: Any, y: Any, planted: A
     shapes = {**given, **({} if y is None else {"labels": y})}
     shapes |= {} if planted is None else {"planted": np.asarray(planted)}
     for name, values in shapes.items():
+        if values.dtype.kind not in "biuf":
+            raise ValueError(
+                f"expected numbers for {name}, got {values.dtype}; number the classes "
+                "(np.unique(labels, return_inverse=True)[1])"
+            )
         if values.shape != (n,) or not np.isfinite(values).all():
             raise ValueError(f"expected finite {name} [n={n}], got shape {values.shape}")
     if x is not None and not np.isfinite(x).all():

@@ -16,6 +16,11 @@ from applied.recipe import SLACK, Decision
 from applied.worth import Values
 from attribution_core.groups import named
 
+TIGHT = {
+    "mip_rel_gap": 0.0, "mip_abs_gap": 0.0, "mip_feasibility_tolerance": 1e-10,
+    "primal_feasibility_tolerance": 1e-10,
+}  # of HiGHS, whose 1e-6 would let another choice pass for the best  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class Payments:
@@ -84,6 +89,8 @@ def pay(
     # rewrite: from what a player adds to what a player is worth
     _good_is_high(values)
     k = len(values)
+    if not 0 <= discount < math.inf:
+        raise ValueError(f"expected a discount of 0 or more standard errors, got {discount}")
     if discount and not np.isfinite(values.standard_error).all():
         raise ValueError(
             "expected standard errors for a discount, got none; value with several seeds, runs or "
@@ -106,7 +113,7 @@ def pay(
     amounts = _within(share, floor, np.where(share > 0, cap, floor), budget)
     ends = []
     for end in (values.values - values.half, values.values + values.half):
-        end = np.maximum(end, 0.0)
+        end = np.maximum(end - off, 0.0)
         others = worth.sum() - worth
         total = others + end
         ends.append(np.divide(budget * end, total, out=np.zeros(k), where=~(total == 0)))
@@ -129,7 +136,7 @@ def _within(
     if over(0.0) >= 0:  # the floors are all there is
         return floor.copy()
     most = 1.0
-    while over(most) < 0 and (most * share < cap).any():
+    while over(most) < 0 and ((share > 0) & (most * share < cap)).any():
         most *= 2
     if over(most) <= 0:  # the caps are
         return np.clip(most * share, floor, cap)
@@ -225,20 +232,36 @@ def buy(
     import cvxpy as cp
 
     x = cp.Variable(len(gain), boolean=True) if whole else cp.Variable(len(gain), bounds=[0, 1])
-    problem = cp.Problem(
-        cp.Maximize((gain / scale) @ x), [(price / budget) @ x <= 1, x[gain <= 0] == 0]
-    )
-    problem.solve(solver="HIGHS", mip_rel_gap=0.0)
-    if problem.status != cp.OPTIMAL:
-        raise RuntimeError(f"expected an optimum, got solver status {problem.status!r}")
-    chosen = np.asarray(x.value)
-    chosen = np.round(chosen) if whole else np.clip(chosen, 0.0, 1.0)
-    # a solver keeps to the budget up to a tolerance
-    while whole and price @ chosen > budget:
-        chosen[np.where(chosen > 0, gain, np.inf).argmin()] = 0.0
-    spent = float(price @ chosen)
-    chosen = chosen * (budget / spent) if spent > budget else chosen
+    limits = [(price / budget) @ x <= 1, x[gain <= 0] == 0]
+    while True:
+        problem = cp.Problem(cp.Maximize((gain / scale) @ x), limits)
+        problem.solve(solver="HIGHS", **TIGHT)
+        if problem.status != cp.OPTIMAL:
+            raise RuntimeError(f"expected an optimum, got solver status {problem.status!r}")
+        found = np.asarray(x.value)
+        chosen = np.round(found) if whole else np.clip(found, 0.0, 1.0)
+        spent = float(price @ chosen)
+        if not whole or spent <= budget * (1 + SLACK):
+            break
+        taken = np.flatnonzero(
+            chosen
+        )  # a solver keeps to the budget up to a tolerance: not all of these
+        limits.append(cp.sum(x[taken]) <= len(taken) - 1)
+    if whole:
+        _spend_the_rest(chosen, gain, price, budget)
+    elif spent > budget:
+        chosen = chosen * (budget / spent)
     return _decision(values, chosen, price, budget)
+
+
+def _spend_the_rest(
+    chosen: NDArray[Any], gain: NDArray[Any], price: NDArray[Any], budget: float
+) -> None:
+    """Take whom the rest of the budget buys, whose gain is below a solver's tolerance beside others'."""
+    for k in np.argsort(-gain, kind="stable"):
+        spent = float(price @ chosen)
+        if gain[k] > 0 and not chosen[k] and spent + price[k] <= budget * (1 + SLACK):
+            chosen[k] = 1.0
 
 
 def _decision(values: Values, chosen: NDArray[Any], price: NDArray[Any], budget: float) -> Decision:

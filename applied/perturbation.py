@@ -22,7 +22,7 @@ from applied.attack import (
 from applied.recipe import Retrained
 from applied.threat import ThreatModel
 from applied.versions import rewritten
-from attribution_core.data import Column, floating_column, take
+from attribution_core.data import Column, floating_column, row_numbers, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.problem import Problem
 from attribution_core.seeds import listed
@@ -128,11 +128,10 @@ def _rows(
     k = threat.rows(problem.n)
     if given is None:
         return _furthest(problem, threat, surrogate, goal, k, quota)
-    rows = np.sort(np.asarray(given, dtype=int))
-    inside = len(rows) and rows[0] >= 0 and rows[-1] < problem.n
-    if not inside or len(rows) > k or len(np.unique(rows)) < len(rows):
+    rows = np.sort(row_numbers(given, problem.n, once=True))
+    if not 1 <= len(rows) <= k:
         raise ValueError(
-            f"expected 1 to {k} different rows of 0 to {problem.n - 1}, as the budget says, got {len(rows)}: "
+            f"expected 1 to {k} rows of 0 to {problem.n - 1}, as the budget says, got {len(rows)}: "
             f"{rows[:5].tolist()} ..."
         )
     quota.refuse(rows)

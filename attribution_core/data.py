@@ -143,6 +143,30 @@ def floating_column(data: Data, column: Column | None = None) -> Column:
     return column
 
 
+def row_numbers(rows: ArrayLike, n: int, *, once: bool = False) -> NDArray[np.intp]:
+    """Rows given as numbers of 0 .. n − 1, checked: a mask would else be read as rows 0 and 1.
+
+    Raises:
+        ValueError: no whole numbers, some outside, or, with `once`, some twice.
+
+    >>> row_numbers([2, 0], 3)
+    array([2, 0])
+    """
+    found = np.atleast_1d(np.asarray(rows))
+    expected = f"expected {'different rows' if once else 'rows'} of 0 to {n - 1}"
+    if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
+        raise ValueError(
+            f"{expected}, got {found.dtype} of shape {found.shape}; give np.flatnonzero of a mask"
+        )
+    found = found.astype(int)  # of none, too
+    wrong = (found < 0) | (found >= n)
+    if once and not wrong.any():
+        wrong = np.bincount(found, minlength=n)[found] > 1
+    if wrong.any():
+        raise ValueError(f"{expected}, got {found[wrong][:10].tolist()}")
+    return found
+
+
 def rows_in(batch: Batch) -> int:
     """How many rows a batch has."""
     return len(_tensors(batch)[0])

@@ -121,9 +121,10 @@ class LinearDatamodel:
         return self.base + (weights - self.anchor) @ self.scores
 
     def rows(self, ids: Iterable[Any]) -> NDArray[np.intp]:
-        """Row numbers of the given ids; KeyError names those that are unknown."""
+        """Row numbers of the given ids; KeyError names those that are unknown, a mask is refused."""
         ids = np.asarray(list(ids))
         known = np.asarray(self.ids)
+        refuse_mask(ids, known)
         order = np.argsort(known, kind="stable")
         place = np.clip(np.searchsorted(known, ids, sorter=order), 0, len(known) - 1)
         found = order[place]
@@ -279,6 +280,14 @@ def _typed(array: NDArray[Any]) -> NDArray[Any]:
 def _plain(value: Any) -> Any:
     """What json writes for numpy's numbers and arrays, and for anything else its name."""
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
+
+
+def refuse_mask(ids: NDArray[Any], known: NDArray[Any]) -> None:
+    """Raise where a mask is given for ids: True and False would be read as 1 and 0."""
+    if ids.dtype == bool and known.dtype != bool:
+        raise ValueError(
+            f"expected ids like {known[:3].tolist()}, got a mask of {len(ids)}; give ids[mask]"
+        )
 
 
 def average(datamodels: Sequence[LinearDatamodel]) -> LinearDatamodel:

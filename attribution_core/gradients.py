@@ -26,7 +26,7 @@ from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from attribution_core.data import Batch, batches, rows_in, take
+from attribution_core.data import Batch, batches, row_numbers, rows_in, take
 from attribution_core.ghost import ghost, ghost_uncovered
 from attribution_core.problem import (
     Outputs,
@@ -39,6 +39,7 @@ from attribution_core.problem import (
     refuse_random_layers,
     trainable,
 )
+from attribution_core.swapping import refuse_hidden_parameters
 
 Engine = Literal["auto", "ghost", "jvp", "rows"]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # tqdm fits
@@ -94,12 +95,13 @@ def directional(
     refuse_random_layers(problem.model)
     params = problem.params
     vectors = check_directions(directions, params)
-    rows = np.arange(problem.n) if rows is None else np.asarray(rows, dtype=int)
+    rows = np.arange(problem.n) if rows is None else row_numbers(rows, problem.n)
     count = len(next(iter(vectors.values())))
     if len(rows) == 0:
         return torch.zeros(0, count)
     first = take(problem.train, rows[:2], problem.device)
     per_example(problem.model, problem.loss, first, params, rows[:2])  # one finite number per row?
+    refuse_hidden_parameters(problem.model, problem.loss, lambda: first)
     along = ENGINES[choose_engine(problem, count, rows, engine)]
     out = []
     for some in progress(list(batches(rows, batch_size))):
@@ -282,6 +284,7 @@ def output_gradients(
         for row in range(len(outputs)):
             batch = take(outputs.data, [row], device)
             value = per_example(model, outputs.function, batch, leaf, [row], what="output")
+            _refuse_steps(value)
             found.append(torch.autograd.grad(value[0], list(leaf.values()), materialize_grads=True))
         return {
             name: torch.stack(column)
@@ -297,6 +300,7 @@ def output_gradients(
     for rows in batches(len(outputs.data), batch_size):
         batch = take(outputs.data, rows, device)
         values = per_example(model, outputs.function, batch, leaf, rows, what="output")
+        _refuse_steps(values)
         columns = values @ outputs.matrix[rows].to(values)
         for j, column in enumerate(columns):
             gradients = torch.autograd.grad(
@@ -306,3 +310,12 @@ def output_gradients(
                 if g is not None:
                     total[name][j] += g
     return total
+
+
+def _refuse_steps(values: Tensor) -> None:
+    """Raise for outputs without a derivative."""
+    if not values.requires_grad:
+        raise ValueError(
+            "expected outputs with a derivative by the parameters of the model they are given, got some "
+            "without (an accuracy, an argmax, a detached value, another model's); use a loss or a margin"
+        )

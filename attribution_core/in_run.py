@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -37,6 +38,7 @@ from attribution_core.training import (
     Drop,
     Recipe,
     Run,
+    check_steps,
     checked_weights,
     removed_rows,
     steps_of,
@@ -53,6 +55,10 @@ GROWTH = 6  # a segment of a given length is at most such a part of the steps be
 MISS = 0.015  # of f's change so far, by which the sum of all segments may miss it
 MARKS = 8  # parts, at most, between which a segment may be split
 MEMORY = 2**30  # bytes that the steps of a segment may hold unless told otherwise
+
+
+class MovementWarning(UserWarning):
+    """Scores without all that a step does later, under momentum or Adam, for want of memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +106,8 @@ def in_run(
             parameter. The others pass every batch through the model a second time.
         batch_size: rows of outputs per pass; changes memory and time, never the result.
         memory: bytes of layer inputs and output gradients that wait for a segment's end; where they would
-            be more, the segment ends (more often, at more cost).
+            be more, the segment ends (more often, at more cost). With momentum and Adam a pass waits until most
+            of its later movements are known; where there is no room for that, a `MovementWarning` says so.
         progress: wraps the loop over steps (tqdm).
 
     Returns:
@@ -124,6 +131,7 @@ def in_run(
     started = replace(problem, model=model)
     batches = recipe.draw(np.flatnonzero(w > 0) if drop == "row" else np.arange(problem.n))
     steps = steps_of(started, recipe, batches, w)
+    check_steps(steps)
     most = len(steps) if every == "auto" else every
     ends = None if every == "auto" else ends_of(len(steps), every)
     chosen = choose_engine(started, len(outputs), batches[0], engine)
@@ -203,7 +211,9 @@ class _Reading:
                 held.append(kept)
                 if room == 0:
                     room = max(1, memory // max(1, kept.bytes))
-                    lag = min(lag, room // 2)
+                    if room // 2 < lag:
+                        lag = room // 2
+                        _warn(lag, self.reach.lag, kept.bytes)
                 waiting = len(held) + sum(len(of.passes) for of in self.open)
                 left = len(steps) - step - 1
                 due = len(held) >= length if self.ends is None else step + 1 in self.ends
@@ -344,6 +354,15 @@ class _Reading:
         scores = np.divide(parts, w, out=np.zeros_like(parts), where=w > 0)
         names = np.asarray(self.outputs.names) if self.outputs.names else None
         return LinearDatamodel(scores, base, run.weights, targets=names, meta=meta)
+
+
+def _warn(lag: int, wanted: int, size: int) -> None:
+    warnings.warn(
+        f"a gradient moves the parameters for {wanted} more steps, of which {lag} are seen in this memory: scores leave "
+        f"out what comes later (see meta['remainder']); give memory={2 * (wanted + 1) * size} bytes, or smaller batches",
+        MovementWarning,
+        stacklevel=4,
+    )
 
 
 def _check(recipe: Recipe, order: int, every: int | str, drop: str, zeros: bool) -> None:

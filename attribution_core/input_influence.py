@@ -12,9 +12,18 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attribution_core.curvature import Curvature, Kind
-from attribution_core.data import Column, batches, floating_column, replaced, sample, take
+from attribution_core.data import (
+    Column,
+    batches,
+    floating_column,
+    replaced,
+    row_numbers,
+    sample,
+    take,
+)
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.gradients import flatten, output_gradients, unflatten
 from attribution_core.influence import fitted_curvature
@@ -110,15 +119,13 @@ def _asked(
     problem: Problem, rows: ArrayLike, column: Column | None
 ) -> tuple[Column, NDArray[np.intp]]:
     """The column and the rows, checked."""
-    places = np.atleast_1d(np.asarray(rows, dtype=int))
-    inside = (places >= 0) & (places < problem.n)
-    if not len(places) or len(np.unique(places)) != len(places) or not inside.all():
-        raise ValueError(
-            f"expected different rows of 0 to {problem.n - 1}, got {places[:10].tolist()}"
-        )
+    places = row_numbers(rows, problem.n, once=True)
+    if not len(places):
+        raise ValueError(f"expected different rows of 0 to {problem.n - 1}, got none")
     return floating_column(problem.train, column), places
 
 
+@sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
 def _traced(
     problem: Problem, rows: NDArray[np.intp], column: Column, w: Tensor
 ) -> tuple[Tensor, Params]:

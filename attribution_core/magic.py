@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from attribution_core.adjoint import Form, Wanted
-from attribution_core.data import Column, floating_column, take
+from attribution_core.data import Column, floating_column, row_numbers, take
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import Progress, has_forward_mode
 from attribution_core.groups import named
@@ -201,13 +201,8 @@ def _asked(
     count = 0 if labels is None else len(named(labels, run.problem.n)[0])
     chosen = None
     if rows is not None:
-        chosen = np.atleast_1d(np.asarray(rows, dtype=int))
+        chosen = row_numbers(rows, run.problem.n, once=True)
         column = floating_column(run.problem.train, column)
-        if (
-            len(np.unique(chosen)) != len(chosen)
-            or not ((chosen >= 0) & (chosen < run.problem.n)).all()
-        ):
-            raise ValueError(f"expected different rows of 0 to {run.problem.n - 1}, got {rows}")
     hyper = _hyper(run, wrt)
     if mode not in ("auto", "reverse", "forward"):
         raise ValueError(f"unknown mode {mode!r}; auto, reverse or forward")

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from attribution_core.data import batches
+from attribution_core.datamodel import refuse_mask
 from attribution_core.gradients import (
     flatten,
     unflatten,
@@ -74,7 +75,9 @@ class NewtonDatamodel:
     def without(self, ids: Iterable[Any]) -> NDArray[np.float64]:
         """Outputs [t] when the examples `ids` are left out (weight 0, the others at 1)."""
         place = {name: row for row, name in enumerate(self.ids.tolist())}
-        wanted = np.asarray(list(ids)).tolist()
+        asked = np.asarray(list(ids))
+        refuse_mask(asked, self.ids)
+        wanted = asked.tolist()
         unknown = [name for name in wanted if name not in place]
         if unknown:
             raise KeyError(

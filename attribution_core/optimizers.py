@@ -161,10 +161,16 @@ def resolved(optimizer: Optimizer, problem: Problem) -> Optimizer:
 
     Raises:
         ValueError: both state one, and they differ; it is negative or names unknown parameters; a
-            learning rate that is negative or not finite.
+            learning rate that is negative or not finite; momentum, betas or eps out of range.
     """
     if not 0 <= optimizer.lr < math.inf:
         raise ValueError(f"expected a finite learning rate of at least 0, got {optimizer.lr}")
+    rates = getattr(optimizer, "betas", (getattr(optimizer, "momentum", 0.0),))
+    if not all(0 <= rate < 1 for rate in rates):
+        raise ValueError(f"expected momentum or betas of 0 to below 1, got {rates}")
+    for name in ("eps", "eps_root"):
+        if not getattr(optimizer, name, 0.0) >= 0:
+            raise ValueError(f"expected {name} of at least 0, got {getattr(optimizer, name)}")
     if optimizer.weight_decay is None:
         return replace(optimizer, weight_decay=problem.weight_decay)  # type: ignore[type-var]
     own = replace(problem, weight_decay=optimizer.weight_decay)  # checks names and signs

@@ -58,7 +58,7 @@ class Problem:
                 f"expected weight decays of trainable parameters, got {unknown[:5]}; "
                 f"the names are {list(self.params)[:5]} ..."
             )
-        if (self.decay < 0).any():
+        if not (self.decay >= 0).all():
             raise ValueError(f"expected a weight decay of at least 0, got {self.weight_decay}")
 
     @classmethod

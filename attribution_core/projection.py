@@ -31,7 +31,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from attribution_core.data import Batch, Data, batches, rows_in, take
+from attribution_core.data import Batch, Data, batches, row_numbers, rows_in, take
 from attribution_core.ekfac import plan
 from attribution_core.ghost import ghost_uncovered
 from attribution_core.gradients import Progress, flatten, row_gradients
@@ -45,6 +45,7 @@ from attribution_core.layers import (
     watched,
 )
 from attribution_core.problem import Params, PerExample, Problem, per_example, refuse_random_layers
+from attribution_core.swapping import refuse_hidden_parameters
 
 Kind = Literal["auto", "factored", "rademacher", "gaussian"]
 Law = Literal["rademacher", "gaussian"]
@@ -110,6 +111,10 @@ def projection(
     if kind not in ("auto", "factored", "rademacher", "gaussian"):
         raise ValueError(f"unknown kind {kind!r}; auto, factored, rademacher or gaussian")
     refuse_random_layers(problem.model)
+    some = np.arange(min(2, problem.n))
+    refuse_hidden_parameters(
+        problem.model, problem.loss, lambda: take(problem.train, some, problem.device)
+    )
     p = sum(value.numel() for value in problem.params.values())
     if dim >= p:
         return Projection(problem, p, seed, "exact", scale)
@@ -158,7 +163,7 @@ class Projection:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Values [b] and features [b, dim] of one batch after another."""
         data = self.problem.train if data is None else data
-        rows = np.arange(len(data)) if rows is None else np.asarray(rows, dtype=int)
+        rows = np.arange(len(data)) if rows is None else row_numbers(rows, len(data))
         for some in progress(list(batches(rows, batch_size))):
             batch = take(data, some, self.problem.device)
             values, features = self.of(function, batch, some)

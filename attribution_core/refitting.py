@@ -30,7 +30,8 @@ def refitted(fitted: Any, problem: Problem, weights: ArrayLike) -> Problem:
     Args:
         fitted: the estimator that `problem` was made of; a copy is fitted.
         problem: of `Problem.from_sklearn`, or of rows made from it (other versions of rows, say).
-        weights: [n], passed as sample_weight; rows of weight 0 are left out.
+        weights: [n], passed as sample_weight; rows of weight 0 are left out. They hold class weights, where the
+            estimator has some, as those given to `Problem.from_sklearn` do.
 
     Raises:
         ValueError: weights that do not fit; a class without a row left; a RidgeClassifier, whose encoded labels
@@ -52,7 +53,10 @@ def refitted(fitted: Any, problem: Problem, weights: ArrayLike) -> Problem:
     batch: Any = take(problem.train, rows)
     x, y = (column.numpy() for column in batch)
     one = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-    again = clone(fitted).fit(x, one, sample_weight=w[rows])
+    again = clone(fitted)
+    if getattr(again, "class_weight", None) is not None:  # the weights hold them, see from_sklearn
+        again.set_params(class_weight=None)
+    again.fit(x, one, sample_weight=w[rows])
     if hasattr(again, "classes_") and len(again.classes_) != problem.model.width:
         raise ValueError(
             f"expected rows of each of the {problem.model.width} classes, got {len(again.classes_)} classes; leave "
@@ -89,6 +93,8 @@ def refit(
     """
     table: NDArray[Any] = np.atleast_2d(np.asarray(weights, dtype=float))
     chosen = tuple(listed(seeds))
+    if not chosen:
+        raise ValueError(f"expected at least one seed, got {seeds!r}")
     found = [outputs.evaluate(refitted(fitted, problem, w).model).numpy() for w in progress(table)]
     per_seed = np.repeat(np.stack(found)[:, None], len(chosen), axis=1)
     return RetrainingTable(table, per_seed, chosen, {"drop": "row", "fitted": str(fitted)})

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +20,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from attribution_core.data import row_numbers
 from attribution_core.gradients import Progress
 from attribution_core.optimizers import (
     SGD,
@@ -38,11 +40,13 @@ from attribution_core.replay import MEMORY, States, first_pass, states_held
 from attribution_core.run_folder import RunFolder
 from attribution_core.steps import Augment, Steps, TrainingState
 from attribution_core.store import fingerprint
+from attribution_core.swapping import refuse_hidden_parameters
 
 __all__ = ["SGD", "Adam", "AdamW", "Checkpoint", "Recipe", "Run", "train"]
 
 Drop = Literal["weight", "row"]
 T = TypeVar("T")
+SOME = 8  # rows on which gradients are compared before a training
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +80,27 @@ class Recipe:
     masks: int | None = None
     augment: Augment | None = None
 
+    def __post_init__(self) -> None:
+        size, clip = self.batch_size, self.clip
+        whole = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
+        if not whole or size < 1:
+            raise ValueError(f"expected a batch_size of at least one row, got {size!r}")
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(
+                f"expected epochs above 0 (fractions count; any run takes a step), got {self.epochs}"
+            )
+        if clip is not None and not clip > 0:
+            raise ValueError(f"expected clip to be a largest norm above 0, or None, got {clip}")
+
     def draw(self, rows: NDArray[np.intp], exposure: float = 1.0) -> list[NDArray[np.intp]]:
         """The batches of a run: one permutation of the rows after another, cut into equal batches."""
         if self.order is not None:
-            given = [np.array(batch, dtype=int) for batch in self.order]
+            given = [row_numbers(batch, int(rows.max()) + 1) for batch in self.order]
+            if not given or not all(len(batch) for batch in given):
+                raise ValueError(
+                    f"expected an order of batches with rows in them, got {len(given)} batches of "
+                    f"{[len(batch) for batch in given][:10]} rows"
+                )
             return given[: max(1, round(exposure * len(given)))]
         size = min(self.batch_size, len(rows))
         steps = max(1, round(self.epochs * exposure * len(rows) / size))
@@ -227,7 +248,8 @@ def train(
         ValueError: weights that are not [n], finite and non-negative; no rows left to train on; an
             exposure outside (0, 1]; dropout without `masks`, or a forward pass that draws random numbers
             or changes buffers in another way than batch norm; batch norm or dropout where a batch is
-            cut into parts; more checkpoints than steps; a loss that is not finite (names step and rows).
+            cut into parts; weights that swapping parameters does not reach (activation checkpointing, a
+            loss of another model); more checkpoints than steps; a loss that is not finite (names step and rows).
     """
     w = checked_weights(weights, problem.n)
     if not 0 < exposure <= 1:
@@ -249,7 +271,7 @@ def train(
     order = recipe.draw(np.flatnonzero(w > 0) if drop == "row" else np.arange(problem.n), exposure)
     shards = world()[1] if shard else 1
     steps = steps_of(started, recipe, order, w, since, shards)
-    _check_layers(steps)
+    check_steps(steps)
     start = steps.start()
     held = states_held(states, len(steps), start.bytes, memory)
     run = Run(
@@ -300,7 +322,7 @@ def steps_of(
     )  # fmt: skip
 
 
-def _check_layers(steps: Steps) -> None:
+def check_steps(steps: Steps) -> None:
     """Raise where a step would not be a function of its state and number alone."""
     model = steps.problem.model
     if steps.masks is None:
@@ -314,6 +336,8 @@ def _check_layers(steps: Steps) -> None:
             f"expected a batch that can be cut into parts, got {what}, which sees the whole; use "
             "accumulate=1 and shard=False, or GroupNorm and no dropout"
         )
+    some = steps.order[0][:SOME]
+    refuse_hidden_parameters(model, steps.problem.loss, partial(steps.batch, 0, some))
 
 
 def _descend(
@@ -410,7 +434,7 @@ def unchanging(steps: Steps, step: int, act: Callable[[], T]) -> T:
 
 def first_gradient(steps: Steps) -> Params:
     """The gradient of step 0 by name, after the checks that every training begins with."""
-    _check_layers(steps)
+    check_steps(steps)
     state = steps.start()
     watched_step(steps, state, 0)
     return steps.packing.unpack(steps.gradient(state, 0)[1])

@@ -22,7 +22,7 @@ from attribution_core import (
     margin,
     train,
 )
-from attribution_core.in_run import MISS, _Reading, ends_of, in_run
+from attribution_core.in_run import MISS, MovementWarning, _Reading, ends_of, in_run
 from attribution_core.passes import Passes
 from tests import menagerie
 
@@ -277,9 +277,9 @@ def test_the_bound_on_memory_holds_and_parameters_count(monkeypatch):
     monkeypatch.setattr(_Reading, "close", close)
     problem = menagerie.mlp(12)
     bound = 20_000
-    meta = in_run(
-        problem, Recipe(AdamW(0.01), 4, 30), held_out(problem), memory=bound
-    ).datamodel.meta
+    with pytest.warns(MovementWarning, match=r"give memory=\d+ bytes"):
+        found = in_run(problem, Recipe(AdamW(0.01), 4, 30), held_out(problem), memory=bound)
+    meta = found.datamodel.meta
     assert max(held) <= bound
     assert meta["segments"] > 10
 

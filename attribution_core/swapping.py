@@ -1,0 +1,96 @@
+"""Whether a model is what its parameters by name make of it, as every method here takes it to be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from attribution_core.data import Batch
+from attribution_core.problem import Params, PerExample, call, trainable
+from attribution_core.steps import running_statistics
+
+MOVED = 0.3  # how far parameters are moved, in root mean squares of their own
+APART = 1e-3  # relative difference of two gradients, far above the rounding of float32
+
+
+def refuse_hidden_parameters(
+    model: nn.Module, function: PerExample, taken: Callable[[], Batch], what: str = "loss"
+) -> None:
+    """Raise where gradients with other parameters swapped in are not those of a model that holds them.
+
+    So it is where activations are computed again during the backward pass, by which time the model's own
+    parameters are back; where a weight is reached through a list or a closure; where the function calls
+    another model than it is given. A step, a derivative or a copied model would then be wrong in silence.
+
+    Args:
+        taken: gives a few rows.
+
+    Raises:
+        ValueError: they differ.
+    """
+    generator, moved = torch.Generator().manual_seed(0), {}
+    for name, value in trainable(model).items():
+        size = MOVED * value.float().square().mean().sqrt().item() + 1e-2
+        moved[name] = value + size * torch.randn(value.shape, generator=generator).to(value)
+    try:
+        batch = taken()
+        own = _loaded(model, function, moved, batch)
+    except Exception:
+        return  # whatever it is, the pass that is really needed says it
+    if not all(torch.isfinite(g).all() for g in own.values()):
+        return
+    try:
+        swapped = _swapped(model, function, moved, batch)
+    except RuntimeError as error:
+        raise ValueError(_words(what, "an error")) from error
+    size = torch.stack([g.double().norm() for g in own.values()]).norm()
+    apart = {name: float((g - own[name]).double().norm()) for name, g in swapped.items()}
+    worst = max(apart, key=lambda name: apart[name])
+    eps = max(torch.finfo(g.dtype).eps for g in own.values())
+    if apart[worst] > max(APART, 8 * eps) * max(float(size), torch.finfo(torch.float32).tiny):
+        raise ValueError(_words(what, f"another gradient for {worst!r}"))
+
+
+def _words(what: str, got: str) -> str:
+    return (
+        f"expected a {what} that is a function of the model's parameters by name, got {got} where others are "
+        "swapped in than where the model holds them; turn activation checkpointing off "
+        "(model.gradient_checkpointing_disable()), reach every weight as a parameter of a module, not through "
+        f"a list or a closure, and let the {what} call the model that it is given"
+    )
+
+
+def _loaded(model: nn.Module, function: PerExample, moved: Params, batch: Batch) -> Params:
+    """Plain autograd on a copy that holds the parameters."""
+    holder = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in holder.named_parameters():
+            if name in moved:
+                p.copy_(moved[name])
+    leaf: Any = {name: p for name, p in holder.named_parameters() if p.requires_grad}
+    return _gradient(lambda: call(holder, function, {}, batch), leaf)
+
+
+def _swapped(model: nn.Module, function: PerExample, moved: Params, batch: Batch) -> Params:
+    """As methods here differentiate."""
+    leaf = {name: value.clone().requires_grad_() for name, value in moved.items()}
+    with running_statistics(model, {}):  # which stay as they are
+        return _gradient(lambda: call(model, function, leaf, batch), leaf)
+
+
+def _gradient(act: Any, leaf: Params) -> Params:
+    """∂ Σ act() by leaves, with the same random numbers each time and the global ones left alone."""
+    device = next(iter(leaf.values())).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        with sdpa_kernel(SDPBackend.MATH):
+            total: Tensor = act().sum()
+            if not total.requires_grad:
+                return {name: torch.zeros_like(value) for name, value in leaf.items()}
+            found = torch.autograd.grad(total, list(leaf.values()), materialize_grads=True)
+    return dict(zip(leaf, found, strict=True))

@@ -7,18 +7,26 @@ budget, and the proof by retraining.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.recipe import Decision, Interval, Retrained, Verified, aligned, paired_interval, verify
+from applied.recipe import (
+    Decision,
+    Interval,
+    Retrained,
+    Verified,
+    aligned,
+    distinct_seeds,
+    paired_interval,
+    verify,
+)
 from applied.threat import Change, ThreatModel
 from applied.versions import Versions
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.problem import Problem
-from attribution_core.seeds import listed
 
 NO_ATTACK, RANDOM = "no attack", "random"
 
@@ -142,6 +150,10 @@ class Quota:
             return self
         return Quota(np.r_[np.full(n, self.sources[0]), self.sources], self.most)
 
+    def times(self, factor: int) -> Quota:
+        """Quotas so many times as wide, for rows of which only a part is kept."""
+        return replace(self, most=None if self.most is None else factor * self.most)
+
     def left(self, taken: NDArray[np.intp]) -> dict[Any, int]:
         """How many more rows each source may bring; empty where there are no quotas."""
         if self.sources is None or self.most is None:
@@ -234,8 +246,8 @@ def verified_attack(
         weights=weights, ids=np.flatnonzero(weights > 0), predicted=before + predicted, baseline=before,
         targets=np.array(names), meta={"application": "poisoning", "attack": name, **meta},
     )  # fmt: skip
-    controls = {NO_ATTACK: versions.clean, RANDOM: np.stack([random(s) for s in listed(seeds)])}
-    verified = verify(
-        decision, Victim(victim, versions.problem), control=controls, seeds=listed(seeds)
-    )
+    chosen = distinct_seeds(seeds)
+    controls = {NO_ATTACK: versions.clean, RANDOM: np.stack([random(s) for s in chosen])}
+    train = Victim(victim, versions.problem)
+    verified = verify(decision, train, control=controls, seeds=chosen)
     return Attack(name, threat, versions, np.sort(changed), verified, predicted, meta)

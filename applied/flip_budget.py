@@ -15,14 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.attack import Quota
-from applied.recipe import Interval, Retrained, paired_interval
+from applied.attack import Quota, Victim
+from applied.recipe import (
+    Interval,
+    Retrained,
+    distinct_seeds,
+    paired_interval,
+    retrained_outputs,
+)
 from applied.threat import ThreatModel
 from applied.versions import Versions, relabelled
 from attribution_core.data import Column
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.problem import Problem
-from attribution_core.seeds import listed
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 Surrogate = Callable[[Problem, NDArray[np.float64]], LinearDatamodel | Sequence[LinearDatamodel]]
@@ -305,7 +310,8 @@ def _smallest(
     found: FlipBudgets, victim: Callable[..., Retrained], seeds: int | Sequence[int]
 ) -> NDArray[np.float64]:
     """[t], by bisection between a number of rows that does not turn an output and one that does."""
-    t = len(found.targets)
+    t, chosen = len(found.targets), distinct_seeds(seeds)
+    train = Victim(victim, found.versions.problem)
     reach = np.array([len(order) for order in found.rows])
     low, high = np.zeros(t, dtype=int), reach + 1  # turned at high: not known to be, at first
     trial = np.minimum(np.where(np.isfinite(found.predicted), found.predicted, reach), reach)
@@ -320,8 +326,8 @@ def _smallest(
                 for j in open_
             ]
         )
-        trained = victim(found.versions.problem, weights, listed(seeds))
-        outputs = np.asarray(trained.per_seed, dtype=float).mean(axis=1)
+        names = [str(found.targets[j]) for j in open_]
+        outputs = retrained_outputs(train, weights, chosen, t, names).mean(axis=1)
         for j, value in zip(open_, outputs[np.arange(len(open_)), open_], strict=True):
             if value <= 0:
                 high[j] = tried[j]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,18 +20,19 @@ from applied.attack import (
     random_rows,
     verified_attack,
 )
-from applied.recipe import Retrained
+from applied.recipe import Retrained, distinct_seeds
 from applied.threat import ThreatModel
 from applied.versions import rewritten
 from attribution_core.data import Column, floating_column, row_numbers, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.problem import Problem
-from attribution_core.seeds import listed
 from attribution_core.store import claim, fingerprint
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 InputSurrogate = Callable[[Problem, NDArray[np.intp], int], LinearDatamodel]
 FIRST_STEP = 0.2  # of epsilon
+CANDIDATES = 4  # times the rows of the budget that are moved at first
+CHOOSING = 2 / 3  # of the steps, by which no more rows than the budget are left
 
 
 def perturb(
@@ -40,6 +42,7 @@ def perturb(
     victim: Callable[..., Retrained],
     *,
     rows: ArrayLike | None = None,
+    candidates: int = CANDIDATES,
     column: Column | None = None,
     steps: int = 40,
     step_size: float | None = None,
@@ -65,8 +68,11 @@ def perturb(
             `magic(train(..., seed=step), outputs, wrt="inputs", rows=rows)` (exactly through training),
             `input_influence` (one curvature solve), or `gradient_matching` (the usual baseline). Training with
             another seed at every step makes poisons that work on fresh seeds.
-        rows: which rows are moved; by default those whose inputs reach furthest at first order, on one call of the
-            surrogate over all rows.
+        rows: which rows are moved; by default they are chosen on the way.
+        candidates: how many times the rows of the budget are moved at first, those whose inputs reach furthest at
+            first order (on one call of the surrogate over all rows). In equal parts of two thirds of the steps they
+            are halved, those kept whose move ⟨m_i, x_i − original_i⟩ raises the goal most; what is given up lies
+            where it lay. 1 settles the rows before the first step.
         column: of the inputs, by default the first floating one.
         steps, step_size: the first step, η; a fifth of epsilon unless given, at any number of steps: more go further.
         momentum: of the running mean.
@@ -81,53 +87,64 @@ def perturb(
         first. The random control moves random rows by random signs (directions) as far as the ball allows.
 
     Raises:
-        ValueError: see `flip_labels`; rows that are none or more than the budget; no floating column; a step size
-            that is not positive; a folder that belongs to another attack.
+        ValueError: see `flip_labels`; rows that are none or more than the budget; no floating column; steps,
+            candidates, a step size or a momentum out of range; a folder that belongs to another attack.
 
     Source: Engstrom et al. 2025 (arXiv 2503.13751) for metagradients; Koh & Liang 2017, sec. 5.2, for influence.
     """
     # rewrite: moved rows are other versions of rows; their inputs are what is chosen
-    quota = Quota.of(threat, "inputs", sources, problem.n)
+    quota, trained = Quota.of(threat, "inputs", sources, problem.n), distinct_seeds(seeds)
     at = floating_column(problem.train, column)
-    chosen = _rows(problem, threat, quota, surrogate, goal, rows)
-    if steps < 1 or (step_size is not None and not 0 < step_size < np.inf):
+    if steps < 1 or candidates < 1 or not 0 <= momentum < 1:
         raise ValueError(
-            f"expected steps >= 1 and a positive step_size, got {steps} and {step_size}"
+            f"expected steps >= 1, candidates >= 1 and a momentum of 0 to below 1, got {steps}, {candidates} and "
+            f"{momentum}"
         )
+    if step_size is not None and not 0 < step_size < np.inf:
+        raise ValueError(f"expected a positive step_size, got {step_size}")
+    k = threat.rows(problem.n)
+    if rows is None:
+        chosen = _furthest(
+            problem, threat, surrogate, goal, candidates * k, quota.times(candidates)
+        )
+    else:
+        candidates, chosen = 1, _given(problem, quota, k, rows)
+    left = _left(k, candidates, steps)
     assert threat.epsilon is not None
     size = FIRST_STEP * threat.epsilon if step_size is None else step_size
     original = _inputs(problem, chosen, at)
     seen = replace(threat, knowledge="white-box")  # whoever the victim is, the inputs are the same
-    kept = _kept(folder, problem, seen, chosen, at, steps, size, momentum, goal, surrogate)
-    state = _Ascent.resumed(kept, original)
+    asked = (chosen, candidates, at, steps, size, momentum, goal)
+    kept = _kept(folder, problem, seen, *asked, surrogate)
+    state = _Ascent.resumed(kept, chosen, original)
     for step in progress(range(len(state.levels), steps)):
         # plug in: the datamodel by inputs, around the inputs as they are now
-        versions, places = rewritten(problem, chosen, state.x, at)
-        f = surrogate(versions.take(instead(versions, places)), chosen, step)
-        slope = (f.scores @ goal_of(f, goal)).reshape(original.shape)
+        versions, places = rewritten(problem, state.rows, state.x, at)
+        f = surrogate(versions.take(instead(versions, places)), state.rows, step)
+        slope = (f.scores @ goal_of(f, goal)).reshape(state.x.shape)
         mean = momentum * state.mean + (1 - momentum) * slope
 
-        # optimize: one step up, back into the ball
+        # optimize: one step up, back into the ball, and the rows that do most
         rate = size * (1 - 0.9 * step / max(steps - 1, 1))
-        x = threat.within(state.x + rate * _direction(mean, threat), original)
-        state = _Ascent(x, mean, [*state.levels, f.base], np.asarray(f.targets).astype(str))
+        start = original[np.searchsorted(chosen, state.rows)]
+        x = threat.within(state.x + rate * _direction(mean, threat), start)
+        gain = (mean * (x - start)).reshape(len(x), -1).sum(1)
+        keep = _strongest(gain, state.rows, left[step], quota.times(-(-left[step] // k)))
+        levels, names = [*state.levels, f.base], np.asarray(f.targets).astype(str)
+        state = _Ascent(state.rows[keep], x[keep], mean[keep], levels, names)
         state.save(kept)
-    noise = {seed: _noisy(problem, threat, at, len(chosen), quota, seed) for seed in listed(seeds)}
-    versions, weights, *random = _one_table(problem, at, [(chosen, state.x), *noise.values()])
+    rows = state.rows
+    noise = {seed: _noisy(problem, threat, at, len(rows), quota, seed) for seed in trained}
+    versions, weights, *random = _one_table(problem, at, [(rows, state.x), *noise.values()])
     drawn = dict(zip(noise, random, strict=True))
-    meta = {"steps": steps, "step_size": size, "momentum": momentum}
+    meta = {"steps": steps, "step_size": size, "momentum": momentum, "candidates": candidates}
     return verified_attack(
-        name, threat, versions, weights, chosen, state.said, drawn.__getitem__, victim, targets, seeds, meta
+        name, threat, versions, weights, rows, state.said, drawn.__getitem__, victim, targets, trained, meta
     )  # fmt: skip
 
 
-def _rows(
-    problem: Problem, threat: ThreatModel, quota: Quota, surrogate: InputSurrogate, goal: Any, given: ArrayLike | None
-) -> NDArray[np.intp]:  # fmt: skip
-    """The rows that are moved: those given, checked, or those that reach furthest."""
-    k = threat.rows(problem.n)
-    if given is None:
-        return _furthest(problem, threat, surrogate, goal, k, quota)
+def _given(problem: Problem, quota: Quota, k: int, given: ArrayLike) -> NDArray[np.intp]:
+    """The rows that somebody chose, checked."""
     rows = np.sort(row_numbers(given, problem.n, once=True))
     if not 1 <= len(rows) <= k:
         raise ValueError(
@@ -148,10 +165,31 @@ def _one_table(
     return versions, *(instead(versions, some) for some in np.split(places, ends))
 
 
+def _left(k: int, candidates: int, steps: int) -> list[int]:
+    """How many rows are left after every step: `candidates` times k, halved in equal parts of the steps.
+
+    >>> _left(10, 4, 6)
+    [40, 20, 20, 10, 10, 10]
+    """
+    halvings = math.ceil(math.log2(candidates))
+    ends = np.round(CHOOSING * steps * np.arange(1, halvings + 1) / max(halvings, 1))
+    done = (np.arange(1, steps + 1)[:, None] >= ends).sum(1)
+    left: list[int] = np.maximum(k, np.ceil(candidates * k / 2.0**done)).astype(int).tolist()
+    return left
+
+
+def _strongest(
+    gain: NDArray[Any], rows: NDArray[np.intp], k: int, quota: Quota
+) -> NDArray[np.intp]:
+    """Places of the k rows, in order, whose moves raise the goal most."""
+    return np.sort(quota.best(1.0 + gain - gain.min(), rows, k, rows[:0]))
+
+
 @dataclass(frozen=True, eq=False)
 class _Ascent:
-    """Inputs on their way: where they are, the mean slope, and the surrogates' outputs so far."""
+    """Rows on their way: which, where they are, their mean slope, and the surrogates' outputs so far."""
 
+    rows: NDArray[np.intp]
     x: NDArray[np.float64]
     mean: NDArray[np.float64]
     levels: list[NDArray[np.float64]]
@@ -168,16 +206,20 @@ class _Ascent:
         if path is None:
             return
         part = path.with_suffix(".part.npz")
-        np.savez(part, x=self.x, mean=self.mean, levels=np.stack(self.levels), targets=self.targets)
+        of = {name: getattr(self, name) for name in ("rows", "x", "mean", "targets")}
+        np.savez(part, levels=np.stack(self.levels), **of)
         part.replace(path)  # whole or not at all
 
     @classmethod
-    def resumed(cls, path: Path | None, original: NDArray[np.float64]) -> _Ascent:
+    def resumed(
+        cls, path: Path | None, rows: NDArray[np.intp], original: NDArray[np.float64]
+    ) -> _Ascent:
         """From where a killed ascent stopped, or from the start."""
         if path is None or not path.exists():
-            return cls(original, np.zeros_like(original), [])
+            return cls(rows, original, np.zeros_like(original), [])
         with np.load(path) as held:
-            return cls(held["x"], held["mean"], list(held["levels"]), held["targets"])
+            levels = list(held["levels"])
+            return cls(held["rows"], held["x"], held["mean"], levels, held["targets"])
 
 
 def _kept(folder: str | Path | None, *made_of: Any) -> Path | None:

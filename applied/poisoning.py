@@ -33,9 +33,9 @@ from applied.flip_budget import FlipBudgets, budget_to_flip
 from applied.perturbation import perturb
 from applied.recipe import Retrained
 from applied.repairing import Repair, Trace, repair, trace
-from applied.threat import ThreatModel
+from applied.threat import ROUNDING, ThreatModel
 from applied.versions import Versions, joined, relabelled
-from attribution_core.data import Column
+from attribution_core.data import Column, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.problem import Problem
 
@@ -174,12 +174,14 @@ def attempt(
         versions: of `relabelled`, say.
         weights: [N], 0 or 1, which version of every row is trained on.
         datamodel: predicts its effect, f̂(weights) − f̂(clean); nothing is predicted without it.
-        random: seed -> weights [N] of the random control; by default random labels (of a table of `relabelled`).
+        random: seed -> weights [N] of the random control; by default random labels of a table of `relabelled`, random
+            rows brought in of one of `joined`. Needed for other tables.
         sources: [rows], who brings each, for source quotas.
         targets: names of the victim's outputs; needed without a datamodel.
 
     Raises:
-        ValueError: more changed rows than the budget or a quota; a row in two versions; weights that do not fit.
+        ValueError: more changed rows than the budget or a quota; a table of something else than the threat model
+            lets change; inputs outside its ball; a row in two versions; weights that do not fit; no random control.
     """
     w = np.asarray(weights, dtype=float)
     if w.shape != versions.clean.shape or not np.isin(w, (0.0, 1.0)).all():
@@ -192,8 +194,10 @@ def attempt(
     k = threat.rows(versions.n)
     if not 1 <= len(changed) <= k:
         raise ValueError(f"expected 1 to {k} changed rows, as the budget says, got {len(changed)}")
-    quota = Quota.of(threat, threat.may_change, sources, int(versions.row.max()) + 1)
+    change = "rows" if len(lost) else versions.kind or threat.may_change
+    quota = Quota.of(threat, change, sources, int(versions.row.max()) + 1)
     quota.refuse(changed)
+    _refuse_beyond(versions, w, threat)
     if datamodel is None and targets is None:
         raise ValueError(
             "expected targets, the names of the victim's outputs, or a datamodel; got neither"
@@ -203,7 +207,7 @@ def attempt(
         before = datamodel.predict(versions.clean)
         names = np.asarray(datamodel.targets).astype(str)
         said = Said(names, before, datamodel.predict(w) - before)
-    drawn = random or partial(_random_flips, versions, len(changed), quota)
+    drawn = random or _random_of(versions, len(changed), quota)
     return verified_attack(
         name, threat, versions, w, changed, said, drawn, victim, targets, seeds, {}
     )
@@ -240,6 +244,45 @@ def _in_rounds(
     before = first.predict(versions.clean)
     said = Said(np.asarray(f.targets).astype(str), before, f.predict(weights) - before)
     return weights, changed, said, {"rounds": rounds, "surrogate": dict(f.meta)}
+
+
+def _refuse_beyond(versions: Versions, weights: NDArray[np.float64], threat: ThreatModel) -> None:
+    """Raise where inputs lie outside the ball around those that they replace."""
+    if threat.may_change != "inputs":
+        return
+    new = np.flatnonzero((weights > 0) & (versions.clean == 0))
+    old = versions.current(versions.clean)[versions.row[new]]
+    if (old < 0).any():
+        raise ValueError("expected inputs of rows that are there, got rows that are brought in")
+    after, before = (_floats(take(versions.problem.train, rows)) for rows in (new, old))
+    for x, original in zip(after, before, strict=True):
+        if np.array_equal(x, original):
+            continue
+        near = threat.within(x, original)
+        far = np.abs(near - x).reshape(len(x), -1).max(1) > ROUNDING * max(1.0, np.abs(x).max())
+        if far.any():
+            raise ValueError(
+                f"expected inputs within epsilon={threat.epsilon:g} of those they replace, got "
+                f"{int(far.sum())} rows farther off: {versions.row[new[far]][:5].tolist()}"
+            )
+
+
+def _floats(batch: Any) -> list[NDArray[np.float64]]:
+    columns = batch.values() if isinstance(batch, dict) else batch
+    return [x.double().cpu().numpy() for x in columns if x.is_floating_point()]
+
+
+def _random_of(versions: Versions, k: int, quota: Quota) -> Callable[[int], NDArray[np.float64]]:
+    """The random control that fits a table."""
+    if versions.kind == "labels":
+        return partial(_random_flips, versions, k, quota)
+    if versions.kind == "rows":
+        pool = np.flatnonzero(versions.clean == 0)
+        return partial(_random_rows, versions, pool, k, quota)
+    raise ValueError(
+        "expected random, seed -> weights [N] of the random control, for a table that is neither of relabelled "
+        "nor of joined; got none"
+    )
 
 
 def _random_flips(versions: Versions, k: int, quota: Quota, seed: int) -> NDArray[np.float64]:

@@ -272,17 +272,19 @@ def verify(
     Raises:
         ValueError: no seeds, weights or outputs of a wrong shape, outputs that are not finite.
     """
-    seeds = _seeds(seeds)
+    seeds = distinct_seeds(seeds)
     controls = _controls(control, decision, seeds)
     fixed = {name: weights for name, weights in controls.items() if weights.ndim == 1}
     t = len(decision.targets)
-    outputs = _outputs(
+    outputs = retrained_outputs(
         retrain, np.stack([decision.weights, *fixed.values()]), seeds, t, ["decision", *fixed]
     )
     results = dict(zip(fixed, outputs[1:], strict=True))
     for name in (name for name in controls if name not in fixed):
         pairs = zip(controls[name], seeds, strict=True)
-        rows = [_outputs(retrain, row[None], [seed], t, [name])[0, 0] for row, seed in pairs]
+        rows = [
+            retrained_outputs(retrain, row[None], [seed], t, [name])[0, 0] for row, seed in pairs
+        ]
         results[name] = np.stack(rows)
     return Verified(
         decision=decision,
@@ -293,7 +295,7 @@ def verify(
     )
 
 
-def _seeds(seeds: int | Sequence[int]) -> list[int]:
+def distinct_seeds(seeds: int | Sequence[int]) -> list[int]:
     """The list of training seeds; one that repeats would be counted as new evidence."""
     chosen = listed(seeds)
     if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0:
@@ -334,7 +336,7 @@ def _controls(control: Any, decision: Decision, seeds: list[int]) -> dict[str, N
     return found
 
 
-def _outputs(
+def retrained_outputs(
     retrain: Retrain, weights: NDArray[Any], seeds: list[int], t: int, names: list[str]
 ) -> NDArray[Any]:
     """Retrained outputs [m, s, t], checked."""

@@ -383,7 +383,14 @@ def _from_datamodel(
         raise ValueError(
             f"expected a datamodel for each of the outputs {sorted(named)}, got {sorted(by_name)}"
         )
-    return {
+    moved = {
         name: np.asarray(f.predict(run.exposure * without)) - np.asarray(f.predict(run.anchor))
         for name, f in by_name.items()
     }
+    for name, change in moved.items():
+        if change.shape != (len(named[name]),):
+            raise ValueError(
+                f"expected a datamodel of the {len(named[name])} outputs of {name!r}, got one that predicts "
+                f"{change.shape}; score the same outputs"
+            )
+    return moved

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from applied.threat import Change
 from attribution_core.data import Batch, Column, Data, Rows, as_data, batches, replaced, take
 from attribution_core.problem import Problem
 
@@ -32,11 +33,13 @@ class Versions:
         problem: N rows; the model and the loss of the problem that it was made of.
         row: [N], which original row each is a version of; rows brought in are numbered from n on.
         clean: [N], 0 or 1, the weights of the data as they are.
+        kind: what its versions differ in: labels, inputs, or rows that are brought in; None is not known.
     """
 
     problem: Problem
     row: NDArray[np.intp]
     clean: NDArray[np.float64]
+    kind: Change | None = None
 
     @property
     def n(self) -> int:
@@ -147,7 +150,7 @@ def relabelled(
     clean = np.zeros(problem.n * count)
     clean[np.arange(problem.n) * count + labels] = 1.0
     table = replace(problem, train=_Relabelled(problem.train, name, count))
-    return Versions(table, np.repeat(np.arange(problem.n), count), clean)
+    return Versions(table, np.repeat(np.arange(problem.n), count), clean, "labels")
 
 
 def rewritten(
@@ -162,20 +165,22 @@ def rewritten(
     places = np.asarray(rows, dtype=int)
     batch: Any = take(problem.train, places)
     values = torch.from_numpy(np.asarray(inputs)).to(batch[column])
-    return _sorted(problem, replaced(batch, column, values), places)
+    return _sorted(problem, replaced(batch, column, values), places, "inputs")
 
 
 def joined(problem: Problem, pool: Any) -> tuple[Versions, NDArray[np.intp]]:
     """(the rows and after them a pool's, of weight 0; places of the pool's rows in the table)."""
     pool = as_data(pool)
-    return _sorted(problem, pool, np.arange(problem.n, problem.n + len(pool)))
+    return _sorted(problem, pool, np.arange(problem.n, problem.n + len(pool)), "rows")
 
 
-def _sorted(problem: Problem, new: Any, row: NDArray[np.intp]) -> tuple[Versions, NDArray[np.intp]]:
+def _sorted(
+    problem: Problem, new: Any, row: NDArray[np.intp], kind: Change
+) -> tuple[Versions, NDArray[np.intp]]:
     """Old rows and new ones in one table, versions of a row side by side, the old one first."""
     both = _Joined(problem.train, as_data(new))
     of = np.r_[np.arange(problem.n), row]
     order = np.argsort(of, kind="stable")
     places = np.argsort(order)[problem.n :]
     clean = (order < problem.n).astype(float)
-    return Versions(replace(problem, train=Rows(both, order)), of[order], clean), places
+    return Versions(replace(problem, train=Rows(both, order)), of[order], clean, kind), places

@@ -17,7 +17,7 @@ from attribution_core.datamodel import LinearDatamodel
 from attribution_core.evaluation import lds
 from attribution_core.gradients import Progress, directional, flatten, output_gradients
 from attribution_core.problem import Outputs
-from attribution_core.processes import collect, my_rows
+from attribution_core.processes import gathered, my_rows
 from attribution_core.retraining import retrain
 from attribution_core.subsets import random_subsets
 from attribution_core.trained import trained
@@ -72,7 +72,7 @@ def choose_damping(
     targets = flatten(output_gradients(problem.model, outputs)).double().cpu()
     solved = torch.cat([fit.solve(targets) * -at.unit for fit in fits])
     mine = my_rows(np.arange(problem.n))
-    scores = collect(directional(problem, solved, mine).cpu()).numpy()
+    scores = gathered(lambda: directional(problem, solved, mine).cpu()).numpy()
     base = outputs.evaluate(problem.model).numpy()
     each = np.split(scores, len(fits), axis=1)
     found = [lds(LinearDatamodel(one, base, at.anchor), table).mean for one in each]

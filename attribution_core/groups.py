@@ -19,7 +19,7 @@ from torch import Tensor
 from attribution_core.data import batches, take
 from attribution_core.gradients import Progress, check_directions, flatten
 from attribution_core.problem import Params, Problem, per_example, refuse_random_layers
-from attribution_core.processes import collect, my_rows
+from attribution_core.processes import collect, failing_together, my_rows
 from attribution_core.retraining import RetrainingTable
 
 BLOCK = 2**12  # parameters a product runs over: one long float32 product loses a digit
@@ -63,16 +63,17 @@ def group_directional(
         raise ValueError(f"expected weights [n={problem.n}], got {w.shape}; one per example")
     mine = my_rows(np.arange(len(names)))
     out = flat.new_zeros(len(mine), len(flat))
-    for place, g in enumerate(progress(mine)):
-        rows = np.flatnonzero(index == g)
-        gradient = summed_gradient(problem, params, rows, w[rows], batch_size)
-        if not torch.isfinite(gradient).all():
-            raise ValueError(
-                f"expected finite gradients, got NaN or infinity in group {names[g].item()!r}; `directional` "
-                "names the rows"
-            )
-        parts = zip(flat.split(BLOCK, dim=1), gradient.split(BLOCK), strict=True)
-        out[place] = torch.stack([v @ g for v, g in parts]).sum(0, dtype=torch.float64)
+    with failing_together():
+        for place, g in enumerate(progress(mine)):
+            rows = np.flatnonzero(index == g)
+            gradient = summed_gradient(problem, params, rows, w[rows], batch_size)
+            if not torch.isfinite(gradient).all():
+                raise ValueError(
+                    f"expected finite gradients, got NaN or infinity in group {names[g].item()!r}; `directional` "
+                    "names the rows"
+                )
+            parts = zip(flat.split(BLOCK, dim=1), gradient.split(BLOCK), strict=True)
+            out[place] = torch.stack([v @ g for v, g in parts]).sum(0, dtype=torch.float64)
     return names, collect(out)
 
 

@@ -21,7 +21,7 @@ from attribution_core.ekfac import Labels
 from attribution_core.gradients import Engine, Progress, directional, flatten, output_gradients
 from attribution_core.groups import group_directional
 from attribution_core.problem import Outputs, Problem
-from attribution_core.processes import collect, my_rows
+from attribution_core.processes import gathered, my_rows
 from attribution_core.store import Store, fingerprint
 from attribution_core.trained import OWN, Trained, over_runs, several, trained
 from attribution_core.training import Drop, Run
@@ -145,16 +145,14 @@ def influence(
     elif folder is None:
         directions, fitted = solve()
         mine = my_rows(np.arange(problem.n))
-        scores = collect(along(problem, directions, mine, progress=progress).cpu()).numpy()
+        scores = gathered(lambda: along(problem, directions, mine, progress=progress).cpu()).numpy()
     else:
         settings = (curvature, damping, labels, refine, form, tolerance, max_iterations, curvature_rows,
                     at.exposure, at.drawn, at.weights)  # fmt: skip
         made_of = fingerprint(problem, outputs, settings)
         store = Store.open(folder, (problem.n, len(outputs)), made_of)
         directions, fitted = store.remember("directions", solve)
-        for rows in progress(store.missing()):
-            store.write(rows, along(problem, directions, rows).cpu().numpy())
-        scores = store.read()
+        scores = store.fill(lambda rows: along(problem, directions, rows).cpu(), progress)
     meta = {
         "method": "influence",
         **fitted,

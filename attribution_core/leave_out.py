@@ -18,7 +18,7 @@ from attribution_core.gradients import (
     output_gradients,
 )
 from attribution_core.problem import Outputs, Problem
-from attribution_core.processes import collect, my_rows, sum_over_processes
+from attribution_core.processes import collect, failing_together, my_rows, sum_over_processes
 from attribution_core.quadratic import (
     ALONE,
     Quadratic,
@@ -88,19 +88,21 @@ def leave_one_out(
     blocks = list(batches(mine, rows_at_once(problem)))
 
     h = torch.zeros(len(added), len(added), dtype=torch.float64)
-    for rows in progress(blocks):
-        h += second_order(problem, params, rows).gram(w[rows])
+    with failing_together():
+        for rows in progress(blocks):
+            h += second_order(problem, params, rows).gram(w[rows])
     h = sum_over_processes(h) / at.drawn
     solve = partial(solved, factored(h + torch.diag(problem.decay + added)))
     directions = -at.unit * solve(flatten(output_gradients(problem.model, outputs)).double().cpu())
 
     scores, leverages = [torch.zeros(0, len(outputs)).double()], [torch.zeros(0).double()]
-    for rows in progress(blocks):
-        part = second_order(problem, params, rows)
-        b = part.x @ solve(part.x.flatten(0, 1)).reshape(part.x.shape).mT / at.drawn
-        alone, leverage = _without_itself(part, b, w[rows])
-        scores.append(torch.einsum("bcp,bc,tp->bt", part.x, alone, directions))
-        leverages.append(leverage)
+    with failing_together():
+        for rows in progress(blocks):
+            part = second_order(problem, params, rows)
+            b = part.x @ solve(part.x.flatten(0, 1)).reshape(part.x.shape).mT / at.drawn
+            alone, leverage = _without_itself(part, b, w[rows])
+            scores.append(torch.einsum("bcp,bc,tp->bt", part.x, alone, directions))
+            leverages.append(leverage)
     leverage = collect(torch.cat(leverages)[:, None])[:, 0]
     _refuse_alone(leverage)
     meta = {

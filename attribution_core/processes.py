@@ -6,7 +6,7 @@ One process unless launched by torchrun or `accelerate launch`; then accelerate 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -93,6 +93,13 @@ def failing_together() -> Iterator[None]:
     for rank, why in enumerate(said):
         if why is not None:
             raise ValueError(f"process {rank} stopped, and with it all others: {why}")
+
+
+def gathered(make: Callable[[], Tensor]) -> Tensor:
+    """`collect` of what each process makes of its own rows; what one raises is raised on all."""
+    with failing_together():
+        own = make()
+    return collect(own)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from attribution_core.data import batches, sample, take
 from attribution_core.gradients import Progress, flatten, row_gradients
 from attribution_core.influence import fitted_curvature
 from attribution_core.problem import Outputs, Problem
-from attribution_core.processes import collect, my_rows
+from attribution_core.processes import collect, failing_together, my_rows
 from attribution_core.trained import several, trained
 from attribution_core.training import Run
 
@@ -76,8 +76,9 @@ def self_influence(
     )
     size = max(1, min(batch_size, HELD // sum(value.numel() for value in params.values())))
     parts: list[Any] = [torch.zeros(0, 1, dtype=torch.float64)]
-    for rows in progress(list(batches(my_rows(np.arange(problem.n)), size))):
-        batch = take(problem.train, rows, problem.device)
-        g = flatten(row_gradients(problem.model, problem.loss, params, batch)).double().cpu()
-        parts.append((g * fitted.solve(g)).sum(1, keepdim=True) * at.unit)
+    with failing_together():
+        for rows in progress(list(batches(my_rows(np.arange(problem.n)), size))):
+            batch = take(problem.train, rows, problem.device)
+            g = flatten(row_gradients(problem.model, problem.loss, params, batch)).double().cpu()
+            parts.append((g * fitted.solve(g)).sum(1, keepdim=True) * at.unit)
     return collect(torch.cat(parts))[:, 0].numpy()

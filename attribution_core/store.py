@@ -15,7 +15,7 @@ import inspect
 import json
 import os
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from attribution_core.processes import from_first, wait, world
+from attribution_core.processes import failing_together, from_first, wait, world
 
 FORMAT = 1
 
@@ -115,6 +115,19 @@ class Store:
             wait()
         with np.load(path) as held:
             return torch.from_numpy(held["tensor"]), json.loads(str(held["about"]))
+
+    def fill(
+        self,
+        make: Callable[[NDArray[np.intp]], ArrayLike],
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> NDArray[Any]:
+        """Make and write what is missing of this process's share, then read all rows; what one process raises
+        is raised on all."""
+        todo = self.missing()
+        with failing_together():
+            for rows in progress(todo):
+                self.write(rows, make(rows))
+        return self.read()
 
     def read(self) -> NDArray[Any]:
         """All rows, once every process has written its own.

@@ -18,7 +18,7 @@ from attribution_core.datamodel import LinearDatamodel
 from attribution_core.gradients import Progress, unflatten
 from attribution_core.outputs import cross_entropy, margin
 from attribution_core.problem import Outputs, PerExample, Problem
-from attribution_core.processes import collect, my_rows, sum_over_processes
+from attribution_core.processes import collect, failing_together, my_rows, sum_over_processes
 from attribution_core.projection import Kind, Projection, projection
 from attribution_core.store import Store, fingerprint
 from attribution_core.trained import Trained, several, trained
@@ -255,15 +255,15 @@ def _training_features(
         return torch.cat(joined) if joined else torch.zeros(0, projected.dim + 1)
 
     if folder is None:
-        return _Held(mine, of(mine, progress))
+        with failing_together():
+            own = of(mine, progress)
+        return _Held(mine, own)
     some = next(iter(projected.problem.params.values()))
     dtype = "float64" if some.dtype == torch.float64 else "float32"
     settings = (projected.dim, projected.kind, projected.seed, projected.scale)
     print_ = fingerprint(made_of, projected.problem.model, settings)
     store = Store.open(folder, (n, projected.dim + 1), print_, dtype=dtype)
-    for rows in progress(store.missing()):
-        store.write(rows, of(rows).numpy())
-    array = store.read()
+    array = store.fill(of, progress)
     return _Held(mine, array[mine[0] : mine[-1] + 1] if len(mine) else array[:0], store)
 
 

@@ -26,7 +26,7 @@ from attribution_core.datamodel import LinearDatamodel
 from attribution_core.gradients import Engine, Progress, directional, flatten, output_gradients
 from attribution_core.influence import WIDE
 from attribution_core.problem import Outputs, Problem
-from attribution_core.processes import collect, my_rows
+from attribution_core.processes import gathered, my_rows
 from attribution_core.spectrum import Dense, Diagonal, Spectrum
 from attribution_core.store import Store, fingerprint
 from attribution_core.trained import over_runs, several
@@ -291,15 +291,14 @@ def _datamodel(
 
     if folder is None:
         found = directions(lambda name, make: make())
-        scores = collect(rows_of(found, my_rows(np.arange(problem.n)), progress)).numpy()
+        mine = my_rows(np.arange(problem.n))
+        scores = gathered(lambda: rows_of(found, mine, progress)).numpy()
     else:
         places = [(s.problem.params, s.reach, s.pull) for s in way.stretches]
         made_of = fingerprint(problem, outputs, places, final.anchor, final.unit, meta)
         store = Store.open(folder, (problem.n, len(outputs)), made_of)
         found = directions(lambda name, make: store.remember(name, lambda: (make(), {}))[0])
-        for rows in progress(store.missing()):
-            store.write(rows, rows_of(found, rows, iter).numpy())
-        scores = store.read()
+        scores = store.fill(lambda rows: rows_of(found, rows, iter), progress)
     meta = {
         **meta,
         "weight_decay": float(problem.decay.mean()),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attribution_core.adjoint import Adjoint, Form, Owed, Wanted, pull
 from attribution_core.data import Rows, take
-from attribution_core.gradients import Progress, Sized, output_gradients
+from attribution_core.gradients import Progress, Sized, has_forward_mode, output_gradients
 from attribution_core.optimizers import stretches
 from attribution_core.problem import Outputs
 from attribution_core.processes import from_first, sum_over_processes, wait, world
@@ -165,7 +165,8 @@ def _form(form: Form, count: int, steps: Steps) -> Form:
     convolves = any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in layers)
     if form == "auto":
         tiny = sum(value.numel() for value in steps.problem.params.values()) <= TINY
-        return "vmap" if tiny and count >= VMAP and not (fixed or convolves) else "double"
+        quick = tiny and count >= VMAP and not (fixed or convolves)
+        return "vmap" if quick and has_forward_mode(steps.problem, steps.order[0][:2]) else "double"
     return form
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from applied.counting import counted
 from applied.yardstick import Evaluation
+from attribution_core.store import fingerprint
 
 ADVICE = {
     "no-op": "build the optimizer on the parameters of the copy that you return, and step it",
@@ -139,7 +140,7 @@ def conformance(
     if evaluation is not None:
         checked.append("over-forgets")
         reasons["over-forgets"] = _over(evaluation, method)
-    before = _Snapshot(model)
+    before, data = _Snapshot(model), fingerprint(forget, retain)
     with counted(model) as count:
         made = unlearner(model, forget, retain)
         if not isinstance(made, nn.Module):
@@ -149,7 +150,8 @@ def conformance(
             )
         count.made.append(made)
     reasons["no-op"] = _no_op(before, model, made)
-    reasons["edits its input"] = before.edits(model) or _shares(model, made)
+    edited = "" if fingerprint(forget, retain) == data else "the rows to forget or retain changed"
+    reasons["edits its input"] = before.edits(model) or _shares(model, made) or edited
     reasons["not finite"] = _not_finite(made)
     steps = count.steps(batch_size)
     if limit is not None:
@@ -164,13 +166,14 @@ def conformance(
 
 
 class _Snapshot:
-    """A model as it was: every tensor's bits, gradients, flags and modes."""
+    """A model as it was: every tensor's bits, gradients, flags, modes and hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         self.state = {name: _bits(x) for name, x in _tensors(model)}
         self.grads = {name: _bits(p.grad) for name, p in model.named_parameters()}
         self.trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self.modes = {name: module.training for name, module in model.named_modules()}
+        self.hooks = {name: _hooks(module) for name, module in model.named_modules()}
 
     def edits(self, model: nn.Module) -> str:
         """What is different now, in words; empty if nothing is."""
@@ -180,6 +183,7 @@ class _Snapshot:
             ("requires_grad", self.trainable, now.trainable),
             ("training mode", self.modes, now.modes),
             (".grad", self.grads, now.grads),
+            ("hooks", self.hooks, now.hooks),
         ):
             names = [name for name in {**old, **new} if not _same(old.get(name), new.get(name))]
             if names or list(old) != list(new):
@@ -190,6 +194,11 @@ class _Snapshot:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, also those that a state_dict leaves out."""
     yield from (*model.named_parameters(), *model.named_buffers())
+
+
+def _hooks(module: nn.Module) -> int:
+    """How many hooks it has."""
+    return len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
 
 
 def _bits(x: Tensor | None) -> Tensor | None:
@@ -211,11 +220,20 @@ def _no_op(before: _Snapshot, model: nn.Module, made: nn.Module) -> str:
     """Why nothing was unlearnt; empty if something was."""
     if made is model:
         return "the input itself came back, not a new model"
-    now = {name: _bits(p) for name, p in made.named_parameters()}
-    trainable = [name for name, moves in before.trainable.items() if moves]
-    if all(name in now and _same(before.state[name], now[name]) for name in trainable):
+    now = [p.detach().cpu() for p in made.parameters()]
+    trainable = [before.state[name] for name, moves in before.trainable.items() if moves]
+    wrapped = len(now) > len(before.trainable)  # adapters, say, around what stays as it was
+    if not wrapped and all(any(_same_values(old, new) for new in now) for old in trainable):
         return f"none of {len(trainable)} trainable parameters differs from the input's"
     return ""
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    """Equal numbers, under another name or in another precision, too; −0 is not 0."""
+    if a.shape != b.shape:
+        return False
+    low = min((a.dtype, b.dtype), key=lambda dtype: dtype.itemsize)
+    return _same(a.to(low), b.to(low))
 
 
 def _shares(model: nn.Module, made: nn.Module) -> str:

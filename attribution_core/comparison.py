@@ -30,10 +30,9 @@ class Compared:
 
     def cells(self) -> tuple[str, ...]:
         """Method, LDS, interval, slope and seconds, as text."""
-        low, high = self.lds.interval
         name = f"{self.method} (floor)" if self.floor else self.method
         return (
-            name, f"{self.lds.mean:.3f}", f"[{low:.3f}, {high:.3f}]", f"{self.lds.slope:.2g}",
+            name, f"{self.lds.mean:.3f}", self.lds.span, f"{self.lds.slope:.2g}",
             f"{self.seconds:.2g}",
         )  # fmt: skip
 
@@ -87,6 +86,7 @@ class Comparison:
             found = record["lds"]
             found["per_target"] = found["per_target"].tolist()
             found["ceiling"] = None if math.isnan(found["ceiling"]) else found["ceiling"]
+            found["interval"] = None if math.isnan(found["interval"][0]) else found["interval"]
         write_text(Path(path), json.dumps(records, indent=1))
 
 

@@ -327,7 +327,8 @@ def _meta_of(
     several: Sequence[Mapping[str, Any]], combined: Callable[[NDArray[Any]], NDArray[Any]]
 ) -> dict[str, Any]:
     """The first meta; what it says of each output goes with the outputs, and a ratio of such is left out."""
-    kept = {name: value for name, value in several[0].items() if name != "relative_remainder"}
+    lost = ("relative_remainder", "prior_scale")
+    kept = {name: value for name, value in several[0].items() if name not in lost}
     for name in (name for name in OF_OUTPUTS if isinstance(kept.get(name), list)):
         lists = [meta.get(name) for meta in several]
         if all(isinstance(one, list) for one in lists):

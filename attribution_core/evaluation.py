@@ -38,11 +38,16 @@ class LDS:
     seeds: int
     rows: int
 
-    def __str__(self) -> str:
+    @property
+    def span(self) -> str:
+        """The interval in words."""
         low, high = self.interval
+        return "one target" if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
+
+    def __str__(self) -> str:
         most = "unknown (one seed)" if math.isnan(self.ceiling) else f"{self.ceiling:.3f}"
         return (
-            f"LDS {self.mean:.3f} [{low:.3f}, {high:.3f}] over {len(self.per_target)} targets, "
+            f"LDS {self.mean:.3f} {self.span} over {len(self.per_target)} targets, "
             f"ceiling {most}, slope {self.slope:.2f} "
             f"({self.rows} retrainings × {self.seeds} seeds)"
         )

@@ -23,7 +23,7 @@ def semivalues(
     """((values [n, t], standard errors [n, t], degrees of freedom), how) from subsets that were trained on.
 
     Exact where the table holds all subsets (the error is then that over seeds, 0 for one seed, whose game
-    is known exactly); marginal contributions where it is made of permutations; differences to everyone for
+    is known exactly, or how far rows that repeat differ); marginal contributions where it is made of permutations; differences to everyone for
     "leave_one_out"; else `by_size`.
 
     Args:
@@ -39,8 +39,8 @@ def semivalues(
     q = size_weights(kind, n, beta)
     if kind == "leave_one_out":
         return _left_out(inside, outputs, size), "left out one by one"
-    if len(inside) == 2.0**n and len(np.unique(inside, axis=0)) == len(inside):
-        return _enumerated(inside, outputs, size, q), "all subsets"
+    if len(inside) >= 2.0**n and len(np.unique(inside, axis=0)) == 2**n:
+        return _enumerated(inside, outputs, q), "all subsets"
     if (orders := _orders(inside)) is not None:
         return _marginals(orders, outputs, q), f"{len(orders)} permutations"
     return _by_size(inside, outputs, size, q), "subsets by size"
@@ -109,18 +109,31 @@ def _marginals(orders: NDArray[np.intp], outputs: NDArray[Any], q: NDArray[np.fl
     return _over(each, alone=math.nan)
 
 
-def _enumerated(
-    inside: NDArray[Any], outputs: NDArray[Any], size: NDArray[Any], q: NDArray[np.float64]
-) -> Estimate:
-    """Exact values from all 2^n subsets: Σ_S f(S) (i in S: q_{s−1}/C(n−1, s−1), else −q_s/C(n−1, s))."""
+def _enumerated(inside: NDArray[Any], outputs: NDArray[Any], q: NDArray[np.float64]) -> Estimate:
+    """Exact values from all 2^n subsets: Σ_S f(S) (i in S: q_{s−1}/C(n−1, s−1), else −q_s/C(n−1, s)).
+
+    Rows that repeat are averaged, and how far they differ is the error.
+    """
     from scipy.special import comb
 
     n = inside.shape[1]
+    once, place, count = np.unique(inside, axis=0, return_inverse=True, return_counts=True)
+    size = once.sum(1)
     padded = np.concatenate([[0.0], q, [0.0]])  # q_{s−1} stands at s
     share = comb(n - 1, np.arange(-1, n + 1))
     padded = np.divide(padded, share, out=np.zeros(n + 2), where=share > 0)
-    weight = np.where(inside, padded[size][:, None], -padded[size + 1][:, None])
-    return _over(np.einsum("mi,mst->sit", weight, outputs), alone=0.0)
+    weight = np.where(once, padded[size][:, None], -padded[size + 1][:, None])
+    mean = np.zeros((len(once), *outputs.shape[1:]))
+    np.add.at(mean, place.ravel(), outputs)
+    mean /= count[:, None, None]
+    draws = np.einsum("mi,mst->sit", weight, mean)
+    free = len(inside) - len(once)
+    if free == 0:
+        return _over(draws, alone=0.0)
+    apart = (outputs - mean[place.ravel()]).mean(1)
+    noise = (apart**2).sum(0) / free  # of a row's mean over seeds, [t]
+    spread = np.sqrt((weight**2 / count[:, None]).sum(0)[:, None] * noise)
+    return draws.mean(0), spread, free
 
 
 def _by_size(

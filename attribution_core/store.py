@@ -9,6 +9,7 @@ Every process writes its own blocks. A killed run loses the blocks in flight, no
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
 import inspect
@@ -219,18 +220,19 @@ class _Digest:
 def _settings(part: Any) -> dict[str, Any]:
     """The attributes of an object that say what it does, by name.
 
-    What a constructor was given under the same name, and public numbers with a fraction, texts, arrays and functions; whole numbers
-    and containers else may be counters and caches, which change as an object is used.
+    What a constructor was given under the same name (or _name), and public numbers with a fraction, texts, arrays and
+    functions; whole numbers and containers else may be counters and caches, which change as an object is used.
     """
     try:
         given = set(inspect.signature(type(part).__init__).parameters)
     except (TypeError, ValueError):
         given = set()
-    held = {name: value for name, value in vars(part).items() if not name.startswith("_")}
+    held = {k: v for k, v in vars(part).items() if not k.startswith("_") or k[1:] in given}
     return {
         name: held[name]
         for name in sorted(held)
-        if isinstance(held[name], SETTINGS) or (name in given and _is_plain(held[name]))
+        if isinstance(held[name], SETTINGS)
+        or (name.removeprefix("_") in given and _is_plain(held[name]))
     }
 
 
@@ -238,6 +240,39 @@ SETTINGS = (
     float, str, np.ndarray, torch.Tensor, torch.dtype, functools.partial, types.FunctionType,
     types.BuiltinFunctionType, nn.Module,
 )  # fmt: skip
+
+
+def _globals(function: Any) -> dict[str, Any]:
+    """Global numbers, texts and arrays that a function reads and does not set, and functions of its own module.
+
+    Containers and objects may be caches, which change as they are used.
+    """
+    scope, module = function.__globals__, function.__module__
+    codes, read, written = [function.__code__], set(), set()
+    while codes:
+        code = codes.pop()
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+        for step in dis.get_instructions(code):
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                read.add(step.argval)
+            elif step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                written.add(step.argval)
+    found = {name: scope[name] for name in sorted(read - written) if name in scope}
+    plain = (bool, int, float, str, bytes, np.ndarray, torch.Tensor, torch.dtype)
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, plain)
+        or (isinstance(value, types.FunctionType) and value.__module__ == module)
+    }
+
+
+def _text(config: Any) -> str:
+    """A model's configuration in words, without what transformers notes in it on a first pass with labels."""
+    if not hasattr(config, "to_dict"):
+        return str(config)
+    held = {name: value for name, value in config.to_dict().items() if name != "problem_type"}
+    return json.dumps(held, sort_keys=True, default=str)
 
 
 def _is_plain(value: Any) -> bool:
@@ -271,7 +306,7 @@ def _content(digest: Any, part: Any) -> None:
         configs = {
             id(c): c for m in part.modules() if (c := getattr(m, "config", None)) is not None
         }
-        _feed(digest, [str(part), *(str(config) for config in configs.values())])
+        _feed(digest, [str(part), *(_text(config) for config in configs.values())])
         _feed(digest, [name for name, p in part.named_parameters() if p.requires_grad])
         kept = part.state_dict()
         _feed(digest, kept)
@@ -312,6 +347,7 @@ def _content(digest: Any, part: Any) -> None:
         _feed(digest, getattr(part, "__self__", None))
         held = [cell.cell_contents for cell in part.__closure__ or ()]
         _feed(digest, [value for value in held if value is not part])
+        _feed(digest, _globals(part))
     elif isinstance(part, (type, types.BuiltinFunctionType)):
         _feed(digest, f"{part.__module__}.{part.__qualname__}")
     elif hasattr(part, "__len__") and hasattr(part, "__getitem__"):

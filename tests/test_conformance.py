@@ -369,3 +369,46 @@ def test_sizes_and_types():
         run(lambda model, forget, retain: None)
     with pytest.raises(ValueError, match="batch_size >= 1"):
         conformance(fine_tune, network(), FORGET, RETAIN, batch_size=0, training_steps=1)
+
+
+# --- no-ops in disguise, edits beside the parameters -------------------------------------------------
+
+
+def wrapped(model, forget, retain):
+    return nn.Sequential(copy.deepcopy(model))
+
+
+def cast(model, forget, retain):
+    return copy.deepcopy(model).double()
+
+
+@pytest.mark.parametrize("unlearner", [wrapped, cast])
+def test_a_copy_under_other_names_or_in_another_precision_is_a_no_op(unlearner):
+    assert "no-op" in run(unlearner).failures
+
+
+def test_an_adapter_around_what_stays_is_none():
+    def adapted(model, forget, retain):
+        return nn.Sequential(copy.deepcopy(model), nn.Linear(3, 3))
+
+    assert "no-op" not in run(adapted).failures
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_rows_that_are_edited_are_told(which):
+    def careless(model, forget, retain):
+        (forget, retain)[which][0].mul_(2)
+        return fine_tune(model, forget, retain)
+
+    forget, retain = data(10, 1), data(40, 2)
+    found = conformance(careless, network(), forget, retain, batch_size=BATCH, training_steps=40)
+    assert "rows to forget or retain changed" in found.reasons["edits its input"]
+
+
+def test_a_hook_left_on_the_input_is_told():
+    def hooking(model, forget, retain):
+        student = fine_tune(model, forget, retain)
+        model.register_forward_hook(lambda *_: torch.zeros(1))
+        return student
+
+    assert "hooks" in run(hooking).reasons["edits its input"]

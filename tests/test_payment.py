@@ -168,3 +168,39 @@ def test_no_more_is_spent_than_there_is():
     assert found.cost == 500_000.4
     with pytest.raises(ValueError, match="got 5, while the cheapest of 1 costs 10"):
         buy(worth([3.0, -1.0]), [10.0, 1.0], 5.0)
+
+
+@pytest.mark.parametrize(
+    ("gains", "prices", "budget", "best"),
+    [
+        ([1, 1], [0.1, 0.2], 0.3, [0, 1]),  # .1 + .2 is a little above .3
+        (
+            [2, 4, 8],
+            [272_737, 514_989, 817_560],
+            817_559.5,
+            [0, 1],
+        ),  # half a unit short of the best
+        ([8, 1, 6, 1], [716_463, 565_160, 715_677, 396_817], 1_432_139.5, [0, 1]),
+        ([1e7, 0.3, 0.2, 0.4], [10, 5, 4, 4], 14, [0, 3]),  # far below a solver's tolerance
+    ],
+)
+def test_purchases_at_the_edge_of_a_tolerance(gains, prices, budget, best):
+    assert buy(worth(gains), prices, budget).ids.tolist() == [f"owner {k}" for k in best]
+
+
+def test_caps_that_are_all_there_is_beside_a_floor_without_worth():
+    found = pay(
+        worth([0.54, 0.32, 0.5, 0]), 1.9 + 2e-16, floors=[0, 0, 0, 0.08], caps=[0.93, 0.53, 0.36, 1]
+    )
+    np.testing.assert_allclose(found.amounts, [0.93, 0.53, 0.36, 0.08], rtol=1e-12)
+
+
+def test_intervals_of_payments_at_a_discount_hold_the_share():
+    """Worth 3 − .5 and 1 − .5; ends of the interval discounted alike."""
+    values = worth([3.0, 1.0], np.array([0.1, 0.1]))
+    found = pay(values, 100, discount=5)
+    np.testing.assert_allclose(found.proportional, [250 / 3, 50 / 3], rtol=1e-12)
+    assert (found.low < found.proportional).all()
+    assert (found.proportional < found.high).all()
+    with pytest.raises(ValueError, match="a discount of 0 or more"):
+        pay(values, 100, discount=-1)

@@ -3,6 +3,7 @@
 import itertools
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -219,7 +220,7 @@ def covered(kind, weights_of, game, n, draws=40):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_permutations_have_honest_intervals(kind):
-    rate = covered(kind, lambda s: permutation_subsets(5, 200, seed=s), random_game(5), 5)
+    rate = covered(kind, lambda s: permutation_subsets(8, 100, seed=s), random_game(8), 8)
     # players of a draw share its noise: 40 draws at .95 have a standard error of .034 at most
     assert rate > 0.95 - 2.5 * 0.034
 
@@ -227,10 +228,10 @@ def test_permutations_have_honest_intervals(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_subsets_by_size_have_honest_intervals(kind):
     def weights(seed):
-        some = bernoulli_subsets(5, 300, keep=[0.1, 0.3, 0.5, 0.7, 0.9], seed=seed)
-        return np.concatenate([some, np.ones((1, 5)), np.zeros((1, 5))])
+        some = bernoulli_subsets(8, 300, keep=[0.1, 0.3, 0.5, 0.7, 0.9], seed=seed)
+        return np.concatenate([some, np.ones((1, 8)), np.zeros((1, 8))])
 
-    rate = covered(kind, weights, random_game(5), 5)
+    rate = covered(kind, weights, random_game(8), 8)
     assert rate > 0.95 - 2.5 * 0.034
 
 
@@ -246,13 +247,26 @@ def test_one_permutation_has_no_interval():
     assert np.isnan(pair.standard_error).all()  # an order and its reverse are one draw
 
 
-def test_all_subsets_twice_are_exact_by_size():
+@pytest.mark.parametrize("more", [32, 3])
+def test_all_subsets_and_some_again_are_exact(more):
     game = random_game(5)
-    twice = np.concatenate([all_subsets(5), all_subsets(5)])
+    again = np.concatenate([all_subsets(5), all_subsets(5)[:more]])
     for kind in KINDS:
-        found = values(table(twice, game), kind=kind)
-        assert found.meta["from"] == "subsets by size"
+        found = values(table(again, game), kind=kind)
+        assert found.meta["from"] == "all subsets"
         np.testing.assert_allclose(found.per_target, brute(5, game, kind), atol=EXACT)
+        np.testing.assert_allclose(found.standard_error, 0, atol=EXACT)
+
+
+def test_rows_that_repeat_tell_the_noise():
+    """All subsets of 3 players, each retrained 5 times with noise: intervals hold the values of the game."""
+    game, hits = random_game(3), []
+    for seed in range(60):
+        made = table(np.repeat(all_subsets(3), 5, axis=0), game)
+        noisy = made.per_seed + np.random.default_rng(seed).normal(0, 0.1, made.per_seed.shape)
+        found = values(replace(made, per_seed=noisy))
+        hits.append(np.abs(found.values - brute(3, game, "shapley")[:, 0]) <= found.half)
+    assert abs(np.mean(hits) - 0.95) < 2.5 * 0.029  # 60 draws at .95, players of a draw as one
 
 
 def test_sizes_that_were_not_drawn_are_interpolated():

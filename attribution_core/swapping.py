@@ -59,8 +59,8 @@ def refuse_hidden_parameters(
 def _words(what: str, got: str) -> str:
     return (
         f"expected a {what} that is a function of the model's parameters by name, got {got} where others are "
-        "swapped in than where the model holds them; turn activation checkpointing off "
-        "(model.gradient_checkpointing_disable()), reach every weight as a parameter of a module, not through "
+        "swapped in than where the model holds them; turn activation (gradient) checkpointing off, reach every weight "
+        "as a parameter of a module, not through "
         f"a list or a closure, and let the {what} call the model that it is given"
     )
 

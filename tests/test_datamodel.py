@@ -305,3 +305,16 @@ def test_numbers_stay_numbers_on_disk(tmp_path):
     found = LinearDatamodel.load(tmp_path)
     assert found.rows([5]).tolist() == [1]
     assert found.meta == {"seed": 4, "at": [0, 1]}
+
+
+def test_a_mask_is_no_list_of_ids():
+    f = LinearDatamodel([[1.0], [2.0], [4.0], [8.0]], [0.0], 1.0)
+    mask = np.array([False, False, True, True])
+    with pytest.raises(ValueError, match=r"a mask of 4; give ids\[mask\]"):
+        f.without(mask)
+    assert f.without(np.flatnonzero(mask)).tolist() == [-12.0]
+
+
+def test_what_meta_says_of_each_output_does_not_outlive_the_outputs():
+    f = LinearDatamodel(np.ones((3, 2)), [0.0, 1.0], 1.0, meta={"prior_scale": [1.0, 2.0]})
+    assert "prior_scale" not in f.mean().meta

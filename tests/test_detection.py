@@ -539,3 +539,25 @@ def test_suspicion_of_nan_is_refused():
     suspicion = np.r_[np.nan, np.zeros(N - 1)]
     with pytest.raises(ValueError, match="suspicion of each row, got 1 NaN"):
         repair(attack, suspicion, world.victim, remove=1)
+
+
+@pytest.mark.parametrize("moved", ["constant column", "offset"])
+def test_where_the_origin_lies_does_not_matter(moved):
+    x, y = clusters(120)
+    _, wrong = planted_flips(y)
+    far = np.c_[x, np.full(len(x), 1e9)] if moved == "constant column" else x + 1e9
+    clean = slice(0, 30)
+    here = detect(x[30:], wrong[30:], trusted=(x[clean], y[clean]))
+    there = detect(far[30:], wrong[30:], trusted=(far[clean], y[clean]))
+    # features of 1e9 keep 7 digits of differences
+    np.testing.assert_allclose(there.combined, here.combined, atol=1e-4)
+
+
+def test_labels_that_are_no_numbers():
+    x, y = clusters()
+    with pytest.raises(ValueError, match=r"expected numbers for labels, got <U.*np.unique"):
+        detect(x, y.astype(str))
+    with pytest.raises(ValueError, match="at least one neighbour"):
+        detect(x, y, neighbours=0)
+    with pytest.raises(ValueError, match="finite trusted features"):
+        detect(x, y, trusted=(np.full((3, 2), np.nan), [0, 1, 2]))

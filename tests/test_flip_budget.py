@@ -504,3 +504,21 @@ def test_budgets_of_a_logistic_regression():
     assert (np.isfinite(again.actual) >= np.isfinite(found.actual)).all()
     assert np.abs(np.log(again.ratio)).mean() < 0.5 * np.abs(np.log(found.ratio)).mean()
     assert again.within(0.3) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("per_seed", "seeds", "message"),
+    [
+        (lambda t: np.full((1, 1, t), np.nan), 1, "expected finite retrained outputs"),
+        (lambda t: np.zeros((1, 1, t + 3)), 1, "expected retrained outputs .* of shape"),
+        (lambda t: np.zeros((1, 1, t)), 0, "at least one seed"),
+    ],
+)
+def test_victims_that_say_nothing(per_seed, seeds, message):
+    there = world("rows", t=1)
+
+    def victim(table, weights, seeds):
+        return SimpleNamespace(per_seed=per_seed(1))
+
+    with pytest.raises(ValueError, match=message):
+        budget_to_flip(labelled(), ThreatModel(4, "rows"), there.surrogate, victim, seeds=seeds)

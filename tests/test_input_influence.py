@@ -303,3 +303,36 @@ def test_an_exposure_is_no_larger_weight():
     np.testing.assert_allclose(
         half, whole, rtol=0.02
     )  # the run's own damping differs by its length
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_fused_attention_has_a_second_derivative_here(attention):
+    problem = weighted_tokens(attention)
+    outputs = Outputs(problem.loss, problem.train).mean()
+    for method in (gradient_matching, input_influence):
+        more = {} if method is gradient_matching else {"curvature": "identity", "damping": 1.0}
+        found = method(problem, outputs, rows=[1, 4], **more).scores
+        other = method(weighted_tokens("eager"), outputs, rows=[1, 4], **more).scores
+        np.testing.assert_allclose(found, other, rtol=1e-8, atol=1e-12)
+
+
+def weighted_tokens(attention):
+    """A tiny GPT-2 whose rows have floating weights of their tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=11, n_positions=6, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, attn_implementation=attention,
+    )  # fmt: skip
+    ids = torch.randint(11, (6, 6))
+    batch = {"input_ids": ids, "token_weights": torch.rand(6, 6, dtype=torch.float64)}
+
+    def loss(model, batch):
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+        each = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none"
+        )
+        return (each * batch["token_weights"][:, 1:]).mean(1)
+
+    return Problem(GPT2LMHeadModel(config).double().eval(), loss, batch)

@@ -12,9 +12,10 @@ from sklearn.linear_model import (
     Ridge,
     RidgeClassifier,
 )
+from sklearn.utils.class_weight import compute_sample_weight
 
 from applied.recipe import Decision, verify
-from attribution_core import Outputs, Problem, influence, squared_error
+from attribution_core import Outputs, Problem, cross_entropy, influence, squared_error
 from attribution_core.refitting import refit, refitted
 from tests import menagerie
 
@@ -238,3 +239,28 @@ def test_scores_at_fewer_rows_are_slopes_of_refits():
 
 def at_outputs(problem, outputs):
     return outputs.evaluate(problem.model).numpy()
+
+
+@pytest.mark.parametrize("class_weight", ["balanced", {0: 1.0, 1: 5.0}])
+def test_class_weights_count_once(class_weight):
+    """The weights given hold them, so a refit at these weights is the fit itself; at fewer rows, scikit-learn's."""
+    x, y = rows(2)
+    fit = LogisticRegression(class_weight=class_weight, tol=1e-12, max_iter=10_000).fit(x, y)
+    w = compute_sample_weight(class_weight, y)
+    problem = Problem.from_sklearn(fit, x, y, weights=w)
+    outputs = Outputs(cross_entropy, problem.model.encode(x[:3], y[:3]))
+    np.testing.assert_allclose(
+        refit(fit, problem, outputs, w).outputs[0], at_outputs(problem, outputs), rtol=1e-6
+    )
+    fewer = np.where(np.arange(len(x)) < 4, 0.0, w)
+    plain = LogisticRegression(tol=1e-12, max_iter=10_000).fit(x, y, sample_weight=fewer)
+    expected = -plain.predict_log_proba(x[:3])[np.arange(3), y[:3]]
+    np.testing.assert_allclose(refit(fit, problem, outputs, fewer).outputs[0], expected, rtol=1e-6)
+
+
+def test_no_seeds_at_all():
+    estimator, x, y = ridge()
+    problem = Problem.from_sklearn(estimator.fit(x, y), x, y)
+    outputs = Outputs(squared_error, problem.train)
+    with pytest.raises(ValueError, match="at least one seed"):
+        refit(estimator, problem, outputs, np.ones(len(x)), seeds=0)

@@ -404,3 +404,53 @@ def test_a_part_of_itself_has_a_print():
 
 def test_texts_that_look_like_addresses_are_texts():
     assert fingerprint(["cats at 0x1"]) != fingerprint(["dogs at 0x2"])
+
+
+class Private(nn.Module):
+    """A setting under a private name, and one that changes in use."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self._scale, self.calls = scale, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self._scale
+
+
+def of_globals(helper, temperature):
+    """A loss that reads a helper and a number of its module."""
+    space = {"__name__": "a_module", "torch": torch, "TEMPERATURE": temperature, "SEEN": []}
+    exec(
+        f"def helper(z):\n    return z {helper}\n"
+        "def loss(model, batch):\n    SEEN.append(1)\n    return helper(model(batch[0]) / TEMPERATURE).sum(1)\n",
+        space,
+    )
+    return space["loss"]
+
+
+def test_private_settings_and_what_a_function_reads_are_part_of_a_print():
+    assert fingerprint(Private(1)) == fingerprint(Private(1)) != fingerprint(Private(2))
+    one = of_globals("+ 1", 1.0)
+    assert fingerprint(one) == fingerprint(of_globals("+ 1", 1.0))
+    assert fingerprint(one) != fingerprint(of_globals("+ 2", 1.0))
+    assert fingerprint(one) != fingerprint(of_globals("+ 1", 2.0))
+    used, before = Private(1), fingerprint(Private(1))
+    used(torch.ones(1))
+    assert fingerprint(used) == before
+    before = fingerprint(one)
+    one(nn.Linear(2, 2), (torch.ones(1, 2),))
+    assert fingerprint(one) == before
+
+
+def test_what_transformers_notes_on_a_first_pass_is_no_part_of_a_print():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).eval()
+    before = fingerprint(model)
+    model(input_ids=torch.ones(2, 4, dtype=torch.long), labels=torch.tensor([0, 2]))
+    assert config.problem_type is not None
+    assert fingerprint(model) == before

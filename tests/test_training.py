@@ -562,3 +562,47 @@ def test_how_many_shared_a_run_is_kept_with_it(tmp_path):
         ValueError, match="expected 2 processes, as the run was trained with, got 1"
     ):
         magic(train(problem, RECIPE, folder=tmp_path), menagerie.unseen(problem))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": 0}, "epochs above 0"),
+        ({"epochs": -1}, "epochs above 0"),
+        ({"batch_size": 0}, "batch_size of at least one row"),
+        ({"batch_size": 2.5}, "batch_size of at least one row"),
+        ({"clip": -1.0}, "clip to be a largest norm above 0"),
+        ({"clip": 0.0}, "clip to be a largest norm above 0"),
+    ],
+)
+def test_recipes_that_make_no_sense(given, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**{"optimizer": SGD(0.1), "batch_size": 2, "epochs": 1, **given})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (SGD(0.1, momentum=1.0), "momentum or betas of 0 to below 1"),
+        (Adam(0.1, betas=(0.9, 1.5)), "momentum or betas of 0 to below 1"),
+        (Adam(0.1, eps=-1.0), "eps of at least 0"),
+    ],
+)
+def test_optimizers_that_make_no_sense(optimizer, message):
+    with pytest.raises(ValueError, match=message):
+        train(menagerie.ridge(), Recipe(optimizer, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([[0, 20]], r"rows of 0 to 19, got \[20\]"),
+        ([[-1]], r"rows of 0 to 19, got \[-1\]"),
+        ([[True] * 5 + [False] * 6], "flatnonzero of a mask"),
+        ([[]], "batches with rows in them"),
+        ([], "batches with rows in them"),
+    ],
+)
+def test_orders_that_make_no_sense(order, message):
+    with pytest.raises(ValueError, match=message):
+        train(menagerie.ridge(20), Recipe(SGD(0.1), 2, 1, order=order))

@@ -147,6 +147,21 @@ def everything(folder: Path) -> dict[str, np.ndarray]:
     except ValueError as error:
         assert "finite" in str(error)  # noqa: PT017
         found["stopped by another process"] = np.ones(1)
+    x, y = small.train[list(range(20))]
+    gone = x.clone()
+    gone[19] = torch.nan  # a row of the second process alone
+    for where in (None, folder / "spoilt"):
+        try:
+            influence(
+                replace(small, train=(gone, y)),
+                targets,
+                curvature="identity",
+                damping=1.0,
+                folder=where,
+            )
+        except ValueError as error:
+            assert "row" in str(error)  # noqa: PT017
+            found[f"scores stopped, in {'a folder' if where else 'memory'}"] = np.ones(1)
     found["and after it"] = retrain(small, recipe, targets, np.ones((1, 20)), seeds=1).per_seed
     return found
 

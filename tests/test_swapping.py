@@ -1,0 +1,119 @@
+"""attribution_core.swapping: models that are not what their parameters by name make of them are refused."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from attribution_core import (
+    SGD,
+    Outputs,
+    Problem,
+    Recipe,
+    cross_entropy,
+    influence,
+    margin,
+    retrain,
+    train,
+    trak,
+)
+from attribution_core.in_run import in_run
+from tests import menagerie
+
+
+class Block(nn.Module):
+    """Its activations may be computed again during the backward pass."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.a, self.c, self.again = nn.Linear(4, 6), nn.Linear(6, 3), again
+
+    def inner(self, x):
+        return torch.tanh(self.a(x)).square()
+
+    def forward(self, x):
+        hidden = checkpoint(self.inner, x, use_reentrant=False) if self.again else self.inner(x)
+        return self.c(hidden)
+
+
+class HandTied(nn.Module):
+    """A weight that is reached through a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.e, self.l = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.tied = [self.e.weight]
+
+    def forward(self, x):
+        return F.linear(torch.tanh(self.l(self.e(x))), self.tied[0])[:, :3]
+
+
+ELSEWHERE = Block(False).double()
+
+
+def of_another(model, batch):
+    """A loss that does not look at the model it is given."""
+    return F.cross_entropy(ELSEWHERE(batch[0]), batch[1], reduction="none")
+
+
+def data(n=20, seed=0):
+    drawn = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 4, generator=drawn, dtype=torch.float64)
+    return x, torch.randint(3, (n,), generator=drawn)
+
+
+RECIPE = Recipe(SGD(0.5), 5, 2)
+OUTPUTS = Outputs(margin, data(3, 1))
+ACTIONS = {
+    "train": lambda p: train(p, RECIPE),
+    "retrain": lambda p: retrain(p, RECIPE, OUTPUTS, np.ones((2, 20)), seeds=1),
+    "in_run": lambda p: in_run(p, RECIPE, OUTPUTS),
+    "influence": lambda p: influence(p, OUTPUTS, curvature="identity", damping=1.0),
+    "trak": lambda p: trak(p, OUTPUTS),
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("kind", ["computed again", "hand tied", "another model's"])
+def test_what_swapping_does_not_reach_is_refused(kind, action):
+    model = {"computed again": Block(True), "hand tied": HandTied()}.get(kind, ELSEWHERE)
+    loss = of_another if kind == "another model's" else cross_entropy
+    problem = Problem(
+        copy.deepcopy(model).double() if loss is cross_entropy else model, loss, data()
+    )
+    with pytest.raises(
+        ValueError, match=r"a function of the model's parameters by name.*checkpointing off"
+    ):
+        ACTIONS[action](problem)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_sound_model_passes(action):
+    ACTIONS[action](Problem(Block(False).double(), cross_entropy, data()))
+
+
+def test_a_transformer_that_saves_memory_is_refused_and_said_how_to_mend():
+    problem = menagerie.gpt2()
+    model = copy.deepcopy(problem.model).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"activation .gradient. checkpointing off"):
+        train(Problem(model, problem.loss, problem.train), Recipe(SGD(0.1), 2, 1))
+    model.activation_checkpointing_disable()
+    train(Problem(model, problem.loss, problem.train), Recipe(SGD(0.1), 2, 1))
+
+
+def test_the_model_and_the_generator_are_left_as_they_were():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+    kept, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    from attribution_core.swapping import refuse_hidden_parameters
+
+    refuse_hidden_parameters(model, cross_entropy, lambda: data())
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)

@@ -202,6 +202,16 @@ class Quota:
         return None if self.sources is None else self.sources[row]
 
 
+def of_table(f: LinearDatamodel, n: int) -> LinearDatamodel:
+    """A surrogate's datamodel, if it scores the n rows of the table it was asked about."""
+    if len(f.scores) != n:
+        raise ValueError(
+            f"expected a surrogate that scores the {n} rows of the problem it is given, versions of rows among "
+            f"them, got scores of {len(f.scores)}; score that problem at the weights given, not the original one"
+        )
+    return f
+
+
 def goal_of(f: LinearDatamodel, goal: str | ArrayLike | None) -> NDArray[np.float64]:
     """[t], the combination of outputs that is to become large."""
     names = [str(name) for name in np.asarray(f.targets)]

@@ -221,7 +221,7 @@ def _no_op(before: _Snapshot, model: nn.Module, made: nn.Module) -> str:
     if made is model:
         return "the input itself came back, not a new model"
     now = [p.detach().cpu() for p in made.parameters()]
-    trainable = [before.state[name] for name, moves in before.trainable.items() if moves]
+    trainable: list[Any] = [before.state[name] for name, moves in before.trainable.items() if moves]
     wrapped = len(now) > len(before.trainable)  # adapters, say, around what stays as it was
     if not wrapped and all(any(_same_values(old, new) for new in now) for old in trainable):
         return f"none of {len(trainable)} trainable parameters differs from the input's"

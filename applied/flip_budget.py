@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.attack import Quota, Victim
+from applied.attack import Quota, Victim, of_table
 from applied.recipe import (
     Interval,
     Retrained,
@@ -157,6 +157,8 @@ def budget_to_flip(
     # plug in: what every change does to every output, around the data as they are or as they were changed so far
     def around(weights: NDArray[np.float64]) -> _Around:
         given = surrogate(versions.problem, weights.copy())
+        for one in [given] if isinstance(given, LinearDatamodel) else given:
+            of_table(one, len(weights))
         return _Around.of(given, versions, weights, relabel)
 
     clean = around(versions.clean)

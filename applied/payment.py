@@ -146,6 +146,10 @@ def _within(
 
 def _good_is_high(values: Values) -> None:
     """Raise where the values look like those of a loss, or are known up to a constant only."""
+    if not isinstance(values, Values):
+        raise ValueError(
+            f"expected Values, got {type(values).__name__}; make them by applied.valuation.values"
+        )
     total, size = float(values.values.sum()), float(np.abs(values.values).sum())
     if total <= 1e-6 * size:
         raise ValueError(

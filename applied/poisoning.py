@@ -27,7 +27,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.attack import Attack, Quota, Said, goal_of, instead, random_rows, verified_attack
+from applied.attack import (
+    Attack,
+    Quota,
+    Said,
+    goal_of,
+    instead,
+    of_table,
+    random_rows,
+    verified_attack,
+)
 from applied.detection import Detection, detect
 from applied.flip_budget import FlipBudgets, budget_to_flip
 from applied.perturbation import perturb
@@ -224,7 +233,7 @@ def _in_rounds(
     changed, first = np.zeros(0, dtype=int), None
     for size in progress(np.diff(np.round(np.linspace(0, k, rounds + 1)).astype(int)).tolist()):
         # plug in: the datamodel around the data poisoned so far
-        f = surrogate(versions.problem, weights.copy())
+        f = of_table(surrogate(versions.problem, weights.copy()), len(weights))
         first = f if first is None else first
         value = f.scores @ goal_of(f, goal)
         old = versions.current(weights)[row]  # the version in whose place each one would come

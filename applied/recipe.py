@@ -340,7 +340,13 @@ def retrained_outputs(
     retrain: Retrain, weights: NDArray[Any], seeds: list[int], t: int, names: list[str]
 ) -> NDArray[Any]:
     """Retrained outputs [m, s, t], checked."""
-    outputs = np.asarray(retrain(weights, seeds=seeds).per_seed, dtype=float)
+    found = retrain(weights, seeds=seeds)
+    if not hasattr(found, "per_seed"):
+        raise ValueError(
+            "expected retrain to return outputs as .per_seed [rows, seeds, targets], as `retrain` and `refit` do, got "
+            f"{type(found).__name__}"
+        )
+    outputs = np.asarray(found.per_seed, dtype=float)
     shape = (len(weights), len(seeds), t)
     if outputs.shape != shape:
         raise ValueError(

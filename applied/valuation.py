@@ -103,7 +103,7 @@ def values(
     """
     if kind not in ("shapley", "banzhaf", "beta", "leave_one_out"):
         raise ValueError(f"unknown kind {kind!r}; one of shapley, banzhaf, beta, leave_one_out")
-    if isinstance(source, Sequence):
+    if isinstance(source, Sequence) and not isinstance(source, str):
         if not source:
             raise ValueError("expected at least one source of values, got none")
         found = [
@@ -116,6 +116,11 @@ def values(
         return _averaged(found)
     if isinstance(source, RetrainingTable):
         return _of_table(source, kind, owners, utility, beta)
+    if not hasattr(source, "predict"):
+        raise ValueError(
+            f"expected a datamodel, a table of retrainings, or several of one, got {type(source).__name__}; make one by "
+            "influence, trak, magic, fit_datamodel or retrain"
+        )
     n = len(source.anchor)
     if isinstance(source, LinearDatamodel):
         return _of_linear(source, kind, owners, utility)

@@ -171,7 +171,23 @@ def rewritten(
 def joined(problem: Problem, pool: Any) -> tuple[Versions, NDArray[np.intp]]:
     """(the rows and after them a pool's, of weight 0; places of the pool's rows in the table)."""
     pool = as_data(pool)
+    _refuse_other_columns(take(problem.train, [0]), take(pool, [0]))
     return _sorted(problem, pool, np.arange(problem.n, problem.n + len(pool)), "rows")
+
+
+def _refuse_other_columns(first: Any, second: Any) -> None:
+    """Raise where a pool's columns are not those of the data."""
+
+    def columns(batch: Any) -> dict[Any, tuple[Any, ...]]:
+        items = batch.items() if isinstance(batch, dict) else enumerate(batch)
+        return {
+            name: (tuple(x.shape[1:]), "numbers" if x.is_floating_point() else "whole numbers")
+            for name, x in items
+        }
+
+    expected, got = columns(first), columns(second)
+    if expected != got:
+        raise ValueError(f"expected a pool with the columns of the data, {expected}, got {got}")
 
 
 def _sorted(

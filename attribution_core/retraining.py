@@ -39,6 +39,8 @@ class RetrainingTable:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", np.asarray(self.weights, dtype=float))
+        object.__setattr__(self, "per_seed", np.asarray(self.per_seed, dtype=float))
         m, s = len(self.weights), len(self.seeds)
         if self.weights.ndim != 2 or self.per_seed.ndim != 3 or self.per_seed.shape[:2] != (m, s):
             raise ValueError(

@@ -204,3 +204,9 @@ def test_intervals_of_payments_at_a_discount_hold_the_share():
     assert (found.proportional < found.high).all()
     with pytest.raises(ValueError, match="a discount of 0 or more"):
         pay(values, 100, discount=-1)
+
+
+@pytest.mark.parametrize("act", [lambda: pay([1, 2], 10), lambda: buy([1, 2], [1, 1], 2)])
+def test_numbers_are_no_values(act):
+    with pytest.raises(ValueError, match="expected Values, got list"):
+        act()

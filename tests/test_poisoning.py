@@ -11,8 +11,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from applied.attack import instead
 from applied.poisoning import ThreatModel, attempt, flip_labels, insert, perturb, relabelled
-from applied.versions import joined
+from applied.versions import joined, rewritten
 from attribution_core import (
     SGD,
     LinearDatamodel,
@@ -441,6 +442,60 @@ def test_insertions_that_make_no_sense(given, message):
         )
 
 
+def test_a_surrogate_of_the_original_rows_is_told():
+    problem, truth = labelled(), world()
+    short = LinearDatamodel(np.ones((problem.n, 2)), [0.0, 0.0], 1.0)
+    with pytest.raises(ValueError, match=r"scores the \d+ rows of the problem it is given"):
+        flip_labels(problem, ThreatModel(2, "labels"), lambda *_: short, truth.victim)
+
+
+def test_pools_with_other_columns():
+    problem, truth = labelled(), world()
+    x, y = take(problem.train, range(3))
+    for pool in ((x[:, :1], y), (x,), (x, y.double()), {"x": x, "y": y}):
+        with pytest.raises(ValueError, match="a pool with the columns of the data"):
+            insert(problem, pool, ThreatModel(2, "rows"), truth.surrogate, truth.victim)
+
+
+# --- what a threat model lets change ----------------------------------------------------------------
+
+
+def test_attempts_that_the_threat_model_does_not_cover():
+    problem, truth = pictures()
+    x = problem.train.columns[0].numpy()
+    ball = ThreatModel(2, "inputs", epsilon=0.1)
+    asked = {"victim": truth.victim, "targets": ["a", "b"], "seeds": 1}
+    moved, places = rewritten(problem, [1, 2], x[[1, 2]] + 5, 0)
+    control = {"random": lambda seed: moved.clean}
+    with pytest.raises(ValueError, match=r"within epsilon=0.1 .* got 2 rows farther off: \[1, 2\]"):
+        attempt(moved, instead(moved, places), ball, **asked, **control)
+    with pytest.raises(ValueError, match="may_change='inputs', got 'labels'"):
+        attempt(moved, instead(moved, places), ThreatModel(2, "labels"), **asked, **control)
+    near, places = rewritten(problem, [1, 2], x[[1, 2]] + 0.1, 0)
+    attempt(near, instead(near, places), ball, **asked, random=lambda seed: near.clean)
+    with pytest.raises(ValueError, match=r"expected random, seed -> weights \[N\]"):
+        attempt(near, instead(near, places), ball, **asked)
+    labels = relabelled(labelled(), CLASSES)
+    with pytest.raises(ValueError, match="may_change='labels', got 'inputs'"):
+        attempt(labels, flipped(labels, [1]), ball, **asked)
+    fewer = labels.clean.copy()
+    fewer[labels.current(fewer)[3]] = 0.0
+    with pytest.raises(ValueError, match="may_change='rows', got 'labels'"):
+        attempt(labels, fewer, ThreatModel(2, "labels"), **asked)
+
+
+@pytest.mark.parametrize("pool", [3, 8, 16])
+def test_the_random_control_of_rows_brought_in_brings_in_as_many(pool):
+    problem, more = pictures()[0], pictures(pool, seed=1)[0]
+    table, places = joined(problem, more.train)
+    weights = table.clean.copy()
+    weights[places[:2]] = 1.0
+    victim = Recorder(Slopes(np.zeros((16, 4, 2))))
+    attempt(table, weights, ThreatModel(2, "rows"), victim, targets=["a", "b"], seeds=4)
+    for w, _ in victim.seen[1:]:
+        assert (np.atleast_2d(w)[0] - table.clean).sum() == 2
+
+
 # --- attempts --------------------------------------------------------------------------------------
 
 
@@ -678,6 +733,38 @@ def test_rows_of_largest_reach_by_default(norm):
     assert tuple(found) == best
 
 
+@pytest.mark.parametrize("quota", [None, 1])
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_are_chosen_by_what_their_moves_do(seed, quota):
+    """A box lets some rows move less than their slopes promise: with all rows as candidates of a linear victim the
+    best rows of all are found, by brute force over rows at their corners."""
+    problem, truth = pictures(seed=seed)
+    x = problem.train.columns[0].numpy()
+    threat = ThreatModel(2, "inputs", epsilon=1.0, box=(0.0, 1.0), source_quota=quota)
+    sources = None if quota is None else np.arange(8) // 2
+    asked = {"goal": "1", "steps": 30, "seeds": 1, "sources": sources}
+    attack = perturb(problem, threat, truth.surrogate, truth.victim, **asked)
+    slope = truth.a[:, :, 1].reshape(x.shape)
+    corner = np.clip(x + np.sign(slope), 0, 1)
+    gain = (slope * (corner - x)).reshape(8, -1).sum(1)
+    pairs = [p for p in combinations(range(8), 2) if quota is None or p[0] // 2 != p[1] // 2]
+    best = max(pairs, key=lambda rows: gain[list(rows)].sum())
+    assert tuple(attack.changed) == best
+    assert attack.predicted[1] == pytest.approx(gain[list(best)].sum(), rel=1e-12)
+    found, left = inputs_of(attack), np.setdiff1d(range(8), best)
+    np.testing.assert_array_equal(found[left], x[left])  # those given up lie where they lay
+    few = perturb(problem, threat, truth.surrogate, truth.victim, candidates=1, **asked)
+    assert few.predicted[1] <= attack.predicted[1] * (1 + 1e-12)
+
+
+def test_candidates_are_halved_within_two_thirds_of_the_steps():
+    problem, truth = pictures(32)
+    threat = ThreatModel(2, "inputs", epsilon=0.4)
+    perturb(problem, threat, truth.surrogate, truth.victim, steps=12, seeds=1)
+    asked = [len(rows) for _, rows, _ in truth.asked]
+    assert asked == [32, *[8] * 4, *[4] * 4, *[2] * 4]  # the first looks at every row
+
+
 @pytest.mark.parametrize("norm", ["inf", "2"])
 def test_one_version_of_each_row_and_random_ones_in_the_ball(norm):
     problem, truth = pictures()
@@ -738,6 +825,9 @@ def test_an_ascent_goes_on_where_it_was_killed(tmp_path):
         ({"rows": [8]}, "expected different rows of 0 to 7"),
         ({"rows": [-1]}, "expected different rows of 0 to 7"),
         ({"steps": 0}, "steps >= 1"),
+        ({"candidates": 0}, "candidates >= 1"),
+        ({"momentum": 1.0}, "a momentum of 0 to below 1"),
+        ({"seeds": 0}, "at least one seed"),
         ({"step_size": 0.0}, "a positive step_size"),
         ({"step_size": np.nan}, "a positive step_size"),
         ({"column": 1}, "a column of floating numbers"),

@@ -497,3 +497,9 @@ def test_what_a_datamodel_says_of_its_change_goes_with_its_outputs():
     assert values(one.mean()).change == 1.75
     assert values(one.combine([[0, 1], [1, 0]]), utility=[1, 0]).change == 1.0
     assert values(average([one, two])).change == (5.75 + 1) / 2
+
+
+@pytest.mark.parametrize("source", [None, np.ones((3, 2)), "table"])
+def test_what_is_no_source_of_values(source):
+    with pytest.raises(ValueError, match="expected a datamodel, a table of retrainings"):
+        values(source)

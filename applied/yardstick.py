@@ -41,6 +41,7 @@ class Evaluation:
         outputs: method -> split -> [k, z], what was compared; "oracle" and "before" among them.
         kind: "binned" (`klom`) or "gaussian" (`gaussian_klom`).
         k: the number of models in every sample.
+        bins: of the histograms.
         direction: of the divergence.
     """
 
@@ -48,6 +49,7 @@ class Evaluation:
     outputs: Mapping[str, Outputs]
     kind: str
     k: int
+    bins: int = 20
     direction: str = DIRECTION
 
     @property
@@ -87,6 +89,23 @@ class Evaluation:
         if not ceiling - floor > floor / 2:
             return math.nan
         return (ceiling - self.mean(method, split)) / (ceiling - floor)
+
+    def missing(self, method: str, split: str = "forget") -> dict[str, float]:
+        """What keeps a method from the floor, nats a point: {"means": ..., "spread": ...}, adding up to mean − floor.
+
+        "means" is what setting each point's mean to the oracles' would take off, beyond what that takes off the floor:
+        the change that was predicted, or matched, is not the true one. "spread" is the rest: models differ
+        among themselves otherwise than oracles do.
+        """
+        whole = self.mean(method, split) - self.mean(FLOOR, split)
+        rest = self._levelled(method, split) - self._levelled(FLOOR, split)
+        return {"means": whole - rest, "spread": rest}
+
+    def _levelled(self, method: str, split: str) -> float:
+        """The mean divergence, had each point the oracles' mean."""
+        here, there = self._of(self.outputs, method, split), self.outputs[ORACLE][split]
+        level = here - here.mean(0) + there.mean(0)
+        return float(_divergence(level, there, self.kind, self.bins).mean())
 
     def margin_error(self, method: str, split: str = "forget") -> float:
         """Mean over points of |mean output − the oracles'|, output units; it never saturates."""
@@ -138,7 +157,8 @@ class Evaluation:
 
     def readings(self, method: str) -> dict[str, float]:
         """The numbers of one row of the table, by column."""
-        row = {"forget": self.mean(method), "forget p95": self.p95(method)}
+        row = {"forget": self.mean(method), "of it means": self.missing(method)["means"]}
+        row |= {"forget p95": self.p95(method)}
         row |= {split: self.mean(method, split) for split in self.splits if split != "forget"}
         row |= {"gap closed": self.gap_closed(method), "margin error": self.margin_error(method)}
         return row | {"attack AUC": self.attack(method)}
@@ -242,15 +262,17 @@ def evaluate(
     outputs[CEILING] = outputs[BEFORE]
     kind = ("binned" if k >= BINNED else "gaussian") if kind == "auto" else kind
     scores = {
-        name: {
-            s: klom(outputs[name][s], x, bins=bins)
-            if kind == "binned"
-            else gaussian_klom(outputs[name][s], x)
-            for s, x in outputs[ORACLE].items()
-        }
+        name: {s: _divergence(outputs[name][s], x, kind, bins) for s, x in outputs[ORACLE].items()}
         for name in (FLOOR, CEILING, *methods)
     }
-    return Evaluation(scores, outputs, kind, k)
+    return Evaluation(scores, outputs, kind, k, bins)
+
+
+def _divergence(
+    here: NDArray[Any], oracle: NDArray[Any], kind: str, bins: int
+) -> NDArray[np.float64]:
+    """[z], in the form asked for."""
+    return klom(here, oracle, bins=bins) if kind == "binned" else gaussian_klom(here, oracle)
 
 
 def _splits(name: str, given: Mapping[str, Any], oracle: Mapping[str, Any]) -> Outputs:

@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import tyro
 
+OVER, CLOSED = 0.05, 0.85  # what is asked of random sets, and of the others
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -146,9 +148,30 @@ def report(flags: Flags, kind: str, draw: int) -> None:
             + f"{judged.gap_closed(name):7.2f}{judged.margin_error(name):7.2f}"
             + f"{found.get(name, (0, 0.0))[1]:6.2f}"
         )  # fmt: skip
+    print(f"  {verdict(judged, kind)}")
     print(
         f"  {len(setting.rows)} rows, unlearning {took:.0f} CPU s for {len(runs)} models",
         flush=True,
+    )
+
+
+def verdict(judged: Any, kind: str) -> str:
+    """Whether `auto`'s models reach the bar; if not, by how much, and which term is missing."""
+    name, floor = "auto, models", judged.floor["forget"].mean()
+    if kind == "random":
+        over, bar = judged.mean(name) - floor, f"within {OVER} of the floor"
+        short, said = over - OVER, f"{over:+.3f}"
+    else:
+        gap, bar = judged.gap_closed(name), f"{CLOSED} of the gap closed"
+        short, said = CLOSED - gap, f"{gap:.3f}"
+    if short <= 0:
+        return f"bar, {bar}: reached ({said})"
+    terms = judged.missing(name)
+    predicted = judged.mean("auto, its prediction") - floor
+    which = max(terms, key=terms.get)
+    return (
+        f"bar, {bar}: short by {short:.3f} ({said}); over the floor are means {terms['means']:+.3f}, spread "
+        f"{terms['spread']:+.3f}, so {which} are missing; what was predicted lies {predicted:+.3f} over it by itself"
     )
 
 

@@ -392,3 +392,38 @@ def test_what_cannot_be_evaluated():
         evaluate({"oracle": u}, o, b)
     with pytest.raises(KeyError, match="no 'newton' on 'forget'"):
         evaluate(u, o, b).mean("newton")
+
+
+def samples(mean=0.0, spread=1.0, n=200, z=40, seed=0):
+    rng = np.random.default_rng(seed)
+    return {"forget": mean + spread * rng.normal(size=(n, z))}
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "binned"])
+def test_what_is_missing_is_told_by_its_term(kind):
+    """Means moved, spread right; means right, spread half; both add up to the distance from the floor."""
+    oracle, before = samples(n=400, seed=1), samples(mean=5.0, seed=2)
+    methods = {
+        "off": samples(mean=0.5, seed=3),
+        "narrow": samples(spread=0.5, seed=3),
+        "both": samples(mean=0.5, spread=0.5, seed=3),
+    }
+    found = evaluate(methods, oracle, before, kind=kind)
+    for name in methods:
+        parts = found.missing(name)
+        total = found.mean(name) - found.mean(FLOOR)
+        assert sum(parts.values()) == pytest.approx(total, abs=1e-12)
+    assert found.missing(FLOOR) == {"means": 0.0, "spread": 0.0}
+    off, narrow, both = (found.missing(name) for name in methods)
+    noise = 0.05  # of a mean over 40 points at 200 models
+    assert off["means"] > 5 * abs(off["spread"])
+    assert narrow["spread"] > 5 * abs(narrow["means"])
+    assert min(both.values()) > noise
+    if kind == "gaussian":  # KL of normals: ½ (μ² + σ² − 1) − ln σ
+        assert off["means"] == pytest.approx(0.5**2 / 2, abs=noise)
+        assert narrow["spread"] == pytest.approx((0.25 - 1) / 2 - np.log(0.5), abs=noise)
+
+
+def test_the_table_says_which_term_is_missing():
+    found = evaluate(samples(mean=0.5, seed=3), samples(n=400, seed=1), samples(mean=5.0, seed=2))
+    assert "of it means (floor)" in found.table().split("\n")[0]

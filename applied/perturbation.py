@@ -129,7 +129,7 @@ def perturb(
         start = original[np.searchsorted(chosen, state.rows)]
         x = threat.within(state.x + rate * _direction(mean, threat), start)
         gain = (mean * (x - start)).reshape(len(x), -1).sum(1)
-        keep = _strongest(gain, state.rows, left[step], quota.times(-(-left[step] // k)))
+        keep = _strongest(gain, state.rows, left[step], quota.times(max(1, left[step] // k)))
         levels, names = [*state.levels, f.base], np.asarray(f.targets).astype(str)
         state = _Ascent(state.rows[keep], x[keep], mean[keep], levels, names)
         state.save(kept)
@@ -182,7 +182,9 @@ def _strongest(
     gain: NDArray[Any], rows: NDArray[np.intp], k: int, quota: Quota
 ) -> NDArray[np.intp]:
     """Places of the k rows, in order, whose moves raise the goal most."""
-    return np.sort(quota.best(1.0 + gain - gain.min(), rows, k, rows[:0]))
+    rank = np.empty(len(gain))
+    rank[np.argsort(gain, kind="stable")] = np.arange(1, len(gain) + 1)
+    return np.sort(quota.best(rank, rows, k, rows[:0]))
 
 
 @dataclass(frozen=True, eq=False)

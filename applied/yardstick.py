@@ -104,7 +104,7 @@ class Evaluation:
     def _levelled(self, method: str, split: str) -> float:
         """The mean divergence, had each point the oracles' mean."""
         here, there = self._of(self.outputs, method, split), self.outputs[ORACLE][split]
-        level = here - here.mean(0) + there.mean(0)
+        level = here - _centre(here) + _centre(there)
         return float(_divergence(level, there, self.kind, self.bins).mean())
 
     def margin_error(self, method: str, split: str = "forget") -> float:
@@ -266,6 +266,11 @@ def evaluate(
         for name in (FLOOR, CEILING, *methods)
     }
     return Evaluation(scores, outputs, kind, k, bins)
+
+
+def _centre(x: NDArray[Any]) -> NDArray[np.float64]:
+    """Means [z], without rounding where all models say the same."""
+    return np.where(np.ptp(x, axis=0) == 0, x[0], x.mean(0))
 
 
 def _divergence(

@@ -39,7 +39,7 @@ from attribution_core.problem import (
     refuse_random_layers,
     trainable,
 )
-from attribution_core.swapping import refuse_hidden_parameters
+from attribution_core.swapping import refuse_hidden_parameters_of
 
 Engine = Literal["auto", "ghost", "jvp", "rows"]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # tqdm fits
@@ -101,7 +101,7 @@ def directional(
         return torch.zeros(0, count)
     first = take(problem.train, rows[:2], problem.device)
     per_example(problem.model, problem.loss, first, params, rows[:2])  # one finite number per row?
-    refuse_hidden_parameters(problem.model, problem.loss, lambda: first)
+    refuse_hidden_parameters_of(problem, rows)
     along = ENGINES[choose_engine(problem, count, rows, engine)]
     out = []
     for some in progress(list(batches(rows, batch_size))):
@@ -233,17 +233,16 @@ def choose_engine(problem: Problem, count: int, rows: np.ndarray, engine: Engine
             f"expected layers whose parameters act in their own forward, but {uncovered[:5]} do not; "
             "use engine='jvp' or 'rows', or 'auto', which does so by itself"
         )
-    return "jvp" if count <= FEW and has_forward_mode(problem, rows[:2]) else "rows"
+    some = take(problem.train, rows[:2], problem.device)
+    return "jvp" if count <= FEW and has_forward_mode(problem, some) else "rows"
 
 
-def has_forward_mode(problem: Problem, rows: np.ndarray) -> bool:
+def has_forward_mode(problem: Problem, batch: Batch) -> bool:
     """Whether the losses can be differentiated along a direction; some layers have reverse mode alone."""
     params = problem.params
     still = {name: torch.zeros_like(value)[None] for name, value in params.items()}
     try:
-        forward_mode(
-            problem.model, problem.loss, params, still, take(problem.train, rows, problem.device)
-        )
+        forward_mode(problem.model, problem.loss, params, still, batch)
     except (NotImplementedError, RuntimeError):
         return False
     return True

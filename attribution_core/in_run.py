@@ -211,7 +211,7 @@ class _Reading:
                 held.append(kept)
                 if room == 0:
                     room = max(1, memory // max(1, kept.bytes))
-                    if room // 2 < lag:
+                    if room // 2 < lag and room < len(steps):
                         lag = room // 2
                         _warn(lag, self.reach.lag, kept.bytes)
                 waiting = len(held) + sum(len(of.passes) for of in self.open)

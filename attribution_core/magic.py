@@ -218,7 +218,8 @@ def _asked(
         )
     quick = mode == "auto" and few and not gone
     forward = can and (
-        mode == "forward" or (quick and has_forward_mode(run.problem, run.order[0][:2]))
+        mode == "forward"
+        or (quick and has_forward_mode(run.problem, run.steps.batch(0, run.order[0][:2])))
     )
     return _Asked(wrt, labels, chosen, column, hyper, start, segments, forward)
 

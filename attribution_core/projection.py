@@ -45,7 +45,7 @@ from attribution_core.layers import (
     watched,
 )
 from attribution_core.problem import Params, PerExample, Problem, per_example, refuse_random_layers
-from attribution_core.swapping import refuse_hidden_parameters
+from attribution_core.swapping import refuse_hidden_parameters_of
 
 Kind = Literal["auto", "factored", "rademacher", "gaussian"]
 Law = Literal["rademacher", "gaussian"]
@@ -111,10 +111,7 @@ def projection(
     if kind not in ("auto", "factored", "rademacher", "gaussian"):
         raise ValueError(f"unknown kind {kind!r}; auto, factored, rademacher or gaussian")
     refuse_random_layers(problem.model)
-    some = np.arange(min(2, problem.n))
-    refuse_hidden_parameters(
-        problem.model, problem.loss, lambda: take(problem.train, some, problem.device)
-    )
+    refuse_hidden_parameters_of(problem, np.arange(problem.n))
     p = sum(value.numel() for value in problem.params.values())
     if dim >= p:
         return Projection(problem, p, seed, "exact", scale)

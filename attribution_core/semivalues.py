@@ -23,7 +23,7 @@ def semivalues(
     """((values [n, t], standard errors [n, t], degrees of freedom), how) from subsets that were trained on.
 
     Exact where the table holds all subsets (the error is then that over seeds, 0 for one seed, whose game
-    is known exactly, or how far rows that repeat differ); marginal contributions where it is made of permutations; differences to everyone for
+    is known exactly, or tells by rows that repeat); marginal contributions where it is made of permutations; differences to everyone for
     "leave_one_out"; else `by_size`.
 
     Args:
@@ -112,7 +112,7 @@ def _marginals(orders: NDArray[np.intp], outputs: NDArray[Any], q: NDArray[np.fl
 def _enumerated(inside: NDArray[Any], outputs: NDArray[Any], q: NDArray[np.float64]) -> Estimate:
     """Exact values from all 2^n subsets: Σ_S f(S) (i in S: q_{s−1}/C(n−1, s−1), else −q_s/C(n−1, s)).
 
-    Rows that repeat are averaged, and how far they differ is the error.
+    Rows that repeat are averaged; under one seed, how far they differ is the error.
     """
     from scipy.special import comb
 
@@ -128,7 +128,7 @@ def _enumerated(inside: NDArray[Any], outputs: NDArray[Any], q: NDArray[np.float
     mean /= count[:, None, None]
     draws = np.einsum("mi,mst->sit", weight, mean)
     free = len(inside) - len(once)
-    if free == 0:
+    if free == 0 or outputs.shape[1] > 1:
         return _over(draws, alone=0.0)
     apart = (outputs - mean[place.ravel()]).mean(1)
     noise = (apart**2).sum(0) / free  # of a row's mean over seeds, [t]

@@ -58,7 +58,7 @@ class Store:
         folder = Path(folder)
         head = {
             "format": FORMAT,
-            "fingerprint": fingerprint,
+            "fingerprint": from_first(fingerprint),  # processes may differ in where they work
             "shape": list(shape),
             "dtype": dtype,
             "block": block,
@@ -184,7 +184,7 @@ def claim(folder: str | Path, name: str, what: str, made_of: str) -> Path:
         ValueError: it holds `what` of another run.
     """
     folder = Path(folder)
-    head = json.dumps({"format": FORMAT, "fingerprint": made_of})
+    head = json.dumps({"format": FORMAT, "fingerprint": from_first(made_of)})
     path = folder / name
     if world()[0] == 0 and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,6 +212,7 @@ class _Digest:
     def __init__(self) -> None:
         self.content = hashlib.sha256()
         self.inside: set[int] = set()
+        self.functions: dict[int, int] = {}  # those that were read already -> their number
 
     def update(self, data: bytes) -> None:
         self.content.update(data)
@@ -227,6 +228,11 @@ def _settings(part: Any) -> dict[str, Any]:
         given = set(inspect.signature(type(part).__init__).parameters)
     except (TypeError, ValueError):
         given = set()
+    given -= {
+        "modules",
+        "parameters",
+        "buffers",
+    }  # what torch keeps under _modules ... is read by itself
     held = {k: v for k, v in vars(part).items() if not k.startswith("_") or k[1:] in given}
     return {
         name: held[name]
@@ -267,11 +273,22 @@ def _globals(function: Any) -> dict[str, Any]:
     }
 
 
+def _inside(part: torch.Tensor) -> list[torch.Tensor]:
+    """Indices and values of a sparse tensor; nothing of layouts without any."""
+    if part.layout != torch.sparse_coo or part.is_meta:
+        return []
+    whole = part.detach().coalesce()
+    return [whole.indices(), whole.values()]
+
+
 def _text(config: Any) -> str:
     """A model's configuration in words, without what transformers notes in it on a first pass with labels."""
     if not hasattr(config, "to_dict"):
         return str(config)
-    held = {name: value for name, value in config.to_dict().items() if name != "problem_type"}
+    held = dict(config.to_dict())
+    noted = "regression" if held.get("num_labels", 2) == 1 else "single_label_classification"
+    if held.get("problem_type") == noted:
+        held["problem_type"] = None
     return json.dumps(held, sort_keys=True, default=str)
 
 
@@ -317,9 +334,14 @@ def _content(digest: Any, part: Any) -> None:
         _feed(digest, active)
     elif isinstance(part, torch.Tensor):
         # bfloat16 has no numpy counterpart: its bytes are read as they are
+        if part.layout != torch.strided or part.is_meta:
+            _feed(digest, [str(part.layout), list(part.shape), *_inside(part)])
+            return
         flat = part.detach().cpu().contiguous()
         digest.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
         digest.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    elif isinstance(part, np.ndarray) and part.dtype.hasobject:
+        _feed(digest, [part.shape, part.tolist()])
     elif isinstance(part, np.ndarray):
         digest.update(f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes())
     elif isinstance(part, Mapping):
@@ -341,7 +363,11 @@ def _content(digest: Any, part: Any) -> None:
         _feed(digest, ["partial", part.func, part.args, part.keywords])
     elif isinstance(part, types.CodeType):
         _feed(digest, [part.co_code, part.co_names, part.co_consts])
+    elif isinstance(part, types.FunctionType) and id(part) in digest.functions:
+        digest.update(b"@%d" % digest.functions[id(part)])
     elif isinstance(part, (types.FunctionType, types.MethodType)):
+        if isinstance(part, types.FunctionType):
+            digest.functions[id(part)] = len(digest.functions)
         _feed(digest, [part.__module__, part.__qualname__, part.__code__])
         _feed(digest, [part.__defaults__, getattr(part, "__kwdefaults__", None)])
         _feed(digest, getattr(part, "__self__", None))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attribution_core.data import Batch
-from attribution_core.problem import Params, PerExample, call, trainable
+from attribution_core.data import Batch, take
+from attribution_core.problem import Params, PerExample, Problem, call, precision_of, trainable
 from attribution_core.steps import running_statistics
 
 MOVED = 0.3  # how far parameters are moved, in root mean squares of their own
@@ -19,16 +22,22 @@ APART = 1e-3  # relative difference of two gradients, far above the rounding of 
 
 
 def refuse_hidden_parameters(
-    model: nn.Module, function: PerExample, taken: Callable[[], Batch], what: str = "loss"
+    model: nn.Module,
+    function: PerExample,
+    taken: Callable[[], Batch],
+    what: str = "loss",
+    *,
+    copied: bool = False,
 ) -> None:
     """Raise where gradients with other parameters swapped in are not those of a model that holds them.
 
     So it is where activations are computed again during the backward pass, by which time the model's own
-    parameters are back; where a weight is reached through a list or a closure; where the function calls
-    another model than it is given. A step, a derivative or a copied model would then be wrong in silence.
+    parameters are back; where a weight is reached through a list or a closure; where, in a copy, something
+    still calls the original. A step, a derivative or a copied model would then be wrong in silence.
 
     Args:
         taken: gives a few rows.
+        copied: whether a copy of the model is to hold them, as a finished training's does.
 
     Raises:
         ValueError: they differ.
@@ -39,13 +48,15 @@ def refuse_hidden_parameters(
         moved[name] = value + size * torch.randn(value.shape, generator=generator).to(value)
     try:
         batch = taken()
-        own = _loaded(model, function, moved, batch)
+        own = _held(model, function, moved, batch, copied)
     except Exception:
         return  # whatever it is, the pass that is really needed says it
     if not all(torch.isfinite(g).all() for g in own.values()):
         return
     try:
         swapped = _swapped(model, function, moved, batch)
+    except torch.OutOfMemoryError:
+        return
     except RuntimeError as error:
         raise ValueError(_words(what, "an error")) from error
     size = torch.stack([g.double().norm() for g in own.values()]).norm()
@@ -54,6 +65,18 @@ def refuse_hidden_parameters(
     eps = max(torch.finfo(g.dtype).eps for g in own.values())
     if apart[worst] > max(APART, 8 * eps) * max(float(size), torch.finfo(torch.float32).tiny):
         raise ValueError(_words(what, f"another gradient for {worst!r}"))
+
+
+_SOUND: WeakSet[Problem] = WeakSet()  # those that were found to be
+
+
+def refuse_hidden_parameters_of(problem: Problem, rows: NDArray[np.intp]) -> None:
+    """The same for a problem as it stands, on its first call."""
+    if problem not in _SOUND:
+        refuse_hidden_parameters(
+            problem.model, problem.loss, lambda: take(problem.train, rows[:2], problem.device)
+        )
+        _SOUND.add(problem)
 
 
 def _words(what: str, got: str) -> str:
@@ -65,15 +88,26 @@ def _words(what: str, got: str) -> str:
     )
 
 
-def _loaded(model: nn.Module, function: PerExample, moved: Params, batch: Batch) -> Params:
-    """Plain autograd on a copy that holds the parameters."""
-    holder = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, p in holder.named_parameters():
-            if name in moved:
-                p.copy_(moved[name])
+def _held(
+    model: nn.Module, function: PerExample, moved: Params, batch: Batch, copied: bool
+) -> Params:
+    """Plain autograd on a model that holds the parameters; the model itself is given its own back."""
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+    holder = copy.deepcopy(model, frozen) if copied else model
     leaf: Any = {name: p for name, p in holder.named_parameters() if p.requires_grad}
-    return _gradient(lambda: call(holder, function, {}, batch), leaf)
+    before = {} if copied else {name: p.detach().clone() for name, p in leaf.items()}
+    try:
+        _load(leaf, moved)
+        with precision_of(moved), running_statistics(holder, {}):
+            return _gradient(lambda: call(holder, function, {}, batch), leaf)
+    finally:
+        _load(leaf, before)
+
+
+def _load(leaf: Params, values: Params) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            leaf[name].copy_(value)
 
 
 def _swapped(model: nn.Module, function: PerExample, moved: Params, batch: Batch) -> Params:
@@ -93,4 +127,5 @@ def _gradient(act: Any, leaf: Params) -> Params:
             if not total.requires_grad:
                 return {name: torch.zeros_like(value) for name, value in leaf.items()}
             found = torch.autograd.grad(total, list(leaf.values()), materialize_grads=True)
-    return dict(zip(leaf, found, strict=True))
+    dense = [g.to_dense() if g.is_sparse else g for g in found]
+    return dict(zip(leaf, dense, strict=True))

@@ -283,7 +283,7 @@ def train(
     held = 0 if states == "auto" else held
     asked = {"checkpoints": checkpoints, "states": held, "since": since}
     made_of = fingerprint(started, recipe, w, exposure, drop, asked)
-    where = RunFolder(Path(folder), made_of, start)
+    where = RunFolder(Path(folder), from_first(made_of), start)
     if not from_first(where.finished()):
         if shards > 1 or world()[0] == 0:
             found = _descend(run, steps, held, checkpoints, progress, where)
@@ -337,7 +337,7 @@ def check_steps(steps: Steps) -> None:
             "accumulate=1 and shard=False, or GroupNorm and no dropout"
         )
     some = steps.order[0][:SOME]
-    refuse_hidden_parameters(model, steps.problem.loss, partial(steps.batch, 0, some))
+    refuse_hidden_parameters(model, steps.problem.loss, partial(steps.batch, 0, some), copied=True)
 
 
 def _descend(

@@ -166,7 +166,8 @@ def _form(form: Form, count: int, steps: Steps) -> Form:
     if form == "auto":
         tiny = sum(value.numel() for value in steps.problem.params.values()) <= TINY
         quick = tiny and count >= VMAP and not (fixed or convolves)
-        return "vmap" if quick and has_forward_mode(steps.problem, steps.order[0][:2]) else "double"
+        some = steps.batch(0, steps.order[0][:2])
+        return "vmap" if quick and has_forward_mode(steps.problem, some) else "double"
     return form
 
 

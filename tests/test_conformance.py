@@ -412,3 +412,29 @@ def test_a_hook_left_on_the_input_is_told():
         return student
 
     assert "hooks" in run(hooking).reasons["edits its input"]
+
+
+class OneByOne(torch.utils.data.Dataset):
+    """Rows that are read by number, not by lists."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, row):
+        return FORGET[0][int(row)], FORGET[1][int(row)]
+
+
+class Jittered:
+    """Rows that are augmented anew on every reading."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, rows):
+        return FORGET[0][rows] + torch.randn(len(rows), 4), FORGET[1][rows]
+
+
+@pytest.mark.parametrize("forget", [OneByOne(), Jittered()])
+def test_data_that_cannot_be_compared_are_no_failure(forget):
+    found = conformance(fine_tune, network(), forget, RETAIN, batch_size=BATCH, training_steps=40)
+    assert found.ok

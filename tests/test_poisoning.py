@@ -757,6 +757,28 @@ def test_rows_are_chosen_by_what_their_moves_do(seed, quota):
     assert few.predicted[1] <= attack.predicted[1] * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("candidates", range(1, 8))
+def test_any_number_of_candidates_fills_the_budget_within_quotas(candidates):
+    problem, truth = pictures(40)
+    truth.a[:28] *= 3  # the strongest rows are of 4 of 6 sources
+    sources = np.r_[np.arange(28) % 4, 4 + np.arange(12) % 2]
+    threat = ThreatModel(8, "inputs", epsilon=0.4, source_quota=2)
+    asked = {"steps": 12, "seeds": 1, "sources": sources, "candidates": candidates}
+    changed = perturb(problem, threat, truth.surrogate, truth.victim, **asked).changed
+    assert len(changed) == 8
+    assert np.bincount(sources[changed]).max() <= 2
+
+
+@pytest.mark.parametrize("scale", [1e-17, 1e9])
+def test_the_scale_of_the_goal_chooses_no_other_rows(scale):
+    problem, truth = pictures(32)
+    threat = ThreatModel(4, "inputs", epsilon=0.4, box=(0.0, 1.0))
+    first = perturb(problem, threat, truth.surrogate, truth.victim, steps=6, seeds=1).changed
+    truth.a *= scale
+    second = perturb(problem, threat, truth.surrogate, truth.victim, steps=6, seeds=1).changed
+    assert first.tolist() == second.tolist()
+
+
 def test_candidates_are_halved_within_two_thirds_of_the_steps():
     problem, truth = pictures(32)
     threat = ThreatModel(2, "inputs", epsilon=0.4)

@@ -454,3 +454,23 @@ def test_what_transformers_notes_on_a_first_pass_is_no_part_of_a_print():
     model(input_ids=torch.ones(2, 4, dtype=torch.long), labels=torch.tensor([0, 2]))
     assert config.problem_type is not None
     assert fingerprint(model) == before
+
+
+def test_prints_of_functions_that_call_one_another_take_no_time():
+    """A dozen functions that each read all others: read once each, where paths through them are 12!."""
+    names = [f"f{k}" for k in range(12)]
+    space = {"__name__": "a_module"}
+    lines = [f"def {a}(x):\n    return [{', '.join(names)}] and {k}" for k, a in enumerate(names)]
+    exec("\n".join(lines), space)
+    first = fingerprint(space["f0"])
+    space2 = {"__name__": "a_module"}
+    exec("\n".join(lines).replace("and 11", "and 99"), space2)
+    assert fingerprint(space["f0"]) == first != fingerprint(space2["f0"])
+
+
+def test_arrays_of_objects_and_sparse_tensors_have_prints():
+    names = [np.array(["cat", dog], dtype=object) for dog in ("dog", "dog", "cow")]
+    assert fingerprint(names[0]) == fingerprint(names[1]) != fingerprint(names[2])
+    sparse = [(k * torch.eye(3)).to_sparse() for k in (1, 1, 2)]
+    assert fingerprint(sparse[0]) == fingerprint(sparse[1]) != fingerprint(sparse[2])
+    fingerprint(torch.ones(2, device="meta"))

@@ -21,6 +21,7 @@ from attribution_core import (
     train,
     trak,
 )
+from attribution_core.gradients import directional
 from attribution_core.in_run import in_run
 from tests import menagerie
 
@@ -78,17 +79,65 @@ ACTIONS = {
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-@pytest.mark.parametrize("kind", ["computed again", "hand tied", "another model's"])
-def test_what_swapping_does_not_reach_is_refused(kind, action):
-    model = {"computed again": Block(True), "hand tied": HandTied()}.get(kind, ELSEWHERE)
-    loss = of_another if kind == "another model's" else cross_entropy
-    problem = Problem(
-        copy.deepcopy(model).double() if loss is cross_entropy else model, loss, data()
-    )
+@pytest.mark.parametrize("model", [Block(True), HandTied()], ids=["computed again", "hand tied"])
+def test_what_swapping_does_not_reach_is_refused(model, action):
+    problem = Problem(copy.deepcopy(model).double(), cross_entropy, data())
     with pytest.raises(
         ValueError, match=r"a function of the model's parameters by name.*checkpointing off"
     ):
         ACTIONS[action](problem)
+
+
+@pytest.mark.parametrize("action", ["train", "retrain", "in_run"])
+def test_a_loss_of_the_original_is_refused_where_the_model_is_copied(action):
+    with pytest.raises(ValueError, match="let the loss call the model that it is given"):
+        ACTIONS[action](Problem(ELSEWHERE, of_another, data()))
+
+
+def test_what_is_not_copied_may_look_at_itself():
+    """A loss of the original, a patched forward: swapping reaches both where no copy is made."""
+    found = ACTIONS["influence"](Problem(ELSEWHERE, of_another, data())).scores
+    expected = ACTIONS["influence"](Problem(ELSEWHERE, cross_entropy, data())).scores
+    np.testing.assert_array_equal(found, expected)
+    patched = copy.deepcopy(ELSEWHERE)
+    inner = patched.a.forward
+    patched.a.forward = lambda z: inner(z)
+    found = ACTIONS["influence"](Problem(patched, cross_entropy, data())).scores
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_float64_is_float64_on_both_sides():
+    """A loss that casts to float32, of rows that are learned: gradients are differences of nearly equal numbers."""
+    model = nn.Linear(4, 3).double()
+    with torch.no_grad():
+        model.weight.mul_(40)
+
+    def cast(model, batch):
+        return F.cross_entropy(model(batch[0]).float(), batch[1], reduction="none")
+
+    x, _ = data(200)
+    labels = model(x).argmax(1)
+    ACTIONS["influence"](Problem(model, cast, (x, labels)))
+    for k in range(0, 40, 2):
+        directional(
+            Problem(model, cast, (x[k : k + 2], labels[k : k + 2])), torch.ones(1, 15).double()
+        )
+
+
+def test_sparse_gradients_and_frozen_parameters():
+    table = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 3)).double()
+
+    def of_words(model, batch):
+        return F.cross_entropy(model(batch[0]).mean(1), batch[1], reduction="none")
+
+    words = (torch.arange(12).reshape(6, 2) % 9, torch.arange(6) % 3)
+    problem = Problem(table, of_words, words)
+    found = directional(problem, torch.ones(1, 36 + 15).double())
+    assert found.shape == (6, 1)
+    table[0].weight.requires_grad_(False)
+    before = copy.deepcopy(table.state_dict())
+    train(Problem(table, of_words, words), Recipe(SGD(0.1), 2, 1))
+    assert all(torch.equal(v, before[k]) for k, v in table.state_dict().items())
 
 
 @pytest.mark.parametrize("action", ACTIONS)

@@ -503,3 +503,16 @@ def test_what_a_datamodel_says_of_its_change_goes_with_its_outputs():
 def test_what_is_no_source_of_values(source):
     with pytest.raises(ValueError, match="expected a datamodel, a table of retrainings"):
         values(source)
+
+
+def test_a_row_that_repeats_does_not_hide_what_seeds_say():
+    made = table(all_subsets(3), random_game(3))
+    noise = np.random.default_rng(0).normal(0, 0.3, (8, 3, made.per_seed.shape[2]))
+    noisy = replace(made, per_seed=made.per_seed + noise, seeds=(0, 1, 2))
+    again = replace(
+        noisy, weights=noisy.weights[[*range(8), 7]], per_seed=noisy.per_seed[[*range(8), 7]]
+    )
+    for name in ("values", "standard_error"):
+        np.testing.assert_allclose(
+            getattr(values(again), name), getattr(values(noisy), name), rtol=1e-12
+        )

@@ -247,9 +247,8 @@ def buy(
         spent = float(price @ chosen)
         if not whole or spent <= budget * (1 + SLACK):
             break
-        taken = np.flatnonzero(
-            chosen
-        )  # a solver keeps to the budget up to a tolerance: not all of these
+        # a solver keeps to the budget up to a tolerance: not all of these, then
+        taken = np.flatnonzero(chosen)
         limits.append(cp.sum(x[taken]) <= len(taken) - 1)
     if whole:
         _spend_the_rest(chosen, gain, price, budget)

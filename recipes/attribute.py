@@ -82,6 +82,9 @@ def main(flags: Flags) -> None:
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
     at_least(flags, subsets=3, runs=1, seeds=1, targets=1, rows=2, epochs=1e-9, lr=1e-12)
     shares(flags, "drop")
+    unused = [f"--{name}" for name in ("data", "target", "text", "model") if _given(flags, name)]
+    if flags.task == "digits" and unused:
+        raise ValueError(f"expected --task text with {', '.join(unused)}; digits are built in")
     flags.out.mkdir(parents=True, exist_ok=True)
     task, recipe = prepare(flags)
     recipe = checked(flags, task, recipe)
@@ -89,6 +92,10 @@ def main(flags: Flags) -> None:
     datamodel = attribute(flags, task, recipe)
     tables = judge(flags, task, recipe)
     write_report(flags, task, recipe, datamodel, tables)
+
+
+def _given(flags: Flags, name: str) -> bool:
+    return bool(getattr(flags, name) != getattr(Flags, name))
 
 
 def bar(what: str) -> Any:

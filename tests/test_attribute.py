@@ -75,6 +75,7 @@ def test_text_with_a_model_from_a_config(tmp_path, capsys):
     [
         (["--task", "text", "--model", "./nowhere"], "expected 'gpt2' or a transformers folder"),
         (["--task", "text", "--data", "missing/*.parquet"], "missing"),
+        (["--data", "mine.jsonl"], "expected --task text with --data; digits are built in"),
         (["--task", "digits", "--drop", "1.0"], "expected --drop of shares between 0 and 1, got"),
         (["--task", "digits", "--lr", "0"], "expected --lr of at least 1e-12, got 0"),
         (["--task", "digits", "--targets", "500"], "expected at most 200 target images, got 500"),

@@ -141,8 +141,22 @@ def test_sparse_gradients_and_frozen_parameters():
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_a_sound_model_passes(action):
-    ACTIONS[action](Problem(Block(False).double(), cross_entropy, data()))
+def test_a_sound_model_passes_and_nothing_else_changes(action, monkeypatch):
+    def numbers():
+        found = ACTIONS[action](Problem(copy.deepcopy(ELSEWHERE), cross_entropy, data()))
+        return {
+            "train": lambda: found.outputs(OUTPUTS).numpy(),
+            "retrain": lambda: found.outputs,
+            "in_run": lambda: found.datamodel.scores,
+        }.get(action, lambda: found.scores)()
+
+    looked = numbers()
+    monkeypatch.setattr("attribution_core.training.refuse_hidden_parameters", lambda *_, **__: None)
+    for where in ("gradients", "projection"):
+        monkeypatch.setattr(
+            f"attribution_core.{where}.refuse_hidden_parameters_of", lambda *_: None
+        )
+    np.testing.assert_array_equal(looked, numbers())
 
 
 def test_a_transformer_that_saves_memory_is_refused_and_said_how_to_mend():

@@ -230,31 +230,36 @@ def buy(
             f"expected a budget for a player of positive value, got {budget:g}, while the cheapest of "
             f"{len(wanted)} costs {wanted.min():g}"
         )
-    scale = float(np.abs(gain).max())
 
     # optimize
+    chosen = _best(gain, price, budget, whole)
+    return _decision(values, chosen, price, budget)
+
+
+def _best(
+    gain: NDArray[Any], price: NDArray[Any], budget: float, whole: bool
+) -> NDArray[np.float64]:
+    """max gain · x with price · x ≤ budget, x in {0, 1} or in [0, 1]."""
     import cvxpy as cp
 
     x = cp.Variable(len(gain), boolean=True) if whole else cp.Variable(len(gain), bounds=[0, 1])
     limits = [(price / budget) @ x <= 1, x[gain <= 0] == 0]
     while True:
-        problem = cp.Problem(cp.Maximize((gain / scale) @ x), limits)
+        problem = cp.Problem(cp.Maximize((gain / np.abs(gain).max()) @ x), limits)
         problem.solve(solver="HIGHS", **TIGHT)
         if problem.status != cp.OPTIMAL:
             raise RuntimeError(f"expected an optimum, got solver status {problem.status!r}")
         found = np.asarray(x.value)
         chosen = np.round(found) if whole else np.clip(found, 0.0, 1.0)
         spent = float(price @ chosen)
-        if not whole or spent <= budget * (1 + SLACK):
-            break
+        if not whole:
+            return chosen * (budget / spent) if spent > budget else chosen
+        if spent <= budget * (1 + SLACK):
+            _spend_the_rest(chosen, gain, price, budget)
+            return chosen
         # a solver keeps to the budget up to a tolerance: not all of these, then
         taken = np.flatnonzero(chosen)
         limits.append(cp.sum(x[taken]) <= len(taken) - 1)
-    if whole:
-        _spend_the_rest(chosen, gain, price, budget)
-    elif spent > budget:
-        chosen = chosen * (budget / spent)
-    return _decision(values, chosen, price, budget)
 
 
 def _spend_the_rest(

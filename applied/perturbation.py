@@ -95,13 +95,7 @@ def perturb(
     # rewrite: moved rows are other versions of rows; their inputs are what is chosen
     quota, trained = Quota.of(threat, "inputs", sources, problem.n), distinct_seeds(seeds)
     at = floating_column(problem.train, column)
-    if steps < 1 or candidates < 1 or not 0 <= momentum < 1:
-        raise ValueError(
-            f"expected steps >= 1, candidates >= 1 and a momentum of 0 to below 1, got {steps}, {candidates} and "
-            f"{momentum}"
-        )
-    if step_size is not None and not 0 < step_size < np.inf:
-        raise ValueError(f"expected a positive step_size, got {step_size}")
+    _check(steps, step_size, candidates, momentum)
     k = threat.rows(problem.n)
     if rows is None:
         chosen = _furthest(
@@ -141,6 +135,17 @@ def perturb(
     return verified_attack(
         name, threat, versions, weights, rows, state.said, drawn.__getitem__, victim, targets, trained, meta
     )  # fmt: skip
+
+
+def _check(steps: int, step_size: float | None, candidates: int, momentum: float) -> None:
+    """Raise where a number of the ascent is out of range."""
+    if steps < 1 or candidates < 1 or not 0 <= momentum < 1:
+        raise ValueError(
+            f"expected steps >= 1, candidates >= 1 and a momentum of 0 to below 1, got {steps}, {candidates} and "
+            f"{momentum}"
+        )
+    if step_size is not None and not 0 < step_size < np.inf:
+        raise ValueError(f"expected a positive step_size, got {step_size}")
 
 
 def _given(problem: Problem, quota: Quota, k: int, given: ArrayLike) -> NDArray[np.intp]:

@@ -228,11 +228,7 @@ def _settings(part: Any) -> dict[str, Any]:
         given = set(inspect.signature(type(part).__init__).parameters)
     except (TypeError, ValueError):
         given = set()
-    given -= {
-        "modules",
-        "parameters",
-        "buffers",
-    }  # what torch keeps under _modules ... is read by itself
+    given -= KEPT_BY_TORCH
     held = {k: v for k, v in vars(part).items() if not k.startswith("_") or k[1:] in given}
     return {
         name: held[name]
@@ -242,6 +238,11 @@ def _settings(part: Any) -> dict[str, Any]:
     }
 
 
+KEPT_BY_TORCH = {
+    "modules",
+    "parameters",
+    "buffers",
+}  # as _modules ..., which are read by themselves
 SETTINGS = (
     float, str, np.ndarray, torch.Tensor, torch.dtype, functools.partial, types.FunctionType,
     types.BuiltinFunctionType, nn.Module,

@@ -25,7 +25,6 @@ def refuse_hidden_parameters(
     model: nn.Module,
     function: PerExample,
     taken: Callable[[], Batch],
-    what: str = "loss",
     *,
     copied: bool = False,
 ) -> None:
@@ -58,13 +57,13 @@ def refuse_hidden_parameters(
     except torch.OutOfMemoryError:
         return
     except RuntimeError as error:
-        raise ValueError(_words(what, "an error")) from error
+        raise ValueError(_words("an error")) from error
     size = torch.stack([g.double().norm() for g in own.values()]).norm()
     apart = {name: float((g - own[name]).double().norm()) for name, g in swapped.items()}
     worst = max(apart, key=lambda name: apart[name])
     eps = max(torch.finfo(g.dtype).eps for g in own.values())
     if apart[worst] > max(APART, 8 * eps) * max(float(size), torch.finfo(torch.float32).tiny):
-        raise ValueError(_words(what, f"another gradient for {worst!r}"))
+        raise ValueError(_words(f"another gradient for {worst!r}"))
 
 
 _SOUND: WeakSet[Problem] = WeakSet()  # those that were found to be
@@ -79,12 +78,11 @@ def refuse_hidden_parameters_of(problem: Problem, rows: NDArray[np.intp]) -> Non
         _SOUND.add(problem)
 
 
-def _words(what: str, got: str) -> str:
+def _words(got: str) -> str:
     return (
-        f"expected a {what} that is a function of the model's parameters by name, got {got} where others are "
+        f"expected a loss that is a function of the model's parameters by name, got {got} where others are "
         "swapped in than where the model holds them; turn activation (gradient) checkpointing off, reach every weight "
-        "as a parameter of a module, not through "
-        f"a list or a closure, and let the {what} call the model that it is given"
+        "as a parameter of a module, not through a list or a closure, and let the loss call the model that it is given"
     )
 
 

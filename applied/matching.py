@@ -129,7 +129,7 @@ class Goal:
     def own(self, name: str, change: Tensor) -> Tensor:
         """Of changed logits [k, rows, ..., c] those of the labels, [k, rows, ...]; all of them where labels are no classes."""
         data = self.forget if name == KINDS[0] else self.retain
-        parts = [_labels(take(data, some)) for some in batches(len(data), 256)]
+        parts = [_labels(take(data, some, change.device)) for some in batches(len(data), 256)]
         labels = torch.cat(parts)
         if labels.is_floating_point() or labels.shape != change.shape[1:-1]:
             return change

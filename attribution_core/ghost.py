@@ -19,7 +19,15 @@ from torch.nn import functional as F
 
 from attribution_core.data import Batch, batches, rows_in, take
 from attribution_core.layers import is_norm, norm_gradients, watched
-from attribution_core.problem import Params, PerExample, Problem, call, precision_of
+from attribution_core.problem import (
+    Params,
+    PerExample,
+    Problem,
+    call,
+    normal_like,
+    precision_of,
+    rounding,
+)
 
 LAYER_ELEMENTS = 2**22  # of one layer's per-example products held at once (16 MiB in float32)
 TRIED = 16  # rows on which ghost products may be tried
@@ -142,11 +150,7 @@ def ghost_uncovered(problem: Problem, rows: np.ndarray) -> list[str]:
     parameter (its gradient is zero), the next ones are tried, up to `TRIED`.
     """
     params, device = problem.params, problem.device
-    generator = torch.Generator().manual_seed(0)
-    probe = {
-        name: torch.randn((1, *value.shape), generator=generator).to(value)
-        for name, value in params.items()
-    }
+    probe = {name: noise[None] for name, noise in normal_like(params).items()}
     wrong: set[str] = set()
     reached: set[str] = set()
     for some in batches(rows[:TRIED], 2):
@@ -164,7 +168,7 @@ def ghost_uncovered(problem: Problem, rows: np.ndarray) -> list[str]:
                 size = products.norm().item()
                 # rounding of a sum scales with the norm of its terms; 1e-3 of it is far above
                 # float32's and far below any missed term (bfloat16, with its 8 bits, needs .06)
-                close = max(1e-3, 8 * torch.finfo(v.dtype).eps) * size
+                close = max(1e-3, 8 * rounding(v)) * size
                 if (shares[name][place, 0] - products.sum()).abs() > max(close, 1e-12):
                     wrong.add(name)
                 if size > 0:

@@ -169,7 +169,7 @@ def _by_inputs(
 ) -> LinearDatamodel:
     """The layout of `magic(wrt="inputs")`."""
     batch: Any = take(problem.train, rows)
-    anchor = batch[column].flatten(1).double().numpy()
+    anchor = batch[column].flatten(1).double().cpu().numpy()
     numbers = anchor.shape[1]
     ids = (rows[:, None] * numbers + np.arange(numbers)).ravel()
     meta = {**meta, "wrt": "inputs", "shape": list(batch[column].shape)}

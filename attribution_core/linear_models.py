@@ -298,13 +298,13 @@ def _refuse_class_weight(fitted: Any, weights: ArrayLike | None) -> None:
 def _warn_unless_stationary(problem: Problem, w: NDArray[np.float64]) -> None:
     """Compare the objective's gradient with the size of a single row's, ‖r_i‖ √(‖x_i‖² + 1)."""
     left = torch.cat([g.flatten() for g in mean_gradient(problem, w).values()]).norm()
-    squares = torch.zeros((), dtype=torch.float64)
+    squares = torch.zeros((), dtype=torch.float64, device=problem.device)
     for rows in batches(problem.n, 4096):
-        batch = take(problem.train, rows)
+        batch = take(problem.train, rows, problem.device)
         assert not isinstance(batch, dict)
         z = problem.model(batch[0]).detach().requires_grad_()
         losses = problem.loss(_Constant(z), batch)
-        slope = torch.autograd.grad((losses * torch.from_numpy(w[rows])).sum(), z)[0]
+        slope = torch.autograd.grad((losses * torch.from_numpy(w[rows]).to(losses)).sum(), z)[0]
         # a fit without error has no slope but that of rounding
         size = slope.square().sum(1) + 1e-20 * (z.detach().square().sum(1) + 1)
         squares += (size * (batch[0].square().sum(1) + 1)).sum()

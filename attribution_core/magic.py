@@ -281,7 +281,7 @@ def _datamodel(
             scores = folded
     elif asked.rows is not None:
         batch: Any = take(run.problem.train, asked.rows)
-        anchor = batch[asked.column].flatten(1).double().numpy()
+        anchor = batch[asked.column].flatten(1).double().cpu().numpy()
         numbers = anchor.shape[1]
         ids = (asked.rows[:, None] * numbers + np.arange(numbers)).ravel()
         anchor = anchor.ravel()

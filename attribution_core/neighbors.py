@@ -248,7 +248,7 @@ def class_labels(data: Any, batch_size: int = 256) -> NDArray[Any] | None:
         if label is None or label.ndim != 1 or label.is_floating_point():
             return None
         found.append(label)
-    return torch.cat(found).numpy()
+    return torch.cat(found).cpu().numpy()
 
 
 def _tokens(data: Data, batch_size: int) -> list[NDArray[Any]]:
@@ -258,7 +258,7 @@ def _tokens(data: Data, batch_size: int) -> list[NDArray[Any]]:
         if not isinstance(batch, dict) or "input_ids" not in batch:
             raise ValueError("expected batches with input_ids, got others; bm25 compares tokens")
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        found += [ids[m > 0].numpy() for ids, m in zip(batch["input_ids"], mask, strict=True)]
+        found += [ids[m > 0].cpu().numpy() for ids, m in zip(batch["input_ids"], mask, strict=True)]
     return found
 
 

@@ -174,8 +174,25 @@ def trainable(model: nn.Module) -> Params:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def normal_like(params: Params) -> Params:
+    """Normal numbers in the shapes of parameters, the same at every call; drawn where the parameters are."""
+    drawn: dict[torch.device, torch.Generator] = {}
+    found = {}
+    for name, value in params.items():
+        where = value.device
+        generator = drawn.setdefault(where, torch.Generator(where).manual_seed(0))
+        found[name] = torch.randn(value.shape, generator=generator, device=where).to(value)
+    return found
+
+
+def rounding(value: Tensor) -> float:
+    """Relative rounding of products: eps of the dtype, on a GPU of TF32's ten bits for float32, which may be in use."""
+    eps = torch.finfo(value.dtype).eps
+    return max(eps, 2.0**-10) if value.is_cuda and value.dtype == torch.float32 else eps
+
+
 class _KeepDouble(TorchFunctionMode):
-    """Leave float64 tensors float64 where a layer would cast them to float32.
+    """Leave float64 tensors float64 where a layer would cast them to float32, and make whole numbers so.
 
     transformers' norms, rotary embeddings and softmaxes compute in float32 whatever the model's
     dtype; a model that was asked to be float64 would be exact to 1e-8 only.
@@ -183,14 +200,17 @@ class _KeepDouble(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.float or (
-                func is Tensor.to and torch.float32 in (*args[1:], kwargs.get("dtype"))
-            ):
-                return args[0]
+        if args and isinstance(args[0], Tensor) and _exact(args[0]):
+            if func is Tensor.float:
+                return args[0].double()
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             if kwargs.get("dtype") == torch.float32:
                 kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
+
+
+def _exact(value: Tensor) -> bool:
+    return value.dtype == torch.float64 or not (value.is_floating_point() or value.is_complex())
 
 
 class _FixedStatistics(TorchFunctionMode):

@@ -51,7 +51,7 @@ def refitted(fitted: Any, problem: Problem, weights: ArrayLike) -> Problem:
         )
     rows = np.flatnonzero(w)
     batch: Any = take(problem.train, rows)
-    x, y = (column.numpy() for column in batch)
+    x, y = (column.cpu().numpy() for column in batch)
     one = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
     again = clone(fitted)
     if getattr(again, "class_weight", None) is not None:  # the weights hold them, see from_sklearn

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attribution_core.data import Batch, take
-from attribution_core.problem import Params, PerExample, Problem, call, precision_of, trainable
+from attribution_core.problem import (
+    Params,
+    PerExample,
+    Problem,
+    call,
+    normal_like,
+    precision_of,
+    rounding,
+    trainable,
+)
 from attribution_core.steps import running_statistics
 
 MOVED = 0.3  # how far parameters are moved, in root mean squares of their own
@@ -41,10 +50,10 @@ def refuse_hidden_parameters(
     Raises:
         ValueError: they differ.
     """
-    generator, moved = torch.Generator().manual_seed(0), {}
-    for name, value in trainable(model).items():
-        size = MOVED * value.float().square().mean().sqrt().item() + 1e-2
-        moved[name] = value + size * torch.randn(value.shape, generator=generator).to(value)
+    params, moved = trainable(model), {}
+    for name, noise in normal_like(params).items():
+        size = MOVED * params[name].float().square().mean().sqrt().item() + 1e-2
+        moved[name] = params[name] + size * noise
     try:
         batch = taken()
         own = _held(model, function, moved, batch, copied)
@@ -61,7 +70,7 @@ def refuse_hidden_parameters(
     size = torch.stack([g.double().norm() for g in own.values()]).norm()
     apart = {name: float((g - own[name]).double().norm()) for name, g in swapped.items()}
     worst = max(apart, key=lambda name: apart[name])
-    eps = max(torch.finfo(g.dtype).eps for g in own.values())
+    eps = max(rounding(g) for g in own.values())
     if apart[worst] > max(APART, 8 * eps) * max(float(size), torch.finfo(torch.float32).tiny):
         raise ValueError(_words(f"another gradient for {worst!r}"))
 

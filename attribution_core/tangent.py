@@ -119,8 +119,12 @@ def _moved(steps: Steps, state: TrainingState, step: int, tangents: Any, along: 
     if steps.shards > 1:
         slopes = {k: sum_over_processes(v) for k, v in slopes.items()}
         grads = {k: sum_over_processes(v) for k, v in grads.items()}
-    hyper = {name: torch.tensor(along.at[name], dtype=torch.float64) for name in along.hyper}
-    turned = {name: torch.from_numpy(values) for name, values in along.hyper.items()}
+    where = next(iter(state.params.values())).device
+    hyper = {
+        name: torch.tensor(along.at[name], dtype=torch.float64, device=where)
+        for name in along.hyper
+    }
+    turned = {name: torch.from_numpy(values).to(where) for name, values in along.hyper.items()}
 
     def update(params: Params, moments: Any, grads: Params, hyper: Any) -> Any:
         return steps.update(params, moments, grads, step, with_hyper(steps, hyper))

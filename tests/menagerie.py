@@ -22,6 +22,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from attribution_core import Outputs, Problem, causal_lm_loss, cross_entropy, squared_error
+from attribution_core.data import take
 from attribution_core.problem import precision_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,7 +222,9 @@ class Positions(nn.Module):
         self.out = nn.Linear(3, 3)
 
     def forward(self, x):
-        return self.out(x[..., None] * self.position(torch.arange(4))).tanh().mean(1)
+        return (
+            self.out(x[..., None] * self.position(torch.arange(4, device=x.device))).tanh().mean(1)
+        )
 
 
 class Attention(nn.Module):
@@ -323,7 +326,7 @@ def losses_at(problem, flat, function=None, data=None):
     }
     data = problem.train if data is None else data
     with precision_of(problem.params):
-        return functional_call(Bound(), named, (data[list(range(len(data)))],))
+        return functional_call(Bound(), named, (take(data, np.arange(len(data)), flat.device),))
 
 
 def row_gradients(problem, function=None, data=None):
@@ -334,7 +337,7 @@ def row_gradients(problem, function=None, data=None):
     found = []
     for row in range(len(data)):
         with precision_of(problem.params):
-            value = (function or problem.loss)(model, data[[row]])[0]
+            value = (function or problem.loss)(model, take(data, [row], problem.device))[0]
         grads = torch.autograd.grad(value, params, allow_unused=True)
         grads = [
             torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)

@@ -143,10 +143,9 @@ class Stack:
     def _check_initial(self) -> None:
         """Raise where a slice's model is more than its trainable parameters in the first one's place."""
         first = self.initial[0]
-        free = set(trainable(first))
-        fixed = {k: v for k, v in first.state_dict().items() if k not in free}
+        free, fixed = trainable(first).keys(), _fixed(first)
         for model in {id(m): m for m in self.initial[1:]}.values():
-            other = {k: v for k, v in model.state_dict().items() if k not in free}
+            other = _fixed(model)
             same = other.keys() == fixed.keys() and trainable(model).keys() == free
             if not same or not all(torch.equal(other[k], v) for k, v in fixed.items()):
                 raise ValueError("initial models whose frozen parameters or buffers differ")
@@ -286,6 +285,12 @@ class Diverged(ValueError):
     def __init__(self, message: str, slice_: int):
         super().__init__(message)
         self.slice = slice_
+
+
+def _fixed(model: nn.Module) -> Params:
+    """Frozen parameters and buffers by name; tied ones once."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    return {**frozen, **dict(model.named_buffers())}
 
 
 @contextmanager

@@ -84,6 +84,22 @@ def test_initial_models_by_seed_fractional_weights_and_averages():
     assert (found[:, 0] != found[:, 1]).all()
 
 
+def test_initial_models_with_tied_weights():
+    """The tied one stands in the state dict under both names, and is trained under one."""
+    from transformers import GPT2LMHeadModel
+
+    problem = menagerie.gpt2(6)
+
+    def start(seed):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(problem.model.config).double()
+
+    recipe = Recipe(SGD(0.1), 3, 2, init=start)
+    outputs = Outputs(problem.loss, problem.train).mean()
+    found = compared(problem, recipe, outputs, np.ones((2, 6)), "row")
+    assert abs(found[0, 0] - found[0, 1]) > 1e-4  # the seeds do differ
+
+
 def test_nobody_gives_the_initial_model():
     problem = menagerie.softmax()
     outputs = menagerie.unseen(problem)

@@ -1,6 +1,7 @@
 """What a GPU computes is what the CPU does: every method on a problem there and on the same one here.
 
-Without a GPU these are skipped; `ATTRIBUTION_DEVICE=cpu` runs them with the CPU in its place.
+Without a GPU a copy on the CPU stands in its place, which keeps this file alive: for every method once, and for all
+tests where ATTRIBUTION_DEVICE=cpu asks for it.
 """
 
 import copy
@@ -54,9 +55,11 @@ from attribution_core import (
 from attribution_core.gradients import directional
 from tests import menagerie
 
-DEVICE = os.environ.get("ATTRIBUTION_DEVICE", "cuda")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(
+    DEVICE == "cpu" and "ATTRIBUTION_DEVICE" not in os.environ, reason="needs a GPU"
+)
 pytestmark = [
-    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore::attribution_core.MetagradientWarning"),
     pytest.mark.filterwarnings("ignore::attribution_core.RemainderWarning"),
 ]
@@ -172,6 +175,7 @@ def same(found, expected):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), **EXACT)
 
 
+@needs_gpu
 @pytest.mark.parametrize("architecture", menagerie.ARCHITECTURES)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method(name, architecture):
@@ -213,6 +217,7 @@ def numbers(certified):
     return np.array([certified.residual, certified.distance])
 
 
+@needs_gpu
 @pytest.mark.parametrize("name", CONVEX)
 def test_every_method_of_convex_problems(name):
     problem = menagerie.refit(menagerie.softmax(20))
@@ -221,6 +226,7 @@ def test_every_method_of_convex_problems(name):
     same(CONVEX[name](wholly(problem)), expected)
 
 
+@needs_gpu
 @pytest.mark.parametrize("name", menagerie.ODD)
 def test_odd_models(name):
     """Layers no rule knows fall back to other engines there as here."""
@@ -232,6 +238,7 @@ def test_odd_models(name):
 # --- what only a device shows --------------------------------------------------------------------
 
 
+@needs_gpu
 @pytest.mark.parametrize("architecture", menagerie.ARCHITECTURES)
 def test_metagradients_are_finite_differences_of_trainings_there(architecture):
     problem = there(menagerie.ARCHITECTURES[architecture]())
@@ -248,6 +255,7 @@ def test_metagradients_are_finite_differences_of_trainings_there(architecture):
         np.testing.assert_allclose(f.scores[row, 0], (up - down) / (2 * h), rtol=1e-5, atol=1e-9)
 
 
+@needs_gpu
 @pytest.mark.parametrize("architecture", menagerie.ARCHITECTURES)
 def test_float32_trainings_repeat_bit_for_bit(architecture):
     """Else metagradients, which take steps again, could not be had from few states."""
@@ -268,6 +276,7 @@ def floats(problem):
     return tuple(x.float() if x.is_floating_point() else x for x in batch)
 
 
+@needs_gpu
 def test_dropout_masks_are_taken_again():
     """Masks are drawn by step from a seed, so that a walk back meets those of the training."""
     problem = menagerie.mlp(7)
@@ -292,6 +301,7 @@ def device_state():
     return torch.cuda.get_rng_state() if DEVICE == "cuda" else torch.get_rng_state()
 
 
+@needs_gpu
 def test_global_random_numbers_are_left_alone():
     problem = there(menagerie.mlp(7))
     before = torch.get_rng_state(), device_state()
@@ -303,9 +313,10 @@ def test_global_random_numbers_are_left_alone():
         assert torch.equal(a, b)
 
 
+@needs_gpu
 @pytest.mark.parametrize("name", ["influence", "table", "training"])
 def test_folders_are_taken_up_there(name, tmp_path):
-    """What was begun on the CPU is finished on the device, and the other way round: the run is the same."""
+    """What was done on the CPU is not done again on the device: it is the same run."""
     problem = menagerie.mlp(7)
 
     def call(of, folder):
@@ -321,6 +332,7 @@ def test_folders_are_taken_up_there(name, tmp_path):
     np.testing.assert_allclose(call(there(problem), tmp_path), here, rtol=1e-5, atol=1e-6)
 
 
+@needs_gpu
 def test_batch_norm_keeps_its_statistics():
     problem = menagerie.mlp(8)
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Linear(6, 3)).double()
@@ -356,6 +368,7 @@ def unlearned(where):
     return [*found.outputs(points).values(), *found.predicted.values()]
 
 
+@needs_gpu
 def test_unlearning():
     expected = unlearned(lambda p: p)
     for where in (there, wholly):
@@ -363,6 +376,7 @@ def test_unlearning():
             np.testing.assert_allclose(found, right, rtol=1e-6, atol=1e-8)
 
 
+@needs_gpu
 @pytest.mark.parametrize(
     "name", ["fine_tune", "gradient_ascent", "gradient_difference", "npo", "scrub"]
 )
@@ -401,6 +415,7 @@ def attacks(where):
     return [flips, moved]
 
 
+@needs_gpu
 def test_attacks():
     here = attacks(lambda p: p)
     for where in (there, wholly):
@@ -410,6 +425,7 @@ def test_attacks():
             np.testing.assert_allclose(found.outputs(), expected.outputs(), rtol=1e-6)
 
 
+@needs_gpu
 def test_fits_of_scikit_learn():
     """A model that was fitted on the CPU may be moved."""
     from sklearn.linear_model import LogisticRegression
@@ -436,6 +452,7 @@ def test_half_precision_of_metagradients_is_refused():
         magic(train(problem, BY_STEPS), outputs_of(problem))
 
 
+@needs_gpu
 def test_language_models_in_bfloat16():
     """Half precision is fine for first-order scores: within its 8 bits of those in float32."""
     whole = menagerie.gpt2()

@@ -11,6 +11,7 @@ nothing was learnt; a caller's model changed in place; oracles that had seen the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,12 @@ from torch import Tensor, nn
 
 from applied.counting import counted
 from applied.yardstick import Evaluation
+from attribution_core.data import as_data, take
+from attribution_core.outputs import logits_of
 from attribution_core.store import fingerprint
+
+SAME = 1e-5  # of the largest output, by which outputs of the same function may differ: float32's rounding
+TRIED = 256  # forget rows on which two functions are compared
 
 ADVICE = {
     "no-op": "build the optimizer on the parameters of the copy that you return, and step it",
@@ -108,8 +114,9 @@ def conformance(
 ) -> Conformance:
     """Run an unlearner once, check what it did to the models, and count what it cost.
 
-    Cost is counted by a hook on the model and its deep copies: the rows of each forward call's first
-    tensor. Passes through parts of the model, or through a model built anew, are not seen.
+    Cost is counted by a hook on the model and its copies: the rows of each call's first tensor. Passes
+    through parts of the model, by its `forward` itself, or through a model built anew, are not seen; where no row was,
+    the cost counts as not checked.
 
     Args:
         unlearner: (model, forget, retain) -> new model.
@@ -140,6 +147,7 @@ def conformance(
     if evaluation is not None:
         checked.append("over-forgets")
         reasons["over-forgets"] = _over(evaluation, method)
+    said = _said(model, forget)
     before, data = _Snapshot(model), _print(forget, retain)
     with counted(model) as count:
         made = unlearner(model, forget, retain)
@@ -149,13 +157,13 @@ def conformance(
                 "return the new model"
             )
         count.made.append(made)
-    reasons["no-op"] = _no_op(before, model, made)
+    reasons["no-op"] = _no_op(before, model, made) or _same_function(said, _said(made, forget))
     changed = data is not None and _print(forget, retain) != data
     edited = "the rows to forget or retain changed" if changed else ""
     reasons["edits its input"] = before.edits(model) or _shares(model, made) or edited
     reasons["not finite"] = _not_finite(made)
     steps = count.steps(batch_size)
-    if limit is not None:
+    if limit is not None and steps:  # a model that no row was seen to pass was made somewhere else
         checked.append("too expensive")
         reasons["too expensive"] = f"{steps:.4g} steps, at most {limit:g}" if steps > limit else ""
     failed = {name: reasons[name] for name in ADVICE if reasons.get(name)}
@@ -238,6 +246,39 @@ def _no_op(before: _Snapshot, model: nn.Module, made: nn.Module) -> str:
     return ""
 
 
+def _said(model: nn.Module, forget: Any) -> Tensor | None:
+    """Outputs on the first forget rows, less what softmax does not see; None where they cannot be had."""
+    device = next((p.device for p in model.parameters()), None)
+    try:
+        batch = take(as_data(forget), np.arange(min(TRIED, len(forget))), device)
+        with torch.no_grad(), _evaluating(model):
+            z = logits_of(model, batch).double().cpu()
+    except Exception:  # data of another kind, or a model that is called in another way
+        return None
+    return z - z.mean(-1, keepdim=True) if z.ndim > 1 and z.shape[-1] > 1 else z
+
+
+def _same_function(was: Tensor | None, now: Tensor | None) -> str:
+    """Why parameters that differ say the same of the forget rows; empty if they do not, or nobody can tell."""
+    if was is None or now is None or was.shape != now.shape or not was.numel():
+        return ""
+    if not float((now - was).abs().max()) <= SAME * float(was.abs().max()):
+        return ""
+    return f"parameters differ, but what is said of {len(was)} forget rows does not"
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode, and then as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _same_values(a: Tensor, b: Tensor) -> bool:
     """Equal numbers, under another name or in another precision, too; −0 is not 0."""
     if a.shape != b.shape:
@@ -277,9 +318,9 @@ def _leak(oracles: Any, forget_rows: Any) -> str:
     rows, n = np.asarray(forget_rows), seen.shape[1]
     rows = np.flatnonzero(rows) if rows.dtype == bool and rows.shape == (n,) else rows
     whole = rows.ndim == 1 and len(rows) and rows.dtype.kind in "iu"
-    if not whole or not ((rows >= 0) & (rows < n)).all():
+    if not whole or not ((rows >= 0) & (rows < n)).all() or len(np.unique(rows)) < len(rows):
         raise ValueError(
-            f"expected forget_rows as indices below n={n} or [n] bools, got {forget_rows!r:.60}"
+            f"expected forget_rows as different indices below n={n} or [n] bools, got {forget_rows!r:.60}"
         )
     found = np.argwhere(seen[:, rows])
     if not len(found):
@@ -323,5 +364,7 @@ def _over(evaluation: Evaluation, method: str | None) -> str:
     name = evaluation.methods[0] if method is None else method
     if not evaluation.over(name):
         return ""
-    share = evaluation.over_forgotten(name)
+    share, far = evaluation.over_forgotten(name), evaluation.scatter(name)
+    if far > 3:
+        return f"models scatter, half of them {far:.3g} times as far from the oracles as before"
     return f"{100 * share:.0f} % of the forget points lie beyond the oracles' outputs"

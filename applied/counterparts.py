@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attribution_core.data import Batch, Data, Rows, batches, take
-from attribution_core.outputs import logits_and_labels
-
-IGNORED = -100  # the label of what is not predicted
+from attribution_core.outputs import IGNORED, logits_of, next_labels
 
 
 def say(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -25,15 +23,16 @@ def say(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: labels that are no classes: none, or numbers.
     """
-    if isinstance(batch, dict) and "labels" not in batch:
+    if isinstance(batch, dict) and not {"labels", "input_ids"} & set(batch):
         raise ValueError(
-            f"expected rows with labels, which say what is predicted, got {sorted(batch)}; set them to {IGNORED} "
-            "at the tokens that are given"
+            f"expected rows with labels, which say what is predicted, got {sorted(batch)}"
         )
-    z, labels = logits_and_labels(model, batch)
+    z = logits_of(model, batch)
     if z.ndim > 2:  # a sequence: logits at a position predict the next
-        z, labels = z[:, :-1], labels[:, 1:]
-    if labels.is_floating_point() or labels.shape != z.shape[:-1]:
+        z, labels = z[:, :-1], next_labels(batch)
+    else:
+        labels = batch["labels"] if isinstance(batch, dict) else batch[1]
+    if labels.is_floating_point() or labels.shape != z.shape[:-1] or z.shape[-1] == 1:
         raise ValueError(
             f"expected a class for each of the model's predictions {tuple(z.shape[:-1])}, got labels "
             f"{tuple(labels.shape)} of {labels.dtype}"

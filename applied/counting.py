@@ -29,34 +29,55 @@ class Count:
 
 @contextmanager
 def counted(model: nn.Module) -> Iterator[Count]:
-    """Count the rows that pass through a model and its deep copies, by a hook that is taken off again.
+    """Count the rows that pass through a model and its copies, deep or pickled, by a hook that is taken off again.
 
     Append models that were made meanwhile to `.made`, so that it is taken off these too. Not seen are
     passes through parts of the model, and through models built anew.
     """
     count = Count()
-
-    # a plain function: deepcopy keeps it as it is, so that copies count here too; a bound method
-    # would be copied with its owner
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = next(_inside([args, kwargs]), None)
-        if first is None or not count.on:
-            return
-        if torch.is_grad_enabled():
-            count.rows += _rows(first)
-        else:
-            count.rows_read += _rows(first)
-
+    hook = _Hook(count)
     model.register_forward_pre_hook(hook, with_kwargs=True)
+    _UNDER_WAY[id(hook)] = hook
     try:
         yield count
     finally:
+        del _UNDER_WAY[id(hook)]
         count.on = False  # copies that were kept elsewhere still hold the hook
         for module in (part for top in (model, *count.made) for part in top.modules()):
             mine = [key for key, found in module._forward_pre_hooks.items() if found is hook]
             for key in mine:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Hook:
+    """Counts the rows of a call; however a model is copied, its copies count here, too."""
+
+    count: Count
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = next(_inside([args, kwargs]), None)
+        if first is None or not self.count.on:
+            return
+        if torch.is_grad_enabled():
+            self.count.rows += _rows(first)
+        else:
+            self.count.rows_read += _rows(first)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _hook_under_way, (id(self),)
+
+
+_UNDER_WAY: dict[int, _Hook] = {}  # hooks of counts that are not through
+
+
+def _hook_under_way(key: int) -> _Hook:
+    """The hook that a pickled model held; one that counts nothing where its count is through."""
+    return _UNDER_WAY.get(key) or _Hook(Count(on=False))
 
 
 def _inside(given: Any) -> Iterator[Tensor]:

@@ -63,7 +63,10 @@ class FlipBudgets:
         return self.predicted[both] / self.actual[both]
 
     def within(self, share: float = 0.3) -> float:
-        """Share of outputs whose predicted number is within ± `share` (and at least one row) of the actual one."""
+        """Share of outputs whose predicted number is within ± `share` (and at least one row) of the actual one.
+
+        Of those that turn in both: an output that was said not to turn is not among them.
+        """
         both = np.isfinite(self.predicted) & np.isfinite(self.actual)
         if not both.any():
             return math.nan

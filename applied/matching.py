@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from applied.gauss_newton import GaussNewton, fits, match_by_gauss_newton, row_cost
-from applied.unlearners import Steps, centred_logits, match
-from attribution_core.data import Batch, Rows, batches, take
+from applied.unlearners import Steps, centred_logits, is_sequence, match
+from attribution_core.data import Batch, Rows, batches, rows_in, take
+from attribution_core.outputs import next_labels
 
 KINDS = ("forget logits", "retain logits")
 TIMES = (1.0, 3.0, 10.0)  # learning rates of Adam, in the training's
@@ -129,15 +130,17 @@ class Goal:
     def own(self, name: str, change: Tensor) -> Tensor:
         """Of changed logits [k, rows, ..., c] those of the labels, [k, rows, ...]; all of them where labels are no classes."""
         data = self.forget if name == KINDS[0] else self.retain
-        parts = [_labels(take(data, some, change.device)) for some in batches(len(data), 256)]
-        labels = torch.cat(parts)
-        if labels.is_floating_point() or labels.shape != change.shape[1:-1]:
+        parts = [take(data, some, change.device) for some in batches(len(data), 256)]
+        if is_sequence(parts[0], (rows_in(parts[0]), *change.shape[2:-1])):
+            labels, those = torch.cat([next_labels(part) for part in parts]), change[:, :, :-1]
+        else:
+            labels, those = torch.cat([_labels(part) for part in parts]), change
+        classes = not labels.is_floating_point() and labels.shape == those.shape[1:-1]
+        if not classes or those.shape[-1] == 1 or int(labels.max()) >= those.shape[-1]:
             return change
-        if labels.ndim > 1:  # a sequence: logits at a position predict the next
-            labels, change = labels[:, 1:], change[:, :, :-1]
         # where nothing is predicted, at label −100, changes are 0
-        places = labels.clamp(min=0).expand(change.shape[:-1])
-        return change.gather(-1, places[..., None])[..., 0]
+        places = labels.clamp(min=0).expand(those.shape[:-1])
+        return those.gather(-1, places[..., None])[..., 0]
 
     def _refuse(self, change: Any, logits: dict[str, Tensor]) -> None:
         """Raise where changes are not one finite number for each logit."""

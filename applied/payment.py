@@ -89,13 +89,7 @@ def pay(
     # rewrite: from what a player adds to what a player is worth
     _good_is_high(values)
     k = len(values)
-    if not 0 <= discount < math.inf:
-        raise ValueError(f"expected a discount of 0 or more standard errors, got {discount}")
-    if discount and not np.isfinite(values.standard_error).all():
-        raise ValueError(
-            "expected standard errors for a discount, got none; value with several seeds, runs or "
-            "permutations, or use discount=0"
-        )
+    _refuse_discount(values, discount)
     off = discount * values.standard_error if discount else 0.0
     worth = np.maximum(values.values - off, 0.0)
     if not worth.sum() > 0:
@@ -105,8 +99,10 @@ def pay(
     if not 0 < budget < math.inf:
         raise ValueError(f"expected a positive budget, got {budget}")
     share = budget * worth / worth.sum()
-    floor = np.broadcast_to(np.asarray(floors, dtype=float), (k,))
-    cap = np.broadcast_to(np.asarray(budget if caps is None else caps, dtype=float), (k,))
+    floor, cap = (
+        _limits(name, limits, k)
+        for name, limits in (("floors", floors), ("caps", budget if caps is None else caps))
+    )
     _check_limits(floor, cap, share, budget)
 
     # optimize
@@ -142,6 +138,25 @@ def _within(
         return np.clip(most * share, floor, cap)
     c = brentq(over, 0.0, most, xtol=1e-300, rtol=4 * np.finfo(float).eps)
     return np.clip(c * share, floor, cap)
+
+
+def _limits(name: str, limits: ArrayLike, k: int) -> NDArray[np.float64]:
+    """One limit for each of k players."""
+    given = np.asarray(limits, dtype=float)
+    if given.shape not in ((), (1,), (k,)):
+        raise ValueError(f"expected {name} as one number or one a player [{k}], got {given.shape}")
+    return np.broadcast_to(given, (k,))
+
+
+def _refuse_discount(values: Values, discount: float) -> None:
+    """Raise for a discount that is none, or that nothing is known for."""
+    if not 0 <= discount < math.inf:
+        raise ValueError(f"expected a discount of 0 or more standard errors, got {discount}")
+    if discount and not np.isfinite(values.standard_error).all():
+        raise ValueError(
+            "expected standard errors for a discount, got none; value with several seeds, runs or "
+            "permutations, or use discount=0"
+        )
 
 
 def _good_is_high(values: Values) -> None:
@@ -217,8 +232,7 @@ def buy(
         raise ValueError(
             f"expected a budget for the cheapest player, {price.min():g}, got {budget}"
         )
-    if discount and not np.isfinite(values.standard_error).all():
-        raise ValueError("expected standard errors for a discount, got none; use discount=0")
+    _refuse_discount(values, discount)
 
     # plug in: values add up, so the gain is linear
     gain = values.values - (discount * values.standard_error if discount else 0.0)

@@ -43,9 +43,10 @@ from applied.perturbation import perturb
 from applied.recipe import Retrained
 from applied.repairing import Repair, Trace, repair, trace
 from applied.threat import ROUNDING, ThreatModel
-from applied.versions import Versions, joined, relabelled
-from attribution_core.data import Column, take
+from applied.versions import Versions, joined, labels_of, relabelled
+from attribution_core.data import Column, Data, as_data, take
 from attribution_core.datamodel import LinearDatamodel
+from attribution_core.outputs import logits_of
 from attribution_core.problem import Problem
 
 __all__ = [
@@ -142,10 +143,11 @@ def insert(
             them the pool.
 
     Raises:
-        ValueError: see `flip_labels`; a budget of more rows than the pool has.
+        ValueError: see `flip_labels`; a budget of more rows than the pool has; labels that the model has no output for.
     """
     # rewrite: rows that are brought in go from weight 0 to 1
     versions, places = joined(problem, pool)
+    _refuse_unknown_labels(problem, as_data(pool))
     k = threat.rows(problem.n)
     if k > len(places):
         raise ValueError(
@@ -227,7 +229,7 @@ def _in_rounds(
     progress: Progress,
 ) -> tuple[NDArray[np.float64], NDArray[np.intp], Said, dict[str, Any]]:  # fmt: skip
     """(weights, changed rows, what was predicted, meta): the budget in equal parts, each on a datamodel of the data by then."""
-    if not 1 <= rounds <= k:
+    if not isinstance(rounds, (int, np.integer)) or not 1 <= rounds <= k:
         raise ValueError(f"expected 1 to {k} rounds for {k} {what.split()[0]}s, got {rounds}")
     weights, row = versions.clean.copy(), versions.row
     changed, first = np.zeros(0, dtype=int), None
@@ -253,6 +255,19 @@ def _in_rounds(
     before = first.predict(versions.clean)
     said = Said(np.asarray(f.targets).astype(str), before, f.predict(weights) - before)
     return weights, changed, said, {"rounds": rounds, "surrogate": dict(f.meta)}
+
+
+def _refuse_unknown_labels(problem: Problem, pool: Data) -> None:
+    """Raise for rows of a pool whose class the model does not know."""
+    try:
+        _, labels = labels_of(pool)
+        z = logits_of(problem.model, take(pool, [0], problem.device))
+    except Exception:  # no classification, or a model that is called in another way
+        return
+    if z.ndim == 2 and z.shape[1] > 1 and not 0 <= labels.min() <= labels.max() < z.shape[1]:
+        raise ValueError(
+            f"expected a pool with labels 0 .. {z.shape[1] - 1}, got {labels.min()} to {labels.max()}"
+        )
 
 
 def _refuse_beyond(versions: Versions, weights: NDArray[np.float64], threat: ThreatModel) -> None:

@@ -60,6 +60,8 @@ def trace(
     j = at if isinstance(at, (int, np.integer)) else -1
     if not 0 <= j < len(names):
         raise ValueError(f"expected a target among {names[:20]}, got {target!r}")
+    if not isinstance(k, (int, np.integer)) or k < 1:
+        raise ValueError(f"expected a number of rows k of at least 1, got {k!r}")
     effect = datamodel.anchor * datamodel.scores[:, j]
     order = np.argsort(-effect, kind="stable")[:k]
     order = order[effect[order] > 0]
@@ -186,7 +188,7 @@ def repair(
     if remove is None and not detection:
         raise ValueError("expected `remove` beside plain scores: they do not say where to stop")
     count = int((scores > 0).sum()) if remove is None else remove
-    if not 0 < count < len(there):
+    if not isinstance(count, (int, np.integer)) or not 0 < count < len(there):
         raise ValueError(f"expected some, not all, of {len(there)} rows to remove, got {count}")
     chosen = list(attack.verified.seeds) if seeds is None else listed(seeds)
     if chosen != list(attack.verified.seeds):

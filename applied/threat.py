@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -56,6 +57,8 @@ class ThreatModel:
             raise ValueError(
                 f"expected knowledge among {get_args(Knowledge)}, got {self.knowledge!r}"
             )
+        if not isinstance(self.budget, Real):
+            raise ValueError(f"expected a budget in numbers, got {self.budget!r}")
         whole = self.budget >= 1 and self.budget % 1 == 0
         if not (math.isfinite(self.budget) and (0 < self.budget < 1 or whole)):
             raise ValueError(
@@ -83,7 +86,7 @@ class ThreatModel:
             )
         if self.epsilon is not None and not 0 < self.epsilon < math.inf:
             raise ValueError(f"expected a positive epsilon, got {self.epsilon}")
-        if self.box is not None and not self.box[0] < self.box[1]:
+        if self.box is not None and not (len(self.box) == 2 and self.box[0] < self.box[1]):
             raise ValueError(f"expected a box (low, high), got {self.box}")
 
     def rows(self, n: int) -> int:

@@ -7,7 +7,7 @@ retained rows, π the model and π₀ the model as it came.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from applied.counterparts import Counterparts, say
 from attribution_core.data import Batch, Data, as_data, take
-from attribution_core.outputs import cross_entropy, logits_and_labels
+from attribution_core.outputs import IGNORED, cross_entropy, logits_of, next_labels
 from attribution_core.problem import PerExample
 
 TINY = 1e-30  # a gradient that is 0 stays so
@@ -134,9 +134,8 @@ def scrub(
 
     def apart(new: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
-            old = logits_and_labels(teacher, batch)[0].log_softmax(-1)
-        now = logits_and_labels(new, batch)[0].log_softmax(-1)
-        return (old.exp() * (old - now)).sum(-1).mean()
+            old, _ = say(teacher, batch)
+        return (old.exp() * (old - say(new, batch)[0])).sum(1).mean()
 
     def goal(new: nn.Module, f: Any, r: Any) -> Tensor:
         step = next(taken)
@@ -210,7 +209,7 @@ def match(
 ) -> nn.Module:
     """Fine-tune until the logits are those wanted, on the forget set and on retained rows.
 
-        min E_{x in F ∪ R} (1/c) ‖z(x) − z*(x)‖²,   z centred over the c classes (softmax does not see the mean)
+        min E_{x in F ∪ R} (1/c) ‖z(x) − z*(x)‖²,   z centred over the c > 1 classes (softmax does not see the mean)
 
     With z* from a datamodel this is datamodel matching, with z* of a model retrained without F oracle matching
     (Georgiev et al. 2024).
@@ -244,7 +243,7 @@ def match(
                 raise ValueError(
                     f"expected logits of shape {tuple(now.shape)} to match, got {tuple(want.shape)}"
                 )
-            off = (now - want + want.mean(-1, keepdim=True)).square().mean(-1)
+            off = (now - centred(want)).square().mean(-1)
             off, mask = (x.reshape(len(rows), -1) for x in (off * mask, mask))
             parts.append(off.sum(1) / mask.sum(1).clamp(min=1))
         return torch.cat(parts).mean()
@@ -253,15 +252,26 @@ def match(
 
 
 def centred_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(logits less their mean over classes [b, ..., c], which positions count [b, ...])."""
-    z, labels = logits_and_labels(model, batch)
+    """(logits less their mean over classes [b, ..., c], which positions count [b, ...]); a single output as it is."""
+    z = logits_of(model, batch)
+    z = z[:, None] if z.ndim == 1 else z
     ones = torch.ones(z.shape[:-1], dtype=z.dtype, device=z.device)
-    if (
-        labels.shape == z.shape[:-1] and z.ndim > 2
-    ):  # a sequence: logits at a position predict the next
-        ones[:, :-1] = (labels[:, 1:] != -100).to(z.dtype)
+    if is_sequence(batch, z.shape[:-1]):  # logits at a position predict the next
+        ones[:, :-1] = (next_labels(batch) != IGNORED).to(z.dtype)
         ones[:, -1] = 0
-    return z - z.mean(-1, keepdim=True), ones
+    return centred(z), ones
+
+
+def centred(z: Tensor) -> Tensor:
+    """Less the mean over classes, which softmax does not see; one output alone is no softmax's."""
+    return z - z.mean(-1, keepdim=True) if z.shape[-1] > 1 else z
+
+
+def is_sequence(batch: Batch, shape: Sequence[int]) -> bool:
+    """Whether the places [b, ...] of a batch's logits predict the next token."""
+    known = batch if isinstance(batch, dict) else {"labels": batch[1]}
+    labels = known.get("labels", known.get("input_ids"))
+    return labels is not None and len(shape) > 1 and labels.shape == tuple(shape)
 
 
 def _descend(

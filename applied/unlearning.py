@@ -149,7 +149,7 @@ def unlearn(
 
     Source: Georgiev et al. 2024 (arXiv 2410.23232) for predicting, then matching.
     """
-    several = list(runs) if isinstance(runs, Sequence) else [runs]
+    several = [runs] if hasattr(runs, "problem") else list(runs)
     named, listed = _named(outputs), list(forget)
     budget = (BUDGET if like is None else BY_HEART) if budget is None else budget
     rows = _checked(several, listed, budget)
@@ -234,6 +234,12 @@ def _checked(runs: list[Any], forget: Iterable[int], budget: float) -> NDArray[n
     """The forget set's rows, in order."""
     if not runs:
         raise ValueError("expected at least one run to unlearn from, got none")
+    others = [type(run).__name__ for run in runs if not hasattr(run, "problem")]
+    if others:
+        raise ValueError(
+            f"expected runs of `train`, which know their data and recipe, got {others[0]}; models that were trained elsewhere "
+            "take an unlearner of their own, see applied.unlearners"
+        )
     n, listed = runs[0].problem.n, np.asarray(list(forget))
     rows = np.unique(listed)
     whole = listed.dtype.kind in "iu" and listed.ndim == 1 and len(listed) > 0

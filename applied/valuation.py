@@ -121,6 +121,8 @@ def values(
             f"expected a datamodel, a table of retrainings, or several of one, got {type(source).__name__}; make one by "
             "influence, trak, magic, fit_datamodel or retrain"
         )
+    if permutations < 1:
+        raise ValueError(f"expected at least one permutation, got {permutations}")
     n = len(source.anchor)
     if isinstance(source, LinearDatamodel):
         return _of_linear(source, kind, owners, utility)
@@ -135,7 +137,12 @@ def values(
         weights = all_subsets(players)
     else:
         weights = permutation_subsets(players, permutations, seed=seed)
-    predicted = np.asarray(source.predict(weights), dtype=float).reshape(len(weights), -1)
+    predicted = np.asarray(source.predict(weights), dtype=float)
+    if predicted.ndim == 0 or len(predicted) != len(weights):
+        raise ValueError(
+            f"expected predictions [{len(weights)}, t], one for each row of weights, got shape {predicted.shape}"
+        )
+    predicted = predicted.reshape(len(weights), -1)
     table = RetrainingTable(weights, predicted[:, None], (0,))
     return _of_table(table, kind, owners, utility, beta)
 

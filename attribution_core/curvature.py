@@ -346,7 +346,23 @@ def hessian_product(
     def total(at: Params) -> Tensor:
         return (call(model, loss, at, batch) * w).sum()
 
-    return jvp(grad(total), (params,), (v,))[1]
+    return pushed(grad(total), params, v)[1]
+
+
+def pushed(f: Callable[[Params], Any], at: Params, v: Params) -> tuple[Any, Any]:
+    """(f(at), its derivative along v).
+
+    Raises:
+        NotImplementedError: layers without forward mode.
+    """
+    try:
+        return jvp(f, (at,), (v,))  # type: ignore[return-value]
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"expected layers with forward-mode derivatives for products with the exact curvature, got: {str(error).splitlines()[0]} "
+            "Take curvature='ekfac' with refine=0, which needs none, or layers that have them (for transformers' experts "
+            "config._experts_implementation = 'eager')"
+        ) from error
 
 
 def gauss_newton_product(
@@ -363,7 +379,7 @@ def gauss_newton_product(
     def outer(output: list[Tensor]) -> Tensor:
         return (losses[0](output) * w).sum()
 
-    output, tangent = jvp(inner, (params,), (v,))  # type: ignore[misc]
+    output, tangent = pushed(inner, params, v)
     curved = jvp(grad(outer), (output,), (tangent,))[1]
     return vjp(inner, params)[1](curved)[0]
 

@@ -59,11 +59,20 @@ def as_data(data: Any) -> Data:
         TypeError: it has no length, or `data[[0]]` is not a dict or tuple of tensors.
         ValueError: it has no rows, or columns of different lengths.
     """
+    if isinstance(data, Mapping) and any(hasattr(part, "column_names") for part in data.values()):
+        raise TypeError(f"expected one data set, got several: {list(data)}; take one of them")
+    if isinstance(data, list) and data and isinstance(data[0], Mapping):
+        raise TypeError(
+            "expected columns, got a list of rows; use datasets.Dataset.from_list(rows), or stack them"
+        )
     if isinstance(data, Mapping):
         data = Columns({name: torch.as_tensor(column) for name, column in data.items()})
     elif isinstance(data, (tuple, list)):
         data = Columns(tuple(torch.as_tensor(column) for column in data))
-    elif type(data).__module__.startswith("datasets") and data.format["type"] != "torch":
+    elif (
+        hasattr(data, "with_format")
+        and getattr(data, "format", {"type": "torch"})["type"] != "torch"
+    ):
         data = data.with_format("torch")
     if isinstance(data, Columns) and len({len(c) for c in _tensors(data.columns)}) > 1:
         raise ValueError(

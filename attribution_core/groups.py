@@ -102,6 +102,9 @@ def named(groups: ArrayLike, n: int) -> tuple[NDArray[Any], NDArray[np.intp]]:
     labels = np.asarray(groups)
     if labels.shape != (n,) or n == 0:
         raise ValueError(f"expected one group label per example, [n={n}], got {labels.shape}")
+    nobody = [k for k, label in enumerate(labels.tolist()) if label is None or label != label]
+    if nobody:
+        raise ValueError(f"expected a group label for every example, got none for {nobody[:10]}")
     return np.unique(labels, return_inverse=True)
 
 

@@ -13,16 +13,54 @@ from torch.nn import functional as F
 
 from attribution_core.data import Batch
 
+IGNORED = -100  # the label of what is not predicted
+TO_MODELS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's logits on a batch."""
+    if isinstance(batch, dict):
+        out: Any = model(**{name: value for name, value in batch.items() if name != "labels"})
+    else:
+        inputs, _ = batch
+        out = model(inputs)
+    return getattr(out, "logits", out)
+
 
 def logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The model's logits on a batch, and the batch's labels."""
+    """The model's logits on a batch, and the batch's labels.
+
+    Raises:
+        ValueError: a dict without labels.
+    """
+    if isinstance(batch, dict) and "labels" not in batch:
+        raise ValueError(
+            f"expected rows with labels, got {sorted(batch)}; causal_lm_loss predicts the inputs themselves"
+        )
+    return logits_of(model, batch), batch["labels"] if isinstance(batch, dict) else batch[1]
+
+
+def next_labels(batch: Batch) -> Tensor:
+    """What every position but the last of a sequence predicts, [b, L − 1]; −100 where nothing is predicted.
+
+    Without labels the inputs are predicted, padding (mask 0) left out. Nothing is predicted from padding: there no
+    model has anything to go by.
+
+    >>> import torch
+    >>> ids, mask = torch.tensor([[0, 0, 7, 8, 9]]), torch.tensor([[0, 0, 1, 1, 1]])
+    >>> next_labels({"input_ids": ids, "attention_mask": mask}).tolist()
+    [[-100, -100, 8, 9]]
+    """
     if not isinstance(batch, dict):
-        inputs, labels = batch
-        out: Any = model(inputs)
-    else:
-        labels = batch["labels"]
-        out = model(**{name: value for name, value in batch.items() if name != "labels"})
-    return getattr(out, "logits", out), labels
+        return batch[1][:, 1:]
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    known = (batch["input_ids"] if labels is None else labels)[:, 1:]
+    if mask is None or mask.ndim != 2:
+        return known
+    left_out = mask[:, :-1] == 0
+    if labels is None:
+        left_out = left_out | (mask[:, 1:] == 0)
+    return known.masked_fill(left_out, IGNORED)
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
@@ -35,12 +73,25 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     3.0
     """
     logits, labels = logits_and_labels(model, batch)
+    if logits.ndim > 2 and labels.shape == logits.shape[:-1]:
+        raise ValueError(
+            f"expected logits [b, classes], got {tuple(logits.shape)}; of sequences take causal_lm_loss"
+        )
+    if logits.ndim > 1 and logits.shape[1] == 1:
+        raise ValueError(
+            f"expected logits of two classes or more, got {tuple(logits.shape)}, whose cross entropy is 0 whatever they are; "
+            "take squared_error, or a loss of your own"
+        )
     return F.cross_entropy(logits, labels, reduction="none")
 
 
 def margin(model: nn.Module, batch: Batch) -> Tensor:
     """log p/(1 − p) of the label, [b]: its logit less the logsumexp of the others (Park et al. 2023, eq. 8)."""
     logits, labels = logits_and_labels(model, batch)
+    if logits.ndim != 2 or labels.ndim != 1:
+        raise ValueError(
+            f"expected logits [b, classes] and labels [b], got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
     own = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], float("-inf"))
     return own[:, 0] - others.logsumexp(1)
@@ -60,28 +111,22 @@ def causal_lm_loss(model: nn.Module, batch: Batch, *, tokens: int | None = None)
     (the block length): then a short document counts by its length, as in a token mean.
 
     The batch is a dict with input_ids [b, L] and, where needed, attention_mask and labels [b, L]
-    (−100 is not predicted). Without labels the inputs are predicted, padding (mask 0) left out.
+    (−100 is not predicted). Without labels the inputs are predicted, padding (mask 0) left out. Nothing is predicted
+    from padding, on whichever side. The model is also given position_ids and token_type_ids, where there are such columns.
     Two more columns are there to be differentiated by, `magic(wrt="inputs", column=...)`:
     token_weights [b, L] multiply the loss of predicting each token (the first is not predicted) and
     change no denominator; embedding_shift [b, L, width] is added to the tokens' embeddings.
     """
     if not isinstance(batch, dict):
         raise TypeError(f"expected a dict with input_ids, got a {type(batch).__name__}")
-    inputs = {
-        name: value for name, value in batch.items() if name in ("input_ids", "attention_mask")
-    }
-    labels = batch.get("labels")
-    if labels is None:
-        labels = inputs["input_ids"]
-        if "attention_mask" in inputs:
-            labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+    inputs = {name: batch[name] for name in TO_MODELS if name in batch}
     if "embedding_shift" in batch:
         embed: Any = model.get_input_embeddings()  # type: ignore[operator]
         inputs["inputs_embeds"] = embed(inputs.pop("input_ids")) + batch["embedding_shift"]
     logits = model(**inputs, use_cache=False).logits[:, :-1]
-    labels = labels[:, 1:]
+    labels = next_labels(batch)
     nats = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
+        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
     )
     nats = nats.reshape(labels.shape)
     if "token_weights" in batch:
@@ -89,4 +134,4 @@ def causal_lm_loss(model: nn.Module, batch: Batch, *, tokens: int | None = None)
     total = nats.sum(1)
     if tokens is not None:
         return total / tokens
-    return total / (labels != -100).sum(1).clamp(min=1)
+    return total / (labels != IGNORED).sum(1).clamp(min=1)

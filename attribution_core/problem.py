@@ -244,12 +244,16 @@ def call(model: nn.Module, function: PerExample, params: Params, batch: Batch) -
         return functional_call(_Bound(model, function), named, (batch,))
 
 
+ASKS_FOR_GRADIENTS = "make_inputs_require_grads"  # what transformers and peft call such a hook
+
+
 @contextmanager
 def _one_function(model: nn.Module) -> Iterator[None]:
     """Where torch's two modes of differentiation differ, follow reverse mode, as training does.
 
     Padding rows of an embedding get no gradient, but forward mode gives them a tangent. Attention
-    layers in eval mode take fused kernels that have no forward mode.
+    layers in eval mode take fused kernels that have no forward mode. Hooks that transformers leaves at embeddings for
+    checkpointing ask their outputs for gradients, which a transformed function may not.
     """
 
     def still(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -257,18 +261,29 @@ def _one_function(model: nn.Module) -> Iterator[None]:
         return torch.where(padding, output.detach(), output)
 
     fast = torch.backends.mha.get_fastpath_enabled()
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    asking = [
+        (module._forward_hooks, key, hook)
+        for module in embeddings
+        for key, hook in module._forward_hooks.items()
+        if getattr(hook, "__name__", "") == ASKS_FOR_GRADIENTS
+    ]
     handles = [
         module.register_forward_hook(still)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None
+        for module in embeddings
+        if module.padding_idx is not None
     ]
     torch.backends.mha.set_fastpath_enabled(False)
+    for hooks, key, _ in asking:
+        del hooks[key]
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
+        for hooks, key, hook in asking:
+            hooks[key] = hook
 
 
 def precision_of(params: Params) -> AbstractContextManager[Any]:

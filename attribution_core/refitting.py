@@ -53,17 +53,35 @@ def refitted(fitted: Any, problem: Problem, weights: ArrayLike) -> Problem:
     batch: Any = take(problem.train, rows)
     x, y = (column.cpu().numpy() for column in batch)
     one = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-    again = clone(fitted)
-    if getattr(again, "class_weight", None) is not None:  # the weights hold them, see from_sklearn
-        again.set_params(class_weight=None)
-    again.fit(x, one, sample_weight=w[rows])
-    if hasattr(again, "classes_") and len(again.classes_) != problem.model.width:
+    if hasattr(fitted, "classes_") and len(np.unique(one)) != problem.model.width:
         raise ValueError(
-            f"expected rows of each of the {problem.model.width} classes, got {len(again.classes_)} classes; leave "
+            f"expected rows of each of the {problem.model.width} classes, got {len(np.unique(one))} classes; leave "
             "some rows of every class"
         )
+    again = clone(fitted)
+    if getattr(again, "class_weight", None) is not None:
+        _refuse_weights_without_classes(again.class_weight, fitted.classes_[one], w[rows])
+        again.set_params(class_weight=None)
+    again.fit(x, one, sample_weight=w[rows])
     made = from_sklearn(again, x, one, weights=w[rows])
     return replace(problem, model=made.model, weight_decay=made.weight_decay)
+
+
+def _refuse_weights_without_classes(
+    class_weight: Any, labels: NDArray[Any], w: NDArray[np.float64]
+) -> None:
+    """Raise for weights that treat all rows alike where the estimator's class weights do not.
+
+    Weights hold the class weights, see `from_sklearn`; those of an attack or a selection, 0 and 1, do not.
+    """
+    from sklearn.utils.class_weight import compute_sample_weight
+
+    own = compute_sample_weight(class_weight, labels)
+    if np.ptp(w) == 0 and np.ptp(own) > 1e-9 * own.max():
+        raise ValueError(
+            f"expected weights that hold the class weights {class_weight!r}, got {w[0]:g} for all rows; multiply them by "
+            "sklearn.utils.class_weight.compute_sample_weight(class_weight, labels), or fit without class weights"
+        )
 
 
 def refit(

@@ -10,9 +10,17 @@ import numpy as np
 def listed(seeds: int | Sequence[int]) -> list[int]:
     """The seeds themselves: 0 .. seeds − 1 for a number.
 
+    Raises:
+        ValueError: a seed that is named twice: what repeats is no second opinion.
+
     >>> listed(3), listed([4, 2])
     ([0, 1, 2], [4, 2])
     """
     if isinstance(seeds, (int, np.integer)):
         return list(range(seeds))
-    return [int(seed) for seed in seeds]
+    found = [int(seed) for seed in seeds]
+    if len(set(found)) < len(found):
+        raise ValueError(
+            f"expected at least one seed >= 0, each once, got {found}; a training that repeats is no second opinion"
+        )
+    return found

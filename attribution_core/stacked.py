@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from attribution_core.data import Batch, Rows, batches, rows_in, take
 from attribution_core.optimizers import clipped
@@ -33,6 +34,7 @@ MOST = 128  # trainings of a stack; a model may be so many times larger on a GPU
 DATA = 2**30  # bytes of training data that are held as one batch
 MEMORY = 2**30  # bytes that a stack's step may keep for its backward pass; 8 times on a GPU
 FIRST = np.zeros(1, dtype=int)  # the row on which an output is tried before the training
+ROUNDING = 1e-4  # of a loss, by which a row's may differ in a batch and alone
 FEW = 4  # trainings from which stacking is worth a trial step
 
 
@@ -137,6 +139,7 @@ class Stack:
                 name: torch.stack([trainable(m)[name] for m in self.initial])
                 for name in trainable(self.initial[0])
             }
+            self._row_by_row()
             self._evaluated(start, replace(outputs, data=Rows(outputs.data, FIRST), matrix=None))
             return self._evaluated(self._trained(start, data, length), outputs)
 
@@ -149,6 +152,20 @@ class Stack:
             same = other.keys() == fixed.keys() and trainable(model).keys() == free
             if not same or not all(torch.equal(other[k], v) for k, v in fixed.items()):
                 raise ValueError("initial models whose frozen parameters or buffers differ")
+
+    def _row_by_row(self) -> None:
+        """Raise where a row's loss depends on its batch: short batches are filled up with other rows."""
+        if not self.orders[0]:
+            return
+        model, loss = self.initial[0], self.problem.loss
+        batch = take(self.problem.train, self.orders[0][0], self.problem.device)
+        with torch.no_grad():
+            whole = call(model, loss, trainable(model), batch)
+            alone = call(model, loss, trainable(model), tree_map(lambda x: x[:1], batch))
+        if whole.shape[:1] != (rows_in(batch),) or alone.shape != (1,):
+            return  # which is told further on
+        if not (whole[0] - alone[0]).abs() <= ROUNDING * (1 + whole.abs().max()):
+            raise ValueError("losses that depend on the other rows of a batch")
 
     def _trained(self, params: Params, data: Batch, length: NDArray[np.intp]) -> Params:
         """The trained parameters, name -> [k, *shape]."""

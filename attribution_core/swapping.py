@@ -54,6 +54,9 @@ def refuse_hidden_parameters(
     for name, noise in normal_like(params).items():
         size = MOVED * params[name].float().square().mean().sqrt().item() + 1e-2
         moved[name] = params[name] + size * noise
+    for name, module in model.named_modules():
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            raise ValueError(_words(f"activation checkpointing in {name or 'the model'!r},"))
     try:
         batch = taken()
         own = _held(model, function, moved, batch, copied)

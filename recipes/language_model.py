@@ -93,6 +93,7 @@ def language_model(model: str, pool: Sequence[Document], folder: Path) -> Langua
         raise ValueError(
             f"expected a preset ({', '.join(PRESETS)}) or a transformers model, got {model!r}: {error}"
         ) from None
+    refuse_unfit(make(0), tokenizer, model)
     length = min(PRETRAINED.length, positions - 1)  # a block has a start token before its own
     return LanguageModel(tokenizer, make, replace(PRETRAINED, length=length), False)
 
@@ -160,6 +161,34 @@ def pretrained(name: str, seed: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+
+
+def refuse_unfit(model: Any, tokenizer: Any, name: str) -> None:
+    """Raise for a model that does not know all tokens, or that sees the tokens it is to predict.
+
+    Raises:
+        ValueError: either.
+    """
+    import torch
+
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"expected a model that knows its tokeniser's {len(tokenizer):,} tokens, got {known:,} embeddings in {name!r}"
+        )
+    ids = (
+        torch.arange(min(8, getattr(model.config, "max_position_embeddings", None) or 8))[None]
+        % known
+    )
+    other = ids.clone()
+    other[0, -1] = (ids[0, -1] + 1) % known
+    with torch.no_grad():
+        one, two = (model(input_ids=some).logits[0, :-1] for some in (ids, other))
+    if not torch.allclose(one, two, rtol=1e-5, atol=1e-6):
+        raise ValueError(
+            f"expected a model that predicts from left to right, got {type(model).__name__} in {name!r}, whose logits depend "
+            "on later tokens"
+        )
 
 
 def bits_per_byte(nats: float, documents: Sequence[Document]) -> float:

@@ -24,7 +24,7 @@ from applied.poisoning import (
     relabelled,
     repair,
 )
-from applied.versions import Versions
+from applied.versions import Versions, labels_of
 from attribution_core import (
     SGD,
     LinearDatamodel,
@@ -251,7 +251,11 @@ def judged(bench: Bench, budget: float, name: str, rounds: int, split: int) -> O
     """One attack: what it changed, who would have seen it, what comes back."""
     attack = attacked(bench, budget, name, rounds, split)
     found = searched(bench, attack)
-    mended = repair(attack, found, bench.victim) if len(found.suspects) else None
+    labels = labels_of(attack.poisoned.train)[1]
+    left = np.delete(labels, found.suspects)
+    # nothing is mended where nobody is suspected, or where a whole class is
+    possible = len(found.suspects) and len(np.unique(left)) == len(np.unique(labels))
+    mended = repair(attack, found, bench.victim) if possible else None
     return outcome(bench, attack, found, mended, budget, name, split)
 
 
@@ -333,8 +337,8 @@ def outcome(
         random=each(lambda j: attack.effect(j, "random").mean),
         predicted={t: float(p) for t, p in zip(names, attack.predicted, strict=True) if np.isfinite(p)},
         auc={detector: found.auc(detector) for detector in found.scores},
-        suspects=0 if mended is None else len(mended.removed),
-        caught=0 if mended is None else mended.planted,
+        suspects=len(found.suspects),
+        caught=int(attack.planted[found.suspects].sum()),
         recovered={} if mended is None else each(lambda j: share(mended, j)),
         by_random={} if mended is None else each(lambda j: share(mended, j, "random")),
         possible={} if mended is None else each(lambda j: share(mended, j, "planted")),

@@ -159,7 +159,7 @@ def _blocks(
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from recipes.corpus import Blocks
-    from recipes.language_model import fingerprint_of, kept_bpe
+    from recipes.language_model import fingerprint_of, kept_bpe, refuse_unfit
 
     folder.mkdir(parents=True, exist_ok=True)
     if model == "gpt2":
@@ -175,6 +175,7 @@ def _blocks(
             raise ValueError(
                 f"expected 'gpt2' or a transformers folder, got {model!r}: {error}"
             ) from None
+        refuse_unfit(make(0), tokenizer, model)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise ValueError(

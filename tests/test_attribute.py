@@ -86,3 +86,27 @@ def test_wrong_input_is_said_in_one_line(tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message) as stopped:
         run(["--rows", "60", "--epochs", "1", "--out", str(tmp_path), *flags])
     assert str(stopped.value).startswith("error: ")
+
+
+def saved(folder, model, tokens):
+    """A transformers folder with a byte tokeniser of so many tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    from recipes.language_model import train_bpe
+
+    model.save_pretrained(folder)
+    bpe = train_bpe(["some words, and some more of them"], tokens)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>").save_pretrained(folder)
+    return str(folder)
+
+
+def test_models_that_do_not_fit_are_told(tmp_path):
+    from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
+
+    small = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
+    both = BertLMHeadModel(BertConfig(vocab_size=300, intermediate_size=16, **small))
+    with pytest.raises(ValueError, match="from left to right, got BertLMHeadModel"):
+        text_task(tmp_path / "a", 20, 4, model=saved(tmp_path / "bert", both, 270))
+    few = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="got 100 embeddings"):
+        text_task(tmp_path / "b", 20, 4, model=saved(tmp_path / "gpt2", few, 270))

@@ -1,6 +1,7 @@
 """applied.conformance: broken unlearners are caught by name, a sound one passes, cost is counted."""
 
 import copy
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -438,3 +439,81 @@ class Jittered:
 def test_data_that_cannot_be_compared_are_no_failure(forget):
     found = conformance(fine_tune, network(), forget, RETAIN, batch_size=BATCH, training_steps=40)
     assert found.ok
+
+
+# --- the same function, other parameters --------------------------------------------------------------
+
+
+def shifts_all_logits(model, forget, retain):
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        made[3].bias += 1.0
+    return made
+
+
+def breathes(model, forget, retain):
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        made[0].weight += 1e-9 * torch.randn_like(made[0].weight)
+    return made
+
+
+def swaps_hidden_units(model, forget, retain):
+    made = copy.deepcopy(model)
+    order = torch.arange(made[0].out_features).flip(0)
+    with torch.no_grad():
+        for module in list(made)[:3]:
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.ndim:
+                    tensor.copy_(tensor[order])
+        made[3].weight.copy_(made[3].weight[:, order])
+    return made
+
+
+@pytest.mark.parametrize("disguise", [shifts_all_logits, breathes, swaps_hidden_units])
+def test_no_op_in_disguise(disguise):
+    found = run(disguise)
+    assert found.failures == ("no-op",)
+    assert "what is said of" in found.reasons["no-op"]
+
+
+def test_copies_by_pickle_are_counted():
+    def pickles(model, forget, retain):
+        student = pickle.loads(pickle.dumps(model))
+        descend(student, student)
+        return student
+
+    found = run(pickles, limit=STEPS)
+    assert found.ok
+    assert found.steps == STEPS
+    kept = pickle.loads(pickle.dumps(found.model))
+    assert not any(module._forward_pre_hooks for module in kept.modules())
+
+
+def test_a_copy_that_was_pickled_meanwhile_counts_no_more():
+    model = network()
+    with counted(model) as count:
+        held = pickle.dumps(model)
+    pickle.loads(held).eval()(RETAIN[0])
+    assert count.rows == count.rows_read == 0
+
+
+def test_a_cost_that_was_not_seen_is_not_called_cheap():
+    def elsewhere(model, forget, retain):
+        student = network()
+        student.load_state_dict(model.state_dict())
+        descend(student, student)
+        return student
+
+    found = run(elsewhere, limit=1)
+    assert found.steps == 0
+    assert "too expensive" not in found.checked
+    assert "too expensive              not checked" in found.table()
+
+
+def test_a_mask_of_whole_numbers_is_no_list_of_rows():
+    weights, mask = np.ones((2, 6)), np.array([1, 1, 1, 0, 0, 0])
+    weights[:, :3] = 0
+    with pytest.raises(ValueError, match="different indices"):
+        run(fine_tune, oracle_weights=weights, forget_rows=mask)
+    assert run(fine_tune, oracle_weights=weights, forget_rows=mask.astype(bool)).ok

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attribution_core import Problem
+from attribution_core import Outputs, Problem, influence
 from attribution_core import curvature as core
 from attribution_core.conjugate import conjugate_gradients
 from attribution_core.curvature import fisher_diagonal, fit_curvature, products, spectrum
@@ -481,3 +481,16 @@ def test_a_loss_that_is_one_number_for_the_batch(kind):
     problem = Problem(menagerie.softmax().model, mean, menagerie.softmax().train)
     with pytest.raises(ValueError, match=r"expected one loss per row.*reduction='none'"):
         fit_curvature(problem, kind)
+
+
+def test_layers_without_forward_mode_are_told_what_to_do(monkeypatch):
+    """As transformers' grouped experts are."""
+    problem = menagerie.mlp(6)
+    outputs = Outputs(problem.loss, problem.train)
+
+    def none(*_, **__):
+        raise NotImplementedError("Trying to use forward AD with _grouped_mm")
+
+    monkeypatch.setattr("attribution_core.curvature.jvp", none)
+    with pytest.raises(NotImplementedError, match=r"ekfac.*refine=0"):
+        influence(problem, outputs, curvature="gauss_newton", form="cg", damping=0.1)

@@ -6,7 +6,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attribution_core import causal_lm_loss, cross_entropy, margin, squared_error
+from attribution_core import (
+    Outputs,
+    Problem,
+    causal_lm_loss,
+    cross_entropy,
+    influence,
+    margin,
+    squared_error,
+)
+from attribution_core.outputs import next_labels
 from tests import menagerie
 
 
@@ -110,3 +119,76 @@ def test_squared_error_of_a_model_that_returns_numbers():
     model = lambda x: x.sum(1)  # noqa: E731
     x, y = torch.ones(3, 2), torch.tensor([2.0, 1.0, 0.0])
     assert squared_error(model, (x, y)).tolist() == [0.0, 0.5, 2.0]
+
+
+# --- padding, and what else a model is given -------------------------------------------------------
+
+
+def padded(left, attention):
+    """Four sequences of a Llama (rotary positions: they do not care where one begins), padded on one side."""
+    model = menagerie.llama(6, 7).model
+    model.set_attn_implementation(attention)
+    ids = torch.randint(0, 11, (4, 5), generator=torch.Generator().manual_seed(1))
+    sides = [torch.zeros(4, 3, dtype=torch.long), ids]
+    masks = [torch.zeros(4, 3, dtype=torch.long), torch.ones(4, 5, dtype=torch.long)]
+    turn = 1 if left else -1
+    data = {
+        "input_ids": torch.cat(sides[::turn], 1), "attention_mask": torch.cat(masks[::turn], 1),
+    }  # fmt: skip
+    return Problem(model, causal_lm_loss, data)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_on_the_left_is_padding_on_the_right(attention):
+    """Nothing is predicted from padding, which on the left precedes the first token."""
+    one, other = (padded(left, attention) for left in (False, True))
+    plain = Problem(one.model, causal_lm_loss, {"input_ids": one.train.columns["input_ids"][:, :5]})
+    losses = [Outputs(p.loss, p.train).evaluate(p.model) for p in (plain, one, other)]
+    # positions are counted from 0 on the left, too: rotary angles round otherwise
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-12)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-12)
+    scores = [
+        influence(p, Outputs(p.loss, p.train), curvature="gauss_newton", damping=0.1).scores
+        for p in (one, other)
+    ]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-8, atol=1e-12)
+
+
+def test_labels_that_were_given_are_not_predicted_from_padding_either():
+    ids, mask = torch.tensor([[0, 3, 4, 5]]), torch.tensor([[0, 1, 1, 1]])
+    given = next_labels({"input_ids": ids, "labels": ids, "attention_mask": mask})
+    assert given.tolist() == [[-100, 4, 5]]
+    masked = torch.tensor([[1, 1, 0, 0]])  # labels at padding were asked for
+    assert next_labels({"input_ids": ids, "labels": ids, "attention_mask": masked}).tolist() == [
+        [3, 4, -100]
+    ]
+
+
+def test_positions_and_token_types_reach_the_model():
+    """Two short texts packed in a row count their positions from 0 each."""
+    problem = menagerie.gpt2(3, 8)
+    ids = problem.train.columns["input_ids"]
+    more = {
+        "position_ids": torch.tensor([[0, 1, 2, 3] * 2] * 3),
+        "token_type_ids": torch.ones_like(ids),
+    }
+    plain = causal_lm_loss(problem.model, {"input_ids": ids})
+    for name, column in more.items():
+        found = causal_lm_loss(problem.model, {"input_ids": ids, name: column})
+        own = problem.model(input_ids=ids, **{name: column}, use_cache=False).logits[:, :-1]
+        expected = F.cross_entropy(own.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        torch.testing.assert_close(found, expected.reshape(3, 7).mean(1))
+        assert (found - plain).abs().min() > 1e-4
+
+
+def test_losses_of_classes_refuse_what_has_none():
+    rows = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="two classes or more"):
+        cross_entropy(nn.Linear(3, 1), (rows, torch.zeros(2, 1)))
+    with pytest.raises(ValueError, match="take causal_lm_loss"):
+        cross_entropy(nn.Linear(3, 4), (torch.zeros(2, 5, 3), torch.zeros(2, 5).long()))
+    with pytest.raises(ValueError, match="and labels"):
+        margin(nn.Linear(3, 4), (rows, torch.zeros(2, 1).long()))
+    problem = menagerie.gpt2(2)
+    with pytest.raises(ValueError, match="rows with labels"):
+        cross_entropy(problem.model, {"input_ids": problem.train.columns["input_ids"]})

@@ -210,3 +210,18 @@ def test_intervals_of_payments_at_a_discount_hold_the_share():
 def test_numbers_are_no_values(act):
     with pytest.raises(ValueError, match="expected Values, got list"):
         act()
+
+
+@pytest.mark.parametrize("discount", [-1.0, np.nan, np.inf])
+def test_a_discount_that_is_none(discount):
+    worth = Values([1.0, 2.0, -0.5], [1.0] * 3, ["a", "b", "c"], [[1.0], [2.0], [-0.5]])
+    for act in (lambda: pay(worth, 3, discount=discount), lambda: buy(worth, [1, 1, 1], 3, discount=discount)):  # fmt: skip
+        with pytest.raises(ValueError, match="a discount of 0 or more"):
+            act()
+
+
+@pytest.mark.parametrize("limits", [{"floors": [1.0, 2.0]}, {"caps": [[30.0] * 3]}])
+def test_limits_that_are_not_one_a_player(limits):
+    worth = Values([1.0, 2.0, 3.0], [1.0] * 3, ["a", "b", "c"], [[1.0], [2.0], [3.0]])
+    with pytest.raises(ValueError, match="one number or one a player"):
+        pay(worth, 30, **limits)

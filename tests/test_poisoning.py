@@ -950,3 +950,20 @@ def test_predictions_start_at_the_clean_data_wherever_the_surrogate_stands(round
     clean[np.arange(N) * CLASSES + problem.train.columns[1].numpy()] = 1.0
     expected = truth.value(found.weights) - truth.value(clean)
     np.testing.assert_allclose(found.predicted, expected, rtol=1e-12)
+
+
+def test_pools_of_classes_that_the_model_does_not_know():
+    problem = replace(labelled(), model=nn.Linear(2, CLASSES).double())
+    x, y = labelled(5, seed=5).train.columns
+    truth = world(rows=N + 5)
+    with pytest.raises(ValueError, match=rf"a pool with labels 0 .. {CLASSES - 1}, got"):
+        insert(problem, (x, y + 7), ThreatModel(2, "rows"), truth.surrogate, truth.victim)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({"budget": "5"}, "in numbers"), ({"budget": 2, "box": (0.0,)}, r"box .low, high.")],
+)
+def test_threat_models_of_no_numbers(given, words):
+    with pytest.raises(ValueError, match=words):
+        ThreatModel(**{"may_change": "inputs", "epsilon": 0.1, **given})

@@ -193,3 +193,13 @@ def test_outputs_in_single_precision_are_returned_in_double():
     model = menagerie.mlp().model.float()
     values = Outputs(margin, (X.float(), Y)).mean().evaluate(model)
     assert values.dtype == torch.float64
+
+
+def test_several_data_sets_and_lists_of_rows_are_told():
+    one = datasets.Dataset.from_dict({"x": [[1.0], [2.0]]})
+    with pytest.raises(TypeError, match=r"one data set, got several: \['train', 'test'\]"):
+        as_data(datasets.DatasetDict({"train": one, "test": one}))
+    with pytest.raises(TypeError, match="got a list of rows"):
+        as_data([{"x": 1.0}, {"x": 2.0}])
+    with pytest.raises(TypeError, match="a length"):
+        as_data(one.to_iterable_dataset())

@@ -264,3 +264,26 @@ def test_no_seeds_at_all():
     outputs = Outputs(squared_error, problem.train)
     with pytest.raises(ValueError, match="at least one seed"):
         refit(estimator, problem, outputs, np.ones(len(x)), seeds=0)
+
+
+def test_weights_without_class_weights_are_refused():
+    """Those of an attack, 0 and 1, would refit another estimator than the one that was fitted."""
+    x, y = rows(2)
+    y = np.where(np.arange(len(y)) < len(y) // 4, 1, 0)
+    fit = LogisticRegression(class_weight="balanced", tol=1e-12, max_iter=10_000).fit(x, y)
+    w = compute_sample_weight("balanced", y)
+    problem = Problem.from_sklearn(fit, x, y, weights=w)
+    with pytest.raises(ValueError, match="hold the class weights"):
+        refitted(fit, problem, np.ones(len(y)))
+    refitted(fit, problem, w)
+    # classes of one size: their weights are equal anyway
+    even = np.r_[np.flatnonzero(y), np.flatnonzero(y == 0)[: y.sum()]]
+    refitted(fit, problem, np.isin(np.arange(len(y)), even).astype(float))
+
+
+def test_one_class_left_is_said_before_scikit_learn_does():
+    x, y = rows(2)
+    fit = LogisticRegression().fit(x, y)
+    problem = Problem.from_sklearn(fit, x, y)
+    with pytest.raises(ValueError, match="rows of each of the 2 classes, got 1"):
+        refitted(fit, problem, (y == y[0]).astype(float))

@@ -293,3 +293,11 @@ def test_seeds_come_back_in_their_order(tmp_path, name):
 def test_a_number_of_seeds_may_be_numpys():
     problem, recipe, outputs, weights = world()
     assert retrain(problem, recipe, outputs, weights[:1], seeds=np.int64(2)).seeds == (0, 1)
+
+
+def test_a_seed_named_twice_is_no_second_opinion():
+    problem = menagerie.softmax(20)
+    with pytest.raises(ValueError, match="each once"):
+        retrain(
+            problem, Recipe(SGD(0.1), 4, 1), menagerie.unseen(problem), np.ones(20), seeds=[3, 3]
+        )

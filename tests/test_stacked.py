@@ -283,3 +283,22 @@ def test_threads_are_given_back():
     problem = menagerie.softmax()
     retrain(problem, RECIPES["SGD"], menagerie.unseen(problem), np.ones((2, 20)), seeds=3)
     assert torch.get_num_threads() == before
+
+
+def test_losses_that_depend_on_their_batch_go_one_by_one():
+    """Short batches of a stack are filled up with other rows, which such a loss would see."""
+
+    def centred(model, batch):
+        z = model(batch[0])
+        return F.cross_entropy(z, batch[1], reduction="none") + 0.5 * (z - z.mean(0)).square().sum(1)  # fmt: skip
+
+    problem = replace(menagerie.softmax(20), loss=centred)
+    recipe, outputs = Recipe(SGD(0.1), 8, 3), menagerie.unseen(problem, cross_entropy)
+    weights = np.concatenate([np.ones((3, 20)), random_subsets(20, 3, keep=0.25)])
+    found, one = (
+        retrain(problem, recipe, outputs, weights, seeds=1, stack=stack).per_seed
+        for stack in ("auto", 1)
+    )
+    np.testing.assert_array_equal(found, one)
+    with pytest.raises(ValueError, match="depend on the other rows"):
+        retrain(problem, recipe, outputs, weights, seeds=1, stack=4)

@@ -180,3 +180,17 @@ def test_the_model_and_the_generator_are_left_as_they_were():
     refuse_hidden_parameters(model, cross_entropy, lambda: data())
     assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_hooks_left_by_checkpointing_do_not_matter_in_eval_mode():
+    """transformers asks an embedding's output for gradients, which no transformed function may."""
+    problem = menagerie.gpt2()
+    outputs = Outputs(problem.loss, problem.train)
+    expected = influence(problem, outputs, damping=0.1).scores
+    model = copy.deepcopy(problem.model)
+    model.enable_input_require_grads()
+    hooks = list(model.get_input_embeddings()._forward_hooks.values())
+    asking = Problem(model.eval(), problem.loss, problem.train)
+    np.testing.assert_array_equal(influence(asking, outputs, damping=0.1).scores, expected)
+    assert in_run(asking, Recipe(SGD(0.1), 2, 1), outputs).run is not None
+    assert list(model.get_input_embeddings()._forward_hooks.values()) == hooks

@@ -19,9 +19,11 @@ from attribution_core import (
     Outputs,
     Problem,
     Recipe,
+    causal_lm_loss,
     cross_entropy,
     margin,
     retrain,
+    squared_error,
     train,
 )
 from attribution_core.rehearsal import Rehearsal
@@ -391,3 +393,77 @@ def test_a_retained_row_is_in_every_batch(trained):
         assert moved(runs[0].model, made).abs().max() > 0
     with pytest.raises(ValueError, match="batches of two rows or more"):
         match(runs[0].model, forget, retain, how=Steps(1, 0.1, batch_size=1), **settings)
+
+
+# --- one output, and sequences without labels ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["column", "flat"])
+def test_a_regression_forgets(shape):
+    """One output alone is no softmax's: nothing of it may be centred away."""
+
+    class One(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Sequential(
+                torch.nn.Linear(4, 12), torch.nn.GELU(), torch.nn.Linear(12, 1)
+            )
+
+        def forward(self, x):
+            return self.net(x) if shape == "column" else self.net(x)[:, 0]
+
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 4, generator=rng).double()
+    y = x.sum(1)
+    y[:12] = 4 - y[:12]  # to forget: rows that pull another way
+    problem = Problem(One().double(), squared_error, (x, y[:, None] if shape == "column" else y))
+    recipe = Recipe(SGD(0.02, 0.9), 20, 20)
+    runs = [train(problem, replace(recipe, seed=seed), states=0) for seed in range(4)]
+    read = {"forget": Outputs(lambda model, batch: model(batch[0]).reshape(-1), problem.train[list(range(12))])}  # fmt: skip
+    found = unlearning.unlearn(runs, range(12), read, budget=0.5)
+    weights = np.r_[np.zeros(12), np.ones(108)]
+    oracle = retrain(problem, recipe, read["forget"], weights, seeds=range(9, 15)).per_seed[0]
+    before, after = unlearning.read_all(runs, read), found.outputs(read)
+    missed = [np.abs(some["forget"].mean(0) - oracle.mean(0)).mean() for some in (before, after)]
+    assert missed[1] < 0.4 * missed[0]  # by hand: .1 to .2
+
+
+def sequences(more=0):
+    """Ten rows for a tiny GPT-2, padded on the right, with `more` further places of padding."""
+    from tests import menagerie
+
+    problem = menagerie.gpt2(10, 7 - more)
+    ids = menagerie.gpt2(10, 5).train.columns["input_ids"]
+    ids = torch.cat([ids, torch.zeros(10, 3, dtype=torch.long)], 1)[:, : 5 + more]
+    mask = (torch.arange(5 + more) < 5).long().expand(10, -1)
+    return replace(problem, train={"input_ids": ids, "attention_mask": mask}, loss=causal_lm_loss)
+
+
+def test_sequences_without_labels_predict_themselves():
+    problem = sequences()
+    runs = [train(problem, Recipe(SGD(0.5), 5, 4, seed=k), states=0) for k in range(2)]
+    outputs = Outputs(causal_lm_loss, problem.train)
+    assert len(unlearning.unlearn(runs, [1, 2], outputs, budget=0.9).models) == 2
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_padding_changes_no_unlearner(name):
+    moved = []
+    for more in (0, 2):
+        problem = sequences(more)
+        forget, retain = problem.train[[0, 1]], problem.train[list(range(2, 10))]
+        how = Steps(4, 0.05, momentum=0.0, batch_size=4)
+        new = getattr(unlearners, name)(
+            sequences(0).model, forget, retain, loss=causal_lm_loss, how=how
+        )
+        moved.append(torch.cat([p.flatten() for p in new.parameters()]))
+    # sums of five or seven terms, of which two are 0
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-9, atol=1e-12)
+
+
+def test_models_are_no_runs(trained):
+    _, _, runs, rows, outputs = trained
+    with pytest.raises(ValueError, match=r"expected runs of `train`.*got"):
+        unlearning.unlearn([runs[0].model], rows, outputs)
+    some = unlearning.unlearn((run for run in runs[:2]), rows, method=unlearners.fine_tune)
+    assert len(some.models) == 2

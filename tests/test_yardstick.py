@@ -434,3 +434,18 @@ def test_point_masses_apart_miss_their_means():
     found = evaluate(apart, {"forget": np.full((100, 2), 0.1)}, {"forget": np.full((50, 2), 0.9)})
     assert found.missing("unlearned")["spread"] == 0
     assert found.missing("unlearned")["means"] > 11
+
+
+def test_models_that_scatter_far_beyond_the_oracles_go_too_far():
+    """Half of them here, half there: no mean is beyond anything, no single model near."""
+    rng = np.random.default_rng(0)
+    oracle, before = rng.normal(size=(12, 6)), rng.normal(size=(8, 6)) + 3
+    wild = 60 * np.sign(rng.normal(size=(8, 6))) + rng.normal(size=(8, 6))
+    near = rng.normal(size=(8, 6)) + 0.5
+    found = evaluate(
+        {"wild": {"forget": wild}, "near": {"forget": near}}, {"forget": oracle}, {"forget": before}
+    )
+    assert found.over("wild")
+    assert found.scatter("wild") > 10
+    assert not found.over("near")
+    assert found.scatter("near") < 1

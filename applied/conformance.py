@@ -250,7 +250,8 @@ def _said(model: nn.Module, forget: Any) -> Tensor | None:
     """Outputs on the first forget rows, less what softmax does not see; None where they cannot be had."""
     device = next((p.device for p in model.parameters()), None)
     try:
-        batch = take(as_data(forget), np.arange(min(TRIED, len(forget))), device)
+        data = as_data(forget)
+        batch = take(data, np.arange(min(TRIED, len(data))), device)
         with torch.no_grad(), _evaluating(model):
             z = logits_of(model, batch).double().cpu()
     except Exception:  # data of another kind, or a model that is called in another way

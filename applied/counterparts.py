@@ -23,15 +23,16 @@ def say(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: labels that are no classes: none, or numbers.
     """
-    if isinstance(batch, dict) and not {"labels", "input_ids"} & set(batch):
-        raise ValueError(
-            f"expected rows with labels, which say what is predicted, got {sorted(batch)}"
-        )
     z = logits_of(model, batch)
+    known = batch if isinstance(batch, dict) else {"labels": batch[1]}
+    if "labels" not in known and not (z.ndim > 2 and "input_ids" in known):
+        raise ValueError(
+            f"expected rows with labels, which say what is predicted, got {sorted(known)}"
+        )
     if z.ndim > 2:  # a sequence: logits at a position predict the next
         z, labels = z[:, :-1], next_labels(batch)
     else:
-        labels = batch["labels"] if isinstance(batch, dict) else batch[1]
+        labels = known["labels"]
     if labels.is_floating_point() or labels.shape != z.shape[:-1] or z.shape[-1] == 1:
         raise ValueError(
             f"expected a class for each of the model's predictions {tuple(z.shape[:-1])}, got labels "

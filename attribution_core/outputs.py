@@ -14,13 +14,14 @@ from torch.nn import functional as F
 from attribution_core.data import Batch
 
 IGNORED = -100  # the label of what is not predicted
+NOT_TO_MODELS = ("labels", "token_weights", "embedding_shift")
 TO_MODELS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     """The model's logits on a batch."""
     if isinstance(batch, dict):
-        out: Any = model(**{name: value for name, value in batch.items() if name != "labels"})
+        out: Any = model(**{name: x for name, x in batch.items() if name not in NOT_TO_MODELS})
     else:
         inputs, _ = batch
         out = model(inputs)

@@ -211,7 +211,7 @@ def test_counterparts_come_by_themselves_and_fit(by_heart):
     with pytest.raises(ValueError, match="a budget of a step or more"):
         unlearning.unlearn(runs, rows, outputs, like=like, budget=0.001)
     with pytest.raises(ValueError, match="labels, which say what is predicted"):
-        say(Words(), {"pixels": torch.zeros(1, 3)})
+        say(torch.nn.Linear(3, 2), {"input": torch.zeros(1, 3)})
     with pytest.raises(ValueError, match="a class for each"):
         say(torch.nn.Linear(2, 3), (torch.zeros(4, 2), torch.zeros(4, 3)))
     told = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}

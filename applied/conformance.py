@@ -26,8 +26,15 @@ from attribution_core.data import as_data, take
 from attribution_core.outputs import logits_of
 from attribution_core.store import fingerprint
 
-SAME = 1e-5  # of the largest output, by which outputs of the same function may differ: float32's rounding
-TRIED = 256  # forget rows on which two functions are compared
+SAME = (
+    1e-6  # of the outputs' spread, by which those of the same function may differ, besides rounding
+)
+TRIED, BATCH, KEPT = (
+    256,
+    8,
+    2**22,
+)  # forget rows on which two functions are compared; at a time; numbers in all
+MASKED = 1e5  # below the largest: a logit that is none
 
 ADVICE = {
     "no-op": "build the optimizer on the parameters of the copy that you return, and step it",
@@ -147,7 +154,7 @@ def conformance(
     if evaluation is not None:
         checked.append("over-forgets")
         reasons["over-forgets"] = _over(evaluation, method)
-    said = _said(model, forget)
+    said = _Said.by(model, forget)
     before, data = _Snapshot(model), _print(forget, retain)
     with counted(model) as count:
         made = unlearner(model, forget, retain)
@@ -157,7 +164,7 @@ def conformance(
                 "return the new model"
             )
         count.made.append(made)
-    reasons["no-op"] = _no_op(before, model, made) or _same_function(said, _said(made, forget))
+    reasons["no-op"] = _no_op(before, model, made) or _same_function(said, _Said.by(made, forget))
     changed = data is not None and _print(forget, retain) != data
     edited = "the rows to forget or retain changed" if changed else ""
     reasons["edits its input"] = before.edits(model) or _shares(model, made) or edited
@@ -246,26 +253,49 @@ def _no_op(before: _Snapshot, model: nn.Module, made: nn.Module) -> str:
     return ""
 
 
-def _said(model: nn.Module, forget: Any) -> Tensor | None:
-    """Outputs on the first forget rows, less what softmax does not see; None where they cannot be had."""
-    device = next((p.device for p in model.parameters()), None)
-    try:
-        data = as_data(forget)
-        batch = take(data, np.arange(min(TRIED, len(data))), device)
-        with torch.no_grad(), _evaluating(model):
-            z = logits_of(model, batch).double().cpu()
-    except Exception:  # data of another kind, or a model that is called in another way
-        return None
-    return z - z.mean(-1, keepdim=True) if z.ndim > 1 and z.shape[-1] > 1 else z
+@dataclass(frozen=True)
+class _Said:
+    """Outputs on the first forget rows, as they came."""
+
+    z: Tensor
+
+    @classmethod
+    def by(cls, model: nn.Module, forget: Any) -> _Said | None:
+        """As many rows as `KEPT` numbers allow; None where outputs cannot be had."""
+        device = next((p.device for p in model.parameters()), None)
+        try:
+            data = as_data(forget)
+            parts, rows = [], np.arange(min(TRIED, len(data)))
+            with torch.no_grad(), _evaluating(model):
+                while len(rows):
+                    parts.append(logits_of(model, take(data, rows[:BATCH], device)).cpu())
+                    room = KEPT // max(1, parts[0][0].numel()) - sum(map(len, parts))
+                    rows = rows[BATCH:][: max(0, room)]
+            return cls(torch.cat(parts))
+        except Exception:  # data of another kind, or a model that is called in another way
+            return None
+
+    def same(self, other: _Said) -> bool:
+        """Whether differences are rounding, or a shift that softmax does not see."""
+        if self.z.shape != other.z.shape or not self.z.is_floating_point():
+            return False
+        one, two = self.z.double(), other.z.double()
+        masked = one < one.max() - MASKED  # logits that a mask took out
+        if not torch.equal(masked, two < two.max() - MASKED):
+            return False
+        rounding = 64 * torch.finfo(self.z.dtype).eps * float(one[~masked].abs().max())
+        one, two = (x.masked_fill(masked, torch.nan) for x in (one, two))
+        if one.ndim > 1 and one.shape[-1] > 1:
+            one, two = (x - x.nanmean(-1, keepdim=True) for x in (one, two))
+        spread = float((one - one.nanmean()).square().nanmean().sqrt())
+        return float((two - one)[~masked].abs().max()) <= SAME * spread + rounding
 
 
-def _same_function(was: Tensor | None, now: Tensor | None) -> str:
+def _same_function(was: _Said | None, now: _Said | None) -> str:
     """Why parameters that differ say the same of the forget rows; empty if they do not, or nobody can tell."""
-    if was is None or now is None or was.shape != now.shape or not was.numel():
+    if was is None or now is None or not was.same(now):
         return ""
-    if not float((now - was).abs().max()) <= SAME * float(was.abs().max()):
-        return ""
-    return f"parameters differ, but what is said of {len(was)} forget rows does not"
+    return f"parameters differ, but what is said of {len(was.z)} forget rows does not"
 
 
 @contextmanager
@@ -365,7 +395,8 @@ def _over(evaluation: Evaluation, method: str | None) -> str:
     name = evaluation.methods[0] if method is None else method
     if not evaluation.over(name):
         return ""
-    share, far = evaluation.over_forgotten(name), evaluation.scatter(name)
-    if far > 3:
-        return f"models scatter, half of them {far:.3g} times as far from the oracles as before"
-    return f"{100 * share:.0f} % of the forget points lie beyond the oracles' outputs"
+    if evaluation.beyond(name):
+        share = evaluation.over_forgotten(name)
+        return f"{100 * share:.0f} % of the forget points lie beyond the oracles' outputs"
+    far = evaluation.scatter(name)
+    return f"models scatter, half of them {far:.3g} times as far about their mean as from before to the oracles"

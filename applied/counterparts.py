@@ -97,5 +97,6 @@ def _answers(data: Data) -> list[list[int]]:
         if labels is None or labels.is_floating_point():
             what = "none" if labels is None else f"labels of {labels.dtype}"
             raise ValueError(f"expected rows with classes or tokens as labels, got {what}")
-        found += [[x for x in row if x != IGNORED] for row in labels.reshape(len(some), -1).tolist()]  # fmt: skip
+        told = next_labels(batch) if labels.ndim > 1 else labels[:, None]
+        found += [[x for x in row if x != IGNORED] for row in told.tolist()]
     return found

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +36,13 @@ def counted(model: nn.Module) -> Iterator[Count]:
     passes through parts of the model, and through models built anew.
     """
     count = Count()
-    hook = _Hook(count, next(_NUMBERS))
+    hook = _Hook(count, uuid4().hex)
     model.register_forward_pre_hook(hook, with_kwargs=True)
-    _UNDER_WAY[hook.number] = hook
+    _UNDER_WAY[hook.name] = hook
     try:
         yield count
     finally:
-        del _UNDER_WAY[hook.number]
+        del _UNDER_WAY[hook.name]
         count.on = False  # copies that were kept elsewhere still hold the hook
         for module in (part for top in (model, *count.made) for part in top.modules()):
             mine = [key for key, found in module._forward_pre_hooks.items() if found is hook]
@@ -56,7 +56,7 @@ class _Hook:
     """Counts the rows of a call; however a model is copied, its copies count here, too."""
 
     count: Count
-    number: int  # by which pickled copies find it
+    name: str  # by which pickled copies find it, and no other session's do
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = next(_inside([args, kwargs]), None)
@@ -71,16 +71,15 @@ class _Hook:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _hook_under_way, (self.number,)
+        return _hook_under_way, (self.name,)
 
 
-_NUMBERS = itertools.count()
-_UNDER_WAY: dict[int, _Hook] = {}  # hooks of counts that are not through
+_UNDER_WAY: dict[str, _Hook] = {}  # hooks of counts that are not through
 
 
-def _hook_under_way(number: int) -> _Hook:
+def _hook_under_way(name: str) -> _Hook:
     """The hook that a pickled model held; one that counts nothing where its count is through."""
-    return _UNDER_WAY.get(number) or _Hook(Count(on=False), number)
+    return _UNDER_WAY.get(name) or _Hook(Count(on=False), name)
 
 
 def _inside(given: Any) -> Iterator[Tensor]:

@@ -166,7 +166,9 @@ def _tries(ways: Sequence[Any], runs: Sequence[Any]) -> float:
 
 
 def _labels(batch: Batch) -> Tensor:
-    return batch["labels"] if isinstance(batch, dict) else batch[1]
+    """Labels; none is an empty tensor of numbers."""
+    known = batch if isinstance(batch, dict) else {"labels": batch[1]}
+    return known.get("labels", torch.zeros(0))
 
 
 def _counted(z: Tensor, places: Tensor) -> Tensor:

@@ -19,12 +19,14 @@ stated ball, and rows that the caller brings are all that an attack chooses from
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from applied.attack import (
@@ -258,13 +260,17 @@ def _in_rounds(
 
 
 def _refuse_unknown_labels(problem: Problem, pool: Data) -> None:
-    """Raise for rows of a pool whose class the model does not know."""
+    """Raise for rows of a pool of classes that neither the training data nor the model's outputs have."""
     try:
         _, labels = labels_of(pool)
-        z = logits_of(problem.model, take(pool, [0], problem.device))
+        _, own = labels_of(problem.train)
+        with torch.no_grad():
+            model = copy.deepcopy(problem.model).eval()
+            z = logits_of(model, take(pool, [0], problem.device))
     except Exception:  # no classification, or a model that is called in another way
         return
-    if z.ndim == 2 and z.shape[1] > 1 and not 0 <= labels.min() <= labels.max() < z.shape[1]:
+    new = np.setdiff1d(labels, own)
+    if z.ndim == 2 and z.shape[1] > 1 and len(new) and not 0 <= new[0] <= new[-1] < z.shape[1]:
         raise ValueError(
             f"expected a pool with labels 0 .. {z.shape[1] - 1}, got {labels.min()} to {labels.max()}"
         )

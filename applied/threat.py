@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -57,7 +56,7 @@ class ThreatModel:
             raise ValueError(
                 f"expected knowledge among {get_args(Knowledge)}, got {self.knowledge!r}"
             )
-        if not isinstance(self.budget, Real):
+        if isinstance(self.budget, (str, bytes)) or not hasattr(self.budget, "__float__"):
             raise ValueError(f"expected a budget in numbers, got {self.budget!r}")
         whole = self.budget >= 1 and self.budget % 1 == 0
         if not (math.isfinite(self.budget) and (0 < self.budget < 1 or whole)):

@@ -134,8 +134,9 @@ def scrub(
 
     def apart(new: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
-            old, _ = say(teacher, batch)
-        return (old.exp() * (old - say(new, batch)[0])).sum(1).mean()
+            old, counts = centred_logits(teacher, batch)
+        old, now = (z.log_softmax(-1) for z in (old, centred_logits(new, batch)[0]))
+        return ((old.exp() * (old - now)).sum(-1) * counts).sum() / counts.sum().clamp(min=1)
 
     def goal(new: nn.Module, f: Any, r: Any) -> Tensor:
         step = next(taken)
@@ -187,7 +188,13 @@ def to_unseen(
     def apart(teacher: nn.Module, shown: Batch, new: nn.Module, asked: Batch) -> Tensor:
         with torch.no_grad():
             wanted, _ = say(teacher, shown)
-        return (wanted.exp() * (wanted - say(new, asked)[0])).sum(1).mean()
+        now, _ = say(new, asked)
+        if now.shape != wanted.shape:
+            raise ValueError(
+                f"expected as many predictions of the counterparts as of their forget rows, got {len(wanted)} and {len(now)}; an "
+                "answer that follows padding is not predicted"
+            )
+        return (wanted.exp() * (wanted - now)).sum(1).mean()
 
     def goal(new: nn.Module, _f: Any, _r: Any) -> Tensor:
         rows, kept = next(turns), next(draw)

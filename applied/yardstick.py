@@ -29,6 +29,7 @@ ORACLE, BEFORE = "oracle", "before"  # names of samples beside the methods
 DIRECTION = "KL(unlearned || oracle)"
 BINNED = 50  # models; with fewer, histograms of 20 bins tell mostly their own noise
 BEYOND = 3.0  # standard errors of a difference of means; fewer may be chance
+SCATTERED = 3.0  # ways from before to the oracles, beyond which models lie all over the place
 Outputs = Mapping[str, NDArray[np.float64]]  # split -> [models, points]
 
 
@@ -123,30 +124,34 @@ class Evaluation:
         return float((overshoot > BEYOND * error).mean())
 
     def over(self, method: str) -> bool:
-        """Does it push outputs so far beyond the oracles' that this gives the forgetting away?
+        """Does it push outputs so far that this gives the forgetting away: `beyond` the oracles', or apart (`scatter` > 3)?"""
+        return self.beyond(method) or self.scatter(method) > SCATTERED
+
+    def beyond(self, method: str) -> bool:
+        """Does it push outputs far beyond the oracles'?
 
         Yes if more than a quarter of the forget points are `over_forgotten` and the mean overshoot is
         more than 3 sd of an oracle's output; or more than half the way from before to the oracles and
-        more than 1 sd. Less than 1 sd is hardly seen in one model (AUC .76). Yes as well if models scatter, so that no
-        mean says much: half of them farther from the oracles than 3 times the way, and than 3 sd.
+        more than 1 sd. Less than 1 sd is hardly seen in one model (AUC .76).
         """
         overshoot, _, deviation = self._overshoot(method)
-        if self.scatter(method) > 3:
-            return True
         before, oracle = self.outputs[BEFORE]["forget"], self.outputs[ORACLE]["forget"]
         way = float(np.abs(before.mean(0) - oracle.mean(0)).mean())
         far = min(3 * deviation, max(way / 2, deviation))
         return self.over_forgotten(method) > 0.25 and float(overshoot.clip(0).mean()) > far
 
     def scatter(self, method: str) -> float:
-        """How far a single model lies from the oracles' mean, the median over models and forget points, in ways
-        from before to the oracles or in an oracle's sd, whichever is longer."""
+        """How far single models lie about their own mean, the median over models and forget points, in ways
+        from before to the oracles or in an oracle's sd, whichever is longer.
+
+        Destroyed models may lie on all sides of the oracles, so that no mean of theirs is beyond anything.
+        """
         here, oracle, before = (
             self._of(self.outputs, name, "forget") for name in (method, ORACLE, BEFORE)
         )
-        mean, deviation = oracle.mean(0), float(oracle.std(0, ddof=1).mean())
-        way = float(np.median(np.abs(before - mean)))
-        return float(np.median(np.abs(here - mean))) / max(way, deviation, 1e-300)
+        way = float(np.median(np.abs(before - oracle.mean(0))))
+        deviation = float(oracle.std(0, ddof=1).mean())
+        return float(np.median(np.abs(here - here.mean(0)))) / max(way, deviation, 1e-300)
 
     def _overshoot(self, method: str) -> tuple[NDArray[Any], NDArray[Any], float]:
         """How far [z] the mean lies beyond the oracles', its standard error [z], the oracles' mean sd."""

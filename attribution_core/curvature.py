@@ -359,7 +359,7 @@ def pushed(f: Callable[[Params], Any], at: Params, v: Params) -> tuple[Any, Any]
         return jvp(f, (at,), (v,))  # type: ignore[return-value]
     except NotImplementedError as error:
         raise NotImplementedError(
-            f"expected layers with forward-mode derivatives for products with the exact curvature, got: {str(error).splitlines()[0]} "
+            f"expected layers with forward-mode derivatives for products with the exact curvature, got: {(str(error).splitlines() or ['none'])[0]} "
             "Take curvature='ekfac' with refine=0, which needs none, or layers that have them (for transformers' experts "
             "config._experts_implementation = 'eager')"
         ) from error

@@ -61,7 +61,7 @@ def as_data(data: Any) -> Data:
     """
     if isinstance(data, Mapping) and any(hasattr(part, "column_names") for part in data.values()):
         raise TypeError(f"expected one data set, got several: {list(data)}; take one of them")
-    if isinstance(data, list) and data and isinstance(data[0], Mapping):
+    if isinstance(data, (list, tuple)) and data and isinstance(data[0], Mapping):
         raise TypeError(
             "expected columns, got a list of rows; use datasets.Dataset.from_list(rows), or stack them"
         )
@@ -69,10 +69,7 @@ def as_data(data: Any) -> Data:
         data = Columns({name: torch.as_tensor(column) for name, column in data.items()})
     elif isinstance(data, (tuple, list)):
         data = Columns(tuple(torch.as_tensor(column) for column in data))
-    elif (
-        hasattr(data, "with_format")
-        and getattr(data, "format", {"type": "torch"})["type"] != "torch"
-    ):
+    elif isinstance(getattr(data, "format", None), Mapping) and data.format.get("type") != "torch":
         data = data.with_format("torch")
     if isinstance(data, Columns) and len({len(c) for c in _tensors(data.columns)}) > 1:
         raise ValueError(

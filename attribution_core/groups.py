@@ -9,6 +9,7 @@ examples by whether they share a group, so none is (Ley et al. 2024 build one, a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -102,10 +103,17 @@ def named(groups: ArrayLike, n: int) -> tuple[NDArray[Any], NDArray[np.intp]]:
     labels = np.asarray(groups)
     if labels.shape != (n,) or n == 0:
         raise ValueError(f"expected one group label per example, [n={n}], got {labels.shape}")
-    nobody = [k for k, label in enumerate(labels.tolist()) if label is None or label != label]
+    given = groups if isinstance(groups, (list, tuple)) else labels.tolist()
+    nobody = [k for k, label in enumerate(given) if _missing(label)]
     if nobody:
         raise ValueError(f"expected a group label for every example, got none for {nobody[:10]}")
     return np.unique(labels, return_inverse=True)
+
+
+def _missing(label: Any) -> bool:
+    """None, or one of the ways of numpy and pandas to say so."""
+    nan = isinstance(label, float) and math.isnan(label)
+    return label is None or nan or type(label).__name__ in ("NAType", "NaTType") or label != label
 
 
 # --- ways to form groups -----------------------------------------------------------------------

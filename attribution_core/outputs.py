@@ -6,6 +6,7 @@ model's keyword arguments (what transformers models take).
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from attribution_core.data import Batch
 
 IGNORED = -100  # the label of what is not predicted
 NOT_TO_MODELS = ("labels", "token_weights", "embedding_shift")
-TO_MODELS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+TO_MODELS = ("input_ids", "attention_mask")
+IF_TAKEN = ("position_ids", "token_type_ids")
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -105,6 +107,12 @@ def squared_error(model: nn.Module, batch: Batch) -> Tensor:
     return 0.5 * off.square().sum(1)
 
 
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward takes a keyword."""
+    known = inspect.signature(model.forward).parameters.values()
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in known)
+
+
 def causal_lm_loss(model: nn.Module, batch: Batch, *, tokens: int | None = None) -> Tensor:
     """Next-token loss of each sequence, [b]: nats summed over its predicted tokens, divided.
 
@@ -113,7 +121,7 @@ def causal_lm_loss(model: nn.Module, batch: Batch, *, tokens: int | None = None)
 
     The batch is a dict with input_ids [b, L] and, where needed, attention_mask and labels [b, L]
     (−100 is not predicted). Without labels the inputs are predicted, padding (mask 0) left out. Nothing is predicted
-    from padding, on whichever side. The model is also given position_ids and token_type_ids, where there are such columns.
+    from padding, on whichever side. Columns position_ids and token_type_ids go to models that take them.
     Two more columns are there to be differentiated by, `magic(wrt="inputs", column=...)`:
     token_weights [b, L] multiply the loss of predicting each token (the first is not predicted) and
     change no denominator; embedding_shift [b, L, width] is added to the tokens' embeddings.
@@ -121,6 +129,7 @@ def causal_lm_loss(model: nn.Module, batch: Batch, *, tokens: int | None = None)
     if not isinstance(batch, dict):
         raise TypeError(f"expected a dict with input_ids, got a {type(batch).__name__}")
     inputs = {name: batch[name] for name in TO_MODELS if name in batch}
+    inputs |= {name: batch[name] for name in IF_TAKEN if name in batch and _takes(model, name)}
     if "embedding_shift" in batch:
         embed: Any = model.get_input_embeddings()  # type: ignore[operator]
         inputs["inputs_embeds"] = embed(inputs.pop("input_ids")) + batch["embedding_shift"]

@@ -192,25 +192,29 @@ def rounding(value: Tensor) -> float:
 
 
 class _KeepDouble(TorchFunctionMode):
-    """Leave float64 tensors float64 where a layer would cast them to float32, and make whole numbers so.
+    """Leave float64 tensors float64 where a layer would cast them to float32.
 
     transformers' norms, rotary embeddings and softmaxes compute in float32 whatever the model's
-    dtype; a model that was asked to be float64 would be exact to 1e-8 only.
+    dtype; a model that was asked to be float64 would be exact to 1e-8 only. Where a product meets what
+    was cast on its other side alone, positions say, that is float64, too: torch would refuse it.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], Tensor) and _exact(args[0]):
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
-                return args[0].double()
-            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+                return args[0]
+            if func is Tensor.to:
+                args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             if kwargs.get("dtype") == torch.float32:
                 kwargs["dtype"] = torch.float64
+        if func in PRODUCTS and {getattr(a, "dtype", None) for a in args} == MIXED:
+            args = tuple(a.double() for a in args)
         return func(*args, **kwargs)
 
 
-def _exact(value: Tensor) -> bool:
-    return value.dtype == torch.float64 or not (value.is_floating_point() or value.is_complex())
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+MIXED = {torch.float32, torch.float64}
 
 
 class _FixedStatistics(TorchFunctionMode):
@@ -244,7 +248,8 @@ def call(model: nn.Module, function: PerExample, params: Params, batch: Batch) -
         return functional_call(_Bound(model, function), named, (batch,))
 
 
-ASKS_FOR_GRADIENTS = "make_inputs_require_grads"  # what transformers and peft call such a hook
+# what transformers and peft call hooks that ask a layer's output for gradients, for checkpointing
+ASKING = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 @contextmanager
@@ -252,8 +257,8 @@ def _one_function(model: nn.Module) -> Iterator[None]:
     """Where torch's two modes of differentiation differ, follow reverse mode, as training does.
 
     Padding rows of an embedding get no gradient, but forward mode gives them a tangent. Attention
-    layers in eval mode take fused kernels that have no forward mode. Hooks that transformers leaves at embeddings for
-    checkpointing ask their outputs for gradients, which a transformed function may not.
+    layers in eval mode take fused kernels that have no forward mode. Hooks that ask outputs for
+    gradients, which a transformed function may not, are off meanwhile.
     """
 
     def still(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -261,29 +266,32 @@ def _one_function(model: nn.Module) -> Iterator[None]:
         return torch.where(padding, output.detach(), output)
 
     fast = torch.backends.mha.get_fastpath_enabled()
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    modules = list(model.modules())
+    hooked = [module._forward_hooks for module in modules if module._forward_hooks]
     asking = [
-        (module._forward_hooks, key, hook)
-        for module in embeddings
-        for key, hook in module._forward_hooks.items()
-        if getattr(hook, "__name__", "") == ASKS_FOR_GRADIENTS
+        (hooks, hooks.copy())
+        for hooks in hooked
+        if any(getattr(hook, "__name__", "") in ASKING for hook in hooks.values())
     ]
+    for hooks, before in asking:
+        for key, hook in before.items():
+            if getattr(hook, "__name__", "") in ASKING:
+                del hooks[key]
     handles = [
         module.register_forward_hook(still)
-        for module in embeddings
-        if module.padding_idx is not None
+        for module in modules
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None
     ]
     torch.backends.mha.set_fastpath_enabled(False)
-    for hooks, key, _ in asking:
-        del hooks[key]
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
-        for hooks, key, hook in asking:
-            hooks[key] = hook
+        for hooks, before in asking:  # in their order
+            hooks.clear()
+            hooks.update(before)
 
 
 def precision_of(params: Params) -> AbstractContextManager[Any]:

@@ -60,27 +60,33 @@ def refitted(fitted: Any, problem: Problem, weights: ArrayLike) -> Problem:
         )
     again = clone(fitted)
     if getattr(again, "class_weight", None) is not None:
-        _refuse_weights_without_classes(again.class_weight, fitted.classes_[one], w[rows])
+        _refuse_weights_without_classes(fitted, problem, w)
         again.set_params(class_weight=None)
     again.fit(x, one, sample_weight=w[rows])
     made = from_sklearn(again, x, one, weights=w[rows])
     return replace(problem, model=made.model, weight_decay=made.weight_decay)
 
 
-def _refuse_weights_without_classes(
-    class_weight: Any, labels: NDArray[Any], w: NDArray[np.float64]
-) -> None:
+def _refuse_weights_without_classes(fitted: Any, problem: Problem, w: NDArray[np.float64]) -> None:
     """Raise for weights that treat all rows alike where the estimator's class weights do not.
 
-    Weights hold the class weights, see `from_sklearn`; those of an attack or a selection, 0 and 1, do not.
+    Weights hold the class weights of all rows, see `from_sklearn`; those of an attack or a selection, 0 and 1, do not. A table
+    with every row under every label is balanced by itself: there those of the rows that are taken count.
     """
     from sklearn.utils.class_weight import compute_sample_weight
 
-    own = compute_sample_weight(class_weight, labels)
-    if np.ptp(w) == 0 and np.ptp(own) > 1e-9 * own.max():
+    kept = w > 0
+    if np.ptp(w[kept]) > 0:
+        return
+    batch: Any = take(problem.train, np.arange(problem.n))
+    labels = fitted.classes_[batch[1].cpu().numpy().ravel()]
+    model: Any = problem.model
+    table = kept.mean() <= 1 / model.width
+    own = compute_sample_weight(fitted.class_weight, labels[kept] if table else labels)
+    if np.ptp(own) > 1e-9 * own.max():
         raise ValueError(
-            f"expected weights that hold the class weights {class_weight!r}, got {w[0]:g} for all rows; multiply them by "
-            "sklearn.utils.class_weight.compute_sample_weight(class_weight, labels), or fit without class weights"
+            f"expected weights that hold the class weights {fitted.class_weight!r}, got {w[kept][0]:g} for all rows; multiply "
+            "them by sklearn.utils.class_weight.compute_sample_weight(class_weight, labels), or fit without class weights"
         )
 
 

@@ -19,7 +19,7 @@ def listed(seeds: int | Sequence[int]) -> list[int]:
     if isinstance(seeds, (int, np.integer)):
         return list(range(seeds))
     found = [int(seed) for seed in seeds]
-    if len(set(found)) < len(found):
+    if len(set(found)) < len(found) or found != list(seeds):
         raise ValueError(
             f"expected at least one seed >= 0, each once, got {found}; a training that repeats is no second opinion"
         )

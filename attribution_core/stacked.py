@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -154,14 +155,21 @@ class Stack:
                 raise ValueError("initial models whose frozen parameters or buffers differ")
 
     def _row_by_row(self) -> None:
-        """Raise where a row's loss depends on its batch: short batches are filled up with other rows."""
-        if not self.orders[0]:
-            return
+        """Raise where short batches are filled up with other rows, and a row's loss depends on its batch."""
         model, loss = self.initial[0], self.problem.loss
+        beside = zip_longest(*([len(rows) for rows in order] for order in self.orders))
+        even = all(len({*sizes} - {None}) == 1 for sizes in beside)
+        if even or any(True for _ in batch_norms(model)):
+            return
         batch = take(self.problem.train, self.orders[0][0], self.problem.device)
-        with torch.no_grad():
-            whole = call(model, loss, trainable(model), batch)
-            alone = call(model, loss, trainable(model), tree_map(lambda x: x[:1], batch))
+        try:
+            with torch.no_grad():
+                whole = call(model, loss, trainable(model), batch)
+                alone = call(model, loss, trainable(model), tree_map(lambda x: x[:1], batch))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(f"losses that cannot be had of one row: {error}") from error
         if whole.shape[:1] != (rows_in(batch),) or alone.shape != (1,):
             return  # which is told further on
         if not (whole[0] - alone[0]).abs() <= ROUNDING * (1 + whole.abs().max()):

@@ -55,7 +55,8 @@ def refuse_hidden_parameters(
         size = MOVED * params[name].float().square().mean().sqrt().item() + 1e-2
         moved[name] = params[name] + size * noise
     for name, module in model.named_modules():
-        if module.training and getattr(module, "gradient_checkpointing", False):
+        on = module.training and getattr(module, "gradient_checkpointing", False) is True
+        if on and any(p.requires_grad for p in module.parameters()):
             raise ValueError(_words(f"activation checkpointing in {name or 'the model'!r},"))
     try:
         batch = taken()

@@ -169,13 +169,13 @@ def _read(path: str, needed: Sequence[str]) -> Any:
         raise ValueError(
             f"expected no empty cells, got some in {empty[:5]} of {path}; fill or drop them"
         )
-    numbers = frame.select_dtypes("number")
-    endless = [name for name in numbers if np.isinf(numbers[name].astype(float)).any()]
-    if endless:
-        raise ValueError(f"expected finite numbers, got infinity in {endless[:5]} of {path}")
     times = frame.select_dtypes(["datetime", "datetimetz", "timedelta"]).columns.tolist()
     if times:
         raise ValueError(
             f"expected numbers and text, got times in {times[:5]} of {path}; make numbers of them, days since a date say, or drop them"
         )
+    numbers = frame.select_dtypes("number")
+    endless = [name for name in numbers if np.isinf(numbers[name].astype(float)).any()]
+    if endless:
+        raise ValueError(f"expected finite numbers, got infinity in {endless[:5]} of {path}")
     return frame

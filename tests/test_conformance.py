@@ -517,3 +517,43 @@ def test_a_mask_of_whole_numbers_is_no_list_of_rows():
     with pytest.raises(ValueError, match="different indices"):
         run(fine_tune, oracle_weights=weights, forget_rows=mask)
     assert run(fine_tune, oracle_weights=weights, forget_rows=mask.astype(bool)).ok
+
+
+def test_a_regression_with_an_offset_refitted_without_a_row_is_no_no_op():
+    """Least squares of a target of 2,000 ± 10: one row of a thousand moves outputs by a thousandth of their spread."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(1000, 4, generator=rng), torch.ones(1000, 1)], 1).double()
+    y = 2000 + 10 * torch.randn(1000, 1, generator=rng).double()
+    model = nn.Linear(5, 1, bias=False).double()
+
+    def fitted(model, forget, retain):
+        made = copy.deepcopy(model)
+        with torch.no_grad():
+            made.weight.copy_(torch.linalg.lstsq(*retain).solution.T)
+        return made
+
+    start = fitted(model, None, (x, y))
+    found = conformance(
+        fitted, start, (x[:1], y[:1]), (x[1:], y[1:]), batch_size=50, training_steps=10
+    )
+    assert found.ok
+
+
+def test_masked_logits_hide_no_change():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.mask = nn.Linear(4, 4), nn.Buffer(torch.tensor([0.0, 0.0, 0.0, -1e9]))
+
+        def forward(self, x):
+            return self.net(x) + self.mask
+
+    x, y = torch.randn(40, 4), torch.randint(0, 3, (40,))
+
+    def ascent(model, forget, retain):
+        student = copy.deepcopy(model)
+        descend(student, student, sign=-1.0, on=forget)
+        return student
+
+    given = ((x, y), (x, y))
+    assert conformance(ascent, Masked(), *given, batch_size=BATCH, training_steps=40).ok

@@ -237,3 +237,27 @@ def test_the_budget_holds_everything_that_is_read(by_heart):
     steps = by_hand / (1 + 1 / 3)
     assert steps == pytest.approx(round(steps), abs=1e-9)
     assert round(steps) == int((0.3 * length - len(like[1]) / 20 / 3) / (4 / 3))
+
+
+def test_answers_that_follow_padding_do_not_line_up():
+    """In one row of the forget set the answer begins after padding; its counterpart has a word before it."""
+    model = torch.nn.Embedding(13, 13)
+
+    def words(mask):
+        labels = torch.tensor([[-100, -100, 3, 4]] * 2)
+        ids = torch.tensor([[1, 2, 3, 4]] * 2)
+        return {"input_ids": ids, "labels": labels, "attention_mask": torch.tensor(mask)}
+
+    class Told(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = model
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.table(input_ids)
+
+    whole, cut = words([[1, 1, 1, 1]] * 2), words([[1, 1, 1, 1], [0, 0, 1, 1]])
+    how = unlearners.Steps(1, batch_size=4)
+    with pytest.raises(ValueError, match="with the answers of the forget rows"):
+        unlearners.to_unseen(Told(), cut, whole, like=whole, how=how)
+    unlearners.to_unseen(Told(), whole, whole, like=whole, how=how)

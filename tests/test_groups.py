@@ -24,7 +24,7 @@ from attribution_core import (
     random_subsets,
 )
 from attribution_core.gradients import directional, unflatten
-from attribution_core.groups import group_directional
+from attribution_core.groups import group_directional, named
 from attribution_core.representations import activation_gradients, representations
 from tests import menagerie
 
@@ -308,3 +308,9 @@ def test_gradients_that_are_not_finite_name_their_group():
     bad = replace(problem, loss=loss)
     with pytest.raises(ValueError, match="NaN or infinity in group 'a'"):
         group_directional(bad, directions_of(problem), LABELS)
+
+
+@pytest.mark.parametrize("nobody", [None, float("nan"), np.datetime64("NaT")])
+def test_rows_of_no_group_are_told(nobody):
+    with pytest.raises(ValueError, match=r"none for \[1\]"):
+        named(["a", nobody, "b"], 3)

@@ -1,5 +1,7 @@
 """attribution_core.outputs: ready functions against torch's, transformers' and the definitions."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -192,3 +194,18 @@ def test_losses_of_classes_refuse_what_has_none():
     problem = menagerie.gpt2(2)
     with pytest.raises(ValueError, match="rows with labels"):
         cross_entropy(problem.model, {"input_ids": problem.train.columns["input_ids"]})
+
+
+def test_a_model_that_takes_no_token_types_is_given_none():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb = nn.Embedding(11, 11)
+
+        def forward(self, input_ids, attention_mask=None, use_cache=False):
+            return SimpleNamespace(logits=self.emb(input_ids))
+
+    ids = torch.randint(0, 11, (2, 5))
+    told = {"input_ids": ids, "token_type_ids": torch.ones_like(ids)}
+    model = Plain()
+    assert torch.equal(causal_lm_loss(model, told), causal_lm_loss(model, {"input_ids": ids}))

@@ -967,3 +967,13 @@ def test_pools_of_classes_that_the_model_does_not_know():
 def test_threat_models_of_no_numbers(given, words):
     with pytest.raises(ValueError, match=words):
         ThreatModel(**{"may_change": "inputs", "epsilon": 0.1, **given})
+
+
+def test_bringing_rows_in_leaves_the_model_as_it_was():
+    norm = nn.Sequential(nn.Linear(2, CLASSES), nn.BatchNorm1d(CLASSES)).double().train()
+    problem, pool = replace(labelled(), model=norm), labelled(5, seed=5).train.columns
+    before = {k: v.clone() for k, v in norm.state_dict().items()}
+    truth = world(rows=N + 5)
+    insert(problem, pool, ThreatModel(2, "rows"), truth.surrogate, truth.victim, goal="b")
+    assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
+    assert norm.training

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from attribution_core import Outputs, Problem, cross_entropy, influence, margin
@@ -203,3 +204,39 @@ def test_several_data_sets_and_lists_of_rows_are_told():
         as_data([{"x": 1.0}, {"x": 2.0}])
     with pytest.raises(TypeError, match="a length"):
         as_data(one.to_iterable_dataset())
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        lambda x: torch.zeros(len(x), 6).scatter_add_(1, x, (x > 0).float()).double(),
+        lambda x: F.one_hot(x[:, 0], 6).float().double(),
+        lambda x: torch.bmm(x.float()[:, None], torch.eye(4).expand(len(x), 4, 4))[:, 0].double(),
+        lambda x: x[:, :1].contiguous().view(torch.float32).double(),
+    ],
+)
+def test_whole_numbers_in_float64_models_keep_their_casts(features):
+    """Only products that torch would refuse, of float64 and float32, are float64 altogether."""
+    x = torch.randint(0, 4, (3, 4), generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(features(x).shape[1], 2).double()
+
+    def loss(model, batch):
+        return model(features(batch[0])).square().sum(1)
+
+    found = call(model, loss, dict(model.named_parameters()), (x,))
+    assert torch.equal(found, loss(model, (x,)))
+
+
+def test_positions_meet_frequencies_in_float64():
+    """As in the rotary embeddings of older transformers: whole numbers cast to float32 beside what stays float64."""
+    model = nn.Linear(3, 2).double()
+    model.frequencies = nn.Buffer(torch.tensor([[0.1], [0.2], [1 / 3]]).double())
+
+    def loss(model, batch):
+        angles = model.frequencies.float() @ batch[0].float()[:, None]
+        return model(angles[..., 0].double()).square().sum(1)
+
+    x = torch.tensor([[3], [5]])
+    found = call(model, loss, dict(model.named_parameters()), (x,))
+    expected = model(model.frequencies[:, 0] * x).square().sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)

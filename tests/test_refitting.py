@@ -287,3 +287,14 @@ def test_one_class_left_is_said_before_scikit_learn_does():
     problem = Problem.from_sklearn(fit, x, y)
     with pytest.raises(ValueError, match="rows of each of the 2 classes, got 1"):
         refitted(fit, problem, (y == y[0]).astype(float))
+
+
+def test_balanced_classes_may_lose_a_row():
+    """Their weights are those of all rows: a row that is left out changes none."""
+    x, y = rows(2)
+    y = np.arange(len(y)) % 2
+    fit = LogisticRegression(class_weight="balanced", tol=1e-12, max_iter=10_000).fit(x, y)
+    w = compute_sample_weight("balanced", y)
+    problem = Problem.from_sklearn(fit, x, y, weights=w)
+    w[0] = 0
+    refitted(fit, problem, w)

@@ -302,3 +302,24 @@ def test_losses_that_depend_on_their_batch_go_one_by_one():
     np.testing.assert_array_equal(found, one)
     with pytest.raises(ValueError, match="depend on the other rows"):
         retrain(problem, recipe, outputs, weights, seeds=1, stack=4)
+
+
+def test_losses_of_pairs_of_rows_go_as_they_did():
+    """They cannot be had of one row; where no batch is filled up nobody asks for that."""
+
+    def pairs(model, batch):
+        z = model(batch[0])
+        assert len(z) > 1
+        return F.cross_entropy(z, batch[1], reduction="none") + (z - z.roll(1, 0)).square().sum(1)
+
+    problem = replace(menagerie.softmax(20), loss=pairs)
+    outputs = menagerie.unseen(problem, cross_entropy)
+    weights = np.ones((6, 20))
+    weights[range(6), range(6)] = 0
+    for drop, size in (("weight", 5), ("row", 8)):
+        recipe = Recipe(SGD(0.1), size, 2)
+        found, one = (
+            retrain(problem, recipe, outputs, weights, seeds=1, drop=drop, stack=stack).per_seed
+            for stack in ("auto", 1)
+        )
+        np.testing.assert_allclose(found, one, rtol=1e-9)

@@ -194,3 +194,25 @@ def test_hooks_left_by_checkpointing_do_not_matter_in_eval_mode():
     np.testing.assert_array_equal(influence(asking, outputs, damping=0.1).scores, expected)
     assert in_run(asking, Recipe(SGD(0.1), 2, 1), outputs).run is not None
     assert list(model.get_input_embeddings()._forward_hooks.values()) == hooks
+
+
+@pytest.mark.parametrize("name", ["make_inputs_require_grads", "make_inputs_require_grad"])
+def test_such_hooks_anywhere_are_put_back_in_their_order(name):
+    seen = []
+
+    def asks(module, args, output):
+        seen.append("asks")
+        output.requires_grad_(True)
+
+    def watches(module, args, output):
+        seen.append("watches")
+
+    asks.__name__ = name
+    model = copy.deepcopy(ELSEWHERE)
+    layer = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    layer.register_forward_hook(asks), layer.register_forward_hook(watches)
+    problem = Problem(model, cross_entropy, data())
+    directional(problem, {k: v[None] for k, v in problem.params.items()}, engine="rows")
+    assert "asks" not in seen
+    assert "watches" in seen
+    assert [hook.__name__ for hook in layer._forward_hooks.values()] == [name, "watches"]

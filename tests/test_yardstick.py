@@ -449,3 +449,13 @@ def test_models_that_scatter_far_beyond_the_oracles_go_too_far():
     assert found.scatter("wild") > 10
     assert not found.over("near")
     assert found.scatter("near") < 1
+
+
+def test_models_that_agree_do_not_scatter_however_far():
+    rng = np.random.default_rng(0)
+    oracle, before = rng.normal(size=(12, 6)), rng.normal(size=(8, 6)) + 3
+    for at in (-12, 12):
+        here = at + 0.1 * rng.normal(size=(8, 6))
+        found = evaluate({"it": {"forget": here}}, {"forget": oracle}, {"forget": before})
+        assert found.scatter("it") < 0.1
+        assert found.over("it") == found.beyond("it") == (at < 0)  # before lies above the oracles

@@ -26,14 +26,10 @@ from attribution_core.data import as_data, take
 from attribution_core.outputs import logits_of
 from attribution_core.store import fingerprint
 
-SAME = (
-    1e-6  # of the outputs' spread, by which those of the same function may differ, besides rounding
-)
-TRIED, BATCH, KEPT = (
-    256,
-    8,
-    2**22,
-)  # forget rows on which two functions are compared; at a time; numbers in all
+SAME = 1e-6  # of the outputs' spread, besides rounding: what outputs of one function differ by
+TRIED = 256  # forget rows on which two functions are compared
+BATCH = 4  # of them at a time
+KEPT = 2**22  # numbers that are held of what a model says of them
 MASKED = 1e5  # below the largest: a logit that is none
 
 ADVICE = {

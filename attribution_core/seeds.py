@@ -18,8 +18,9 @@ def listed(seeds: int | Sequence[int]) -> list[int]:
     """
     if isinstance(seeds, (int, np.integer)):
         return list(range(seeds))
-    found = [int(seed) for seed in seeds]
-    if len(set(found)) < len(found) or found != list(seeds):
+    given = list(seeds)
+    found = [int(seed) for seed in given]
+    if len(set(found)) < len(found) or found != given:
         raise ValueError(
             f"expected at least one seed >= 0, each once, got {found}; a training that repeats is no second opinion"
         )

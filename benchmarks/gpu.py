@@ -49,7 +49,9 @@ class Flags:
 def main(flags: Flags) -> None:
     import torch
 
-    cuda = flags.device.startswith("cuda")
+    from recipes.command import device_of
+
+    cuda = device_of(flags.device).type == "cuda"
     name = torch.cuda.get_device_name(flags.device) if cuda else "CPU"
     print(f"{name}, torch {torch.__version__}")
     for part in flags.parts:

@@ -107,9 +107,8 @@ def bar(what: str) -> Any:
 
 def prepare(flags: Flags) -> tuple[Task, Any]:
     """The task, and the recipe as the flags have it."""
-    import torch
-
     from attribution_core import SGD, AdamW, Recipe
+    from recipes.command import device_of
     from recipes.tasks import digits_task, text_task
 
     if flags.task == "digits":
@@ -119,11 +118,7 @@ def prepare(flags: Flags) -> tuple[Task, Any]:
             flags.out / "text", 1000 if flags.rows is None else flags.rows, flags.targets,
             data=flags.data, target=flags.target, text=flags.text, model=flags.model,
         )  # fmt: skip
-    if flags.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"expected a device that is there, got --device {flags.device} without CUDA"
-        )
-    task.problem.model.to(flags.device)
+    task.problem.model.to(device_of(flags.device))
     optimizer: Any = (
         SGD(flags.lr or 0.02, momentum=0.9)
         if flags.optimizer == "sgd"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,28 @@ def at_least(flags: Any, **least: float) -> None:
             raise ValueError(
                 f"expected --{name.replace('_', '-')} of at least {bound:g}, got {given:g}"
             )
+
+
+def device_of(name: str) -> Any:
+    """The torch.device by name; with "auto" the launched process's own GPU, where there is one.
+
+    Raises:
+        ValueError: no such device, or none here.
+    """
+    import torch
+
+    if name == "auto":
+        own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        return torch.device(own if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"expected --device of a device that is there, got {name!r}: {reason}"
+        ) from None
+    return device
 
 
 def shares(flags: Any, name: str) -> None:

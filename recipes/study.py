@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from attribution_core import AdamW, Outputs, Problem, Recipe, causal_lm_loss
 from attribution_core.data import Rows
 from attribution_core.processes import first_goes_first, world
 from recipes import embedded
+from recipes.command import device_of
 from recipes.corpus import Blocks, in_both, read_documents, without_text
 from recipes.embedded import Document
 from recipes.language_model import LanguageModel, bits_per_byte, fingerprint_of, language_model
@@ -86,6 +86,7 @@ def prepare(flags: Flags) -> Study:
     if flags.model == "tiny":  # its tensors are so small that threads wait more than they work
         torch.set_num_threads(1)
     notes: dict[str, Any] = {}
+    device = device_of(flags.device)
     pool, target, test = _read(flags)
     pool = _checked_pool(flags, pool, [*target, *test], notes)
     parts = _three_parts(target)
@@ -115,7 +116,7 @@ def prepare(flags: Flags) -> Study:
     # a budget and quotas that clash say so now, not after hours of scoring
     relaxed(np.zeros(len(pool)), tokens, budget, domains=domains, quotas=quotas or None)
     problem = Problem(
-        model.make(0).to(device_of(flags)), partial(causal_lm_loss, tokens=preset.length), blocks
+        model.make(0).to(device), partial(causal_lm_loss, tokens=preset.length), blocks
     )
     recipe = Recipe(
         AdamW(flags.lr or preset.lr, betas=(0.9, 0.99), eps_root=0.0),
@@ -135,15 +136,6 @@ def prepare(flags: Flags) -> Study:
         flags, pool, held_out, labels, model, blocks, held_out_blocks, tokens, budget,
         quotas, problem, recipe, notes,
     )  # fmt: skip
-
-
-def device_of(flags: Flags) -> torch.device:
-    """The device asked for; with auto the launched process's own GPU."""
-    if flags.device != "auto":
-        return torch.device(flags.device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 def _read(flags: Flags) -> tuple[list[Document], list[Document], list[Document]]:

@@ -80,6 +80,7 @@ def test_text_with_a_model_from_a_config(tmp_path, capsys):
         (["--task", "digits", "--lr", "0"], "expected --lr of at least 1e-12, got 0"),
         (["--task", "digits", "--targets", "500"], "expected at most 200 target images, got 500"),
         (["--task", "digits", "--subsets", "1"], "expected --subsets of at least 3, got 1"),
+        (["--device", "toaster"], "expected --device of a device that is there, got 'toaster'"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_said_in_one_line(tmp_path, flags, message):

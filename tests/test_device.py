@@ -167,7 +167,7 @@ def ones(problem):
     }
 
 
-def same(found, expected):
+def assert_same(found, expected):
     for a, b in (
         zip(found, expected, strict=True) if isinstance(found, list) else [(found, expected)]
     ):
@@ -181,13 +181,13 @@ def same(found, expected):
 def test_every_method(name, architecture):
     problem = menagerie.ARCHITECTURES[architecture]()
     expected = METHODS[name](problem)
-    same(METHODS[name](there(problem)), expected)
+    assert_same(METHODS[name](there(problem)), expected)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_data_there_too(name):
     problem = menagerie.mlp(7)
-    same(METHODS[name](wholly(problem)), METHODS[name](problem))
+    assert_same(METHODS[name](wholly(problem)), METHODS[name](problem))
 
 
 CONVEX = {
@@ -222,8 +222,8 @@ def numbers(certified):
 def test_every_method_of_convex_problems(name):
     problem = menagerie.refit(menagerie.softmax(20))
     expected = CONVEX[name](problem)
-    same(CONVEX[name](there(problem)), expected)
-    same(CONVEX[name](wholly(problem)), expected)
+    assert_same(CONVEX[name](there(problem)), expected)
+    assert_same(CONVEX[name](wholly(problem)), expected)
 
 
 @needs_gpu
@@ -232,7 +232,7 @@ def test_odd_models(name):
     """Layers no rule knows fall back to other engines there as here."""
     problem = menagerie.ODD[name]()
     for method in ("ghost, jvp, rows", "magic", "influence by conjugate gradients"):
-        same(METHODS[method](there(problem)), METHODS[method](problem))
+        assert_same(METHODS[method](there(problem)), METHODS[method](problem))
 
 
 # --- what only a device shows --------------------------------------------------------------------
@@ -339,8 +339,10 @@ def test_batch_norm_keeps_its_statistics():
     problem = replace(problem, model=model.train())
     recipe = Recipe(SGD(0.1), batch_size=4, epochs=3)
     here, moved = train(problem, recipe), train(there(problem), recipe)
-    same(moved.outputs(outputs_of(problem)).numpy(), here.outputs(outputs_of(problem)).numpy())
-    same(magic(moved, outputs_of(problem)).scores, magic(here, outputs_of(problem)).scores)
+    assert_same(
+        moved.outputs(outputs_of(problem)).numpy(), here.outputs(outputs_of(problem)).numpy()
+    )
+    assert_same(magic(moved, outputs_of(problem)).scores, magic(here, outputs_of(problem)).scores)
 
 
 # --- decisions -----------------------------------------------------------------------------------
@@ -437,8 +439,8 @@ def test_fits_of_scikit_learn():
     weights = random_subsets(60, 3, keep=0.9)
     for where in (there, wholly):
         moved = where(problem)
-        same(influence(moved, outputs).scores, influence(problem, outputs).scores)
-        same(
+        assert_same(influence(moved, outputs).scores, influence(problem, outputs).scores)
+        assert_same(
             refit(fitted, moved, outputs, weights).outputs,
             refit(fitted, problem, outputs, weights).outputs,
         )

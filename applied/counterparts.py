@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attribution_core.data import Batch, Data, Rows, batches, take
-from attribution_core.outputs import IGNORED, logits_of, next_labels
+from attribution_core.outputs import IGNORED, labels_in, logits_of, next_labels
 
 
 def say(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -23,16 +23,14 @@ def say(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: labels that are no classes: none, or numbers.
     """
-    z = logits_of(model, batch)
-    known = batch if isinstance(batch, dict) else {"labels": batch[1]}
-    if "labels" not in known and not (z.ndim > 2 and "input_ids" in known):
+    z, labels = logits_of(model, batch), labels_in(batch)
+    if labels is None and not (z.ndim > 2 and "input_ids" in batch):
         raise ValueError(
-            f"expected rows with labels, which say what is predicted, got {sorted(known)}"
+            f"expected rows with labels, which say what is predicted, got {sorted(batch)}"
         )
     if z.ndim > 2:  # a sequence: logits at a position predict the next
         z, labels = z[:, :-1], next_labels(batch)
-    else:
-        labels = known["labels"]
+    assert labels is not None
     if labels.is_floating_point() or labels.shape != z.shape[:-1] or z.shape[-1] == 1:
         raise ValueError(
             f"expected a class for each of the model's predictions {tuple(z.shape[:-1])}, got labels "
@@ -93,7 +91,7 @@ def _answers(data: Data) -> list[list[int]]:
     found = []
     for some in batches(len(data), 256):
         batch = take(data, some)
-        labels = batch.get("labels") if isinstance(batch, dict) else batch[1]
+        labels = labels_in(batch)
         if labels is None or labels.is_floating_point():
             what = "none" if labels is None else f"labels of {labels.dtype}"
             raise ValueError(f"expected rows with classes or tokens as labels, got {what}")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from applied.gauss_newton import GaussNewton, fits, match_by_gauss_newton, row_cost
 from applied.unlearners import Steps, centred_logits, is_sequence, match
-from attribution_core.data import Batch, Rows, batches, rows_in, take
-from attribution_core.outputs import next_labels
+from attribution_core.data import Rows, batches, rows_in, take
+from attribution_core.outputs import labels_in, next_labels
 
 KINDS = ("forget logits", "retain logits")
 TIMES = (1.0, 3.0, 10.0)  # learning rates of Adam, in the training's
@@ -131,10 +131,12 @@ class Goal:
         """Of changed logits [k, rows, ..., c] those of the labels, [k, rows, ...]; all of them where labels are no classes."""
         data = self.forget if name == KINDS[0] else self.retain
         parts = [take(data, some, change.device) for some in batches(len(data), 256)]
+        those = change
         if is_sequence(parts[0], (rows_in(parts[0]), *change.shape[2:-1])):
-            labels, those = torch.cat([next_labels(part) for part in parts]), change[:, :, :-1]
+            found, those = [next_labels(part) for part in parts], change[:, :, :-1]
         else:
-            labels, those = torch.cat([_labels(part) for part in parts]), change
+            found = [x for x in map(labels_in, parts) if x is not None]
+        labels = torch.cat(found) if found else torch.zeros(0)
         classes = not labels.is_floating_point() and labels.shape == those.shape[1:-1]
         if not classes or those.shape[-1] == 1 or int(labels.max()) >= those.shape[-1]:
             return change
@@ -163,12 +165,6 @@ class Goal:
 def _tries(ways: Sequence[Any], runs: Sequence[Any]) -> float:
     """How often each run pays for a matching: once, and its part of what is tried on the first."""
     return 1 + (len(ways) - 1) / len(runs)
-
-
-def _labels(batch: Batch) -> Tensor:
-    """Labels; none is an empty tensor of numbers."""
-    known = batch if isinstance(batch, dict) else {"labels": batch[1]}
-    return known.get("labels", torch.zeros(0))
 
 
 def _counted(z: Tensor, places: Tensor) -> Tensor:

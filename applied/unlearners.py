@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from applied.counterparts import Counterparts, say
 from attribution_core.data import Batch, Data, as_data, take
-from attribution_core.outputs import IGNORED, cross_entropy, logits_of, next_labels
+from attribution_core.outputs import IGNORED, cross_entropy, labels_in, logits_of, next_labels
 from attribution_core.problem import PerExample
 
 TINY = 1e-30  # a gradient that is 0 stays so
@@ -276,8 +276,9 @@ def centred(z: Tensor) -> Tensor:
 
 def is_sequence(batch: Batch, shape: Sequence[int]) -> bool:
     """Whether the places [b, ...] of a batch's logits predict the next token."""
-    known = batch if isinstance(batch, dict) else {"labels": batch[1]}
-    labels = known.get("labels", known.get("input_ids"))
+    labels = labels_in(batch)
+    if labels is None and isinstance(batch, dict):
+        labels = batch.get("input_ids")
     return labels is not None and len(shape) > 1 and labels.shape == tuple(shape)
 
 

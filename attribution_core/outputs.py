@@ -30,17 +30,23 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     return getattr(out, "logits", out)
 
 
+def labels_in(batch: Batch) -> Tensor | None:
+    """The labels of a batch: its second column, or the one of that name; None where there is none."""
+    return batch.get("labels") if isinstance(batch, dict) else batch[1]
+
+
 def logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The model's logits on a batch, and the batch's labels.
 
     Raises:
         ValueError: a dict without labels.
     """
-    if isinstance(batch, dict) and "labels" not in batch:
+    labels = labels_in(batch)
+    if labels is None:
         raise ValueError(
             f"expected rows with labels, got {sorted(batch)}; causal_lm_loss predicts the inputs themselves"
         )
-    return logits_of(model, batch), batch["labels"] if isinstance(batch, dict) else batch[1]
+    return logits_of(model, batch), labels
 
 
 def next_labels(batch: Batch) -> Tensor:
@@ -56,7 +62,7 @@ def next_labels(batch: Batch) -> Tensor:
     """
     if not isinstance(batch, dict):
         return batch[1][:, 1:]
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    labels, mask = labels_in(batch), batch.get("attention_mask")
     known = (batch["input_ids"] if labels is None else labels)[:, 1:]
     if mask is None or mask.ndim != 2:
         return known

@@ -86,14 +86,13 @@ def language_model(model: str, pool: Sequence[Document], folder: Path) -> Langua
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         make = partial(pretrained, model)
-        positions = (
-            getattr(make(0).config, "max_position_embeddings", None) or PRETRAINED.length + 1
-        )
+        one = make(0)
+        positions = getattr(one.config, "max_position_embeddings", None) or PRETRAINED.length + 1
     except (OSError, ValueError) as error:
         raise ValueError(
             f"expected a preset ({', '.join(PRESETS)}) or a transformers model, got {model!r}: {error}"
         ) from None
-    refuse_unfit(make(0), tokenizer, model)
+    refuse_unfit(one, tokenizer, model)
     length = min(PRETRAINED.length, positions - 1)  # a block has a start token before its own
     return LanguageModel(tokenizer, make, replace(PRETRAINED, length=length), False)
 
@@ -176,10 +175,8 @@ def refuse_unfit(model: Any, tokenizer: Any, name: str) -> None:
         raise ValueError(
             f"expected a model that knows its tokeniser's {len(tokenizer):,} tokens, got {known:,} embeddings in {name!r}"
         )
-    ids = (
-        torch.arange(min(8, getattr(model.config, "max_position_embeddings", None) or 8))[None]
-        % known
-    )
+    length = min(8, getattr(model.config, "max_position_embeddings", None) or 8)
+    ids = torch.arange(length)[None] % known
     other = ids.clone()
     other[0, -1] = (ids[0, -1] + 1) % known
     with torch.no_grad():

@@ -170,12 +170,13 @@ def _blocks(
         try:
             tokenizer = AutoTokenizer.from_pretrained(model)
             make = partial(from_folder, model)
-            length = min(LENGTH, int(make(0).config.max_position_embeddings) - 1)
+            one = make(0)
+            length = min(LENGTH, int(one.config.max_position_embeddings) - 1)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"expected 'gpt2' or a transformers folder, got {model!r}: {error}"
             ) from None
-        refuse_unfit(make(0), tokenizer, model)
+        refuse_unfit(one, tokenizer, model)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise ValueError(

@@ -7,6 +7,8 @@ model's keyword arguments (what transformers models take).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,8 +74,22 @@ def next_labels(batch: Batch) -> Tensor:
     return known.masked_fill(left_out, IGNORED)
 
 
+@contextmanager
+def _in_range(numbers: str, known: object) -> Iterator[None]:
+    """Say which numbers were expected where torch says that one is out of range."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        if not any(words in str(error) for words in ("out of bounds", "out of range in self")):
+            raise
+        raise ValueError(
+            f"expected {numbers} that the model knows ({known}), got others: {error}; number them from 0 on, "
+            "or give the model more"
+        ) from None
+
+
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """−log p(label), [b], nats.
+    """−log p(label), [b], nats; 0 where the label is −100.
 
     >>> import torch
     >>> model = nn.Linear(2, 3).requires_grad_(False)
@@ -91,7 +107,13 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
             f"expected logits of two classes or more, got {tuple(logits.shape)}, whose cross entropy is 0 whatever they are; "
             "take squared_error, or a loss of your own"
         )
-    return F.cross_entropy(logits, labels, reduction="none")
+    with _in_range("labels", f"logits {tuple(logits.shape)}"):
+        return F.cross_entropy(logits, _whole(labels), reduction="none")
+
+
+def _whole(labels: Tensor) -> Tensor:
+    """Labels of any whole type as torch wants them; probabilities as they are."""
+    return labels if labels.is_floating_point() else labels.long()
 
 
 def margin(model: nn.Module, batch: Batch) -> Tensor:
@@ -101,8 +123,9 @@ def margin(model: nn.Module, batch: Batch) -> Tensor:
         raise ValueError(
             f"expected logits [b, classes] and labels [b], got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
-    own = logits.gather(1, labels[:, None])
-    others = logits.scatter(1, labels[:, None], float("-inf"))
+    with _in_range("labels", f"logits {tuple(logits.shape)}"):
+        own = logits.gather(1, labels.long()[:, None])
+    others = logits.scatter(1, labels.long()[:, None], float("-inf"))
     return own[:, 0] - others.logsumexp(1)
 
 
@@ -139,7 +162,12 @@ def causal_lm_loss(model: nn.Module, batch: Batch, *, tokens: int | None = None)
     if "embedding_shift" in batch:
         embed: Any = model.get_input_embeddings()  # type: ignore[operator]
         inputs["inputs_embeds"] = embed(inputs.pop("input_ids")) + batch["embedding_shift"]
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    config = getattr(model, "config", None)
+    sizes = [
+        f"{name} {getattr(config, name, '?')}" for name in ("vocab_size", "max_position_embeddings")
+    ]
+    with _in_range("token numbers and positions", ", ".join(sizes)):
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
     labels = next_labels(batch)
     nats = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attribution_core.optimizers import Checkpoint, load_state, save_state
+from attribution_core.problem import Params
 from attribution_core.replay import StatesOnDisk, load_training_state, save_training_state
 from attribution_core.steps import Steps, TrainingState
 from attribution_core.store import write_text
@@ -67,6 +68,15 @@ class RunFolder:
         """Keep a state for attribution."""
         save_training_state(StatesOnDisk(self.path / "states", self.like).path(step), state)
 
+    def mark(self, k: int, at: Checkpoint) -> None:
+        """Keep the k-th checkpoint."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        save_state(self._tensors(k), at.params, at.state)
+
+    def marks(self, places: list[tuple[int, int, int]], like: Params) -> list[Checkpoint]:
+        """The first checkpoints, of these (step, first, last)."""
+        return [Checkpoint(*load_state(self._tensors(k), like), *at) for k, at in enumerate(places)]
+
     def snapshot(
         self, step: int, state: TrainingState, losses: NDArray[Any], digests: NDArray[Any]
     ) -> None:
@@ -111,10 +121,8 @@ class RunFolder:
         return self.path / f"{name}.safetensors"
 
     def write(self, run: Run) -> None:
-        """The finished run; run.json last, so that it vouches for the others."""
+        """The finished run, whose checkpoints are kept already; run.json last, so that it vouches for the others."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for k, at in enumerate(run.checkpoints):
-            save_state(self._tensors(k), at.params, at.state)
         save_state(self._tensors(), run.params, {**run.state, "buffers": run.buffers})
         np.savez(
             self.path / "run.npz",
@@ -138,13 +146,10 @@ class RunFolder:
             digests = held["digests"] if "digests" in held else np.zeros(0)
             where = held["checkpoints"].tolist() if "checkpoints" in held else []
         like = steps.problem.params
-        marks = tuple(
-            Checkpoint(*load_state(self._tensors(k), like), *at) for k, at in enumerate(where)
-        )
         params, state = load_state(self._tensors(), like)
         buffers = state.pop("buffers", {})
         return {
-            "params": params, "state": state, "order": order, "losses": losses, "checkpoints": marks,
-            "buffers": buffers, "states": StatesOnDisk(self.path / "states", self.like),
+            "params": params, "state": state, "order": order, "losses": losses,
+            "checkpoints": tuple(self.marks(where, like)), "buffers": buffers, "states": StatesOnDisk(self.path / "states", self.like),
             "digests": digests if len(digests) else None, "shards": shards,
         }  # fmt: skip

@@ -10,6 +10,7 @@ by bit, and differentiated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attribution_core.data import Batch, rows_in, take
 from attribution_core.optimizers import Optimizer, State, clipped
 from attribution_core.problem import Params, Problem, batch_norms, call, check_rows, decay_of
-from attribution_core.processes import sum_over_processes, world
+from attribution_core.processes import failing_together, sum_over_processes, world
 
 Augment = Callable[[Batch, NDArray[np.intp], int], Batch]  # (batch, its rows, step) -> batch
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -207,6 +208,25 @@ class Steps:
 
     def gradient(self, state: TrainingState, step: int) -> tuple[float, Params, Params]:
         """(loss, gradient, running statistics after) of a step."""
+        if self.shards == 1:
+            total, grads, buffers = self._own_gradient(state, step)
+            return float(total), grads, buffers
+        failed: Exception | None = None
+        buffers = state.buffers
+        try:
+            total, grads, buffers = self._own_gradient(state, step)
+        except Exception as error:  # the others wait in the sum; a loss of NaN tells them
+            failed, total = error, math.nan
+            grads = {name: torch.zeros_like(value) for name, value in state.params.items()}
+        total, grads = _summed(total, grads)
+        if total.isnan():
+            with failing_together():
+                if failed is not None:
+                    raise failed
+        return float(total), grads, buffers
+
+    def _own_gradient(self, state: TrainingState, step: int) -> tuple[Any, Params, Params]:
+        """This process's part of `gradient`."""
         size = len(self.order[step])
         leaf = {name: value.detach().requires_grad_() for name, value in state.params.items()}
         total: Any = 0.0
@@ -224,10 +244,7 @@ class Steps:
                 name: g if first else grads[name] + g for name, g in zip(leaf, found, strict=True)
             }
             total += loss.detach()
-        buffers = {name: value.detach() for name, value in buffers.items()}
-        if self.shards > 1:
-            total, grads = _summed(total, grads)
-        return float(total), grads, buffers
+        return total, grads, {name: value.detach() for name, value in buffers.items()}
 
     def update(
         self,

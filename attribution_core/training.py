@@ -348,28 +348,34 @@ def _descend(
     progress: Progress,
     folder: RunFolder | None = None,
 ) -> Run:
-    """The steps of a run, from its start or from where a killed one stopped."""
+    """The steps of a run, from its start or from where a killed one stopped; the first process writes."""
     middles = {(a + b) // 2: (a, b) for a, b in stretches(len(steps), checkpoints)}
     keep = set(first_pass(len(steps), held))
     state, first = steps.start(), 0
     losses, digests = np.zeros(len(steps)), np.zeros(len(steps) + 1, np.int64)
     states: dict[int, TrainingState] = {}
     marks: list[Checkpoint] = []
-    # what a killed run goes on from; checkpoints and shared runs start again
-    snapshots = folder if checkpoints == 0 and steps.shards == 1 else None
-    if snapshots is not None:
-        state, first, losses, digests = snapshots.resume(state, losses, digests)
     by_name = steps.packing.unpack
-    if folder is not None and first == 0 and world()[0] == 0:
-        folder.clear()
+    if folder is not None:
+        state, first, losses, digests = folder.resume(state, losses, digests)
+        if steps.shards > 1 and from_first(first) != first:
+            raise ValueError(
+                f"expected a folder that all processes see, got {folder.path}, where one finds step {first} "
+                "and the first another; take one on a shared file system"
+            )
+        passed = [(at, *middles[at]) for at in sorted(middles) if at < first]
+        marks = folder.marks(passed, steps.problem.params)
+    writer = None if world()[0] else folder
+    if writer is not None and first == 0:
+        writer.clear()
     if held:
         digests[first] = state.digest()
     for step in progress(range(first, len(steps))):
         if step in keep:
             if folder is None:
                 states[step] = state
-            elif world()[0] == 0:
-                folder.keep(step, state)
+            elif writer is not None:
+                writer.keep(step, state)
         try:
             new, losses[step] = (watched_step if step == first else Steps.step)(steps, state, step)
         except ValueError as error:
@@ -377,11 +383,13 @@ def _descend(
         if step in middles:
             moments = {name: by_name(held_) for name, held_ in new.moments.items()}
             marks.append(Checkpoint(by_name(state.params), moments, step, *middles[step]))
+            if writer is not None:
+                writer.mark(len(marks) - 1, marks[-1])
         state = new
         if held:
             digests[step + 1] = state.digest()
-        if snapshots is not None:
-            snapshots.snapshot(step + 1, state, losses, digests)
+        if writer is not None:
+            writer.snapshot(step + 1, state, losses, digests)
     return replace(
         run,
         params=by_name(state.params),

@@ -209,3 +209,32 @@ def test_a_model_that_takes_no_token_types_is_given_none():
     told = {"input_ids": ids, "token_type_ids": torch.ones_like(ids)}
     model = Plain()
     assert torch.equal(causal_lm_loss(model, told), causal_lm_loss(model, {"input_ids": ids}))
+
+
+def test_labels_of_any_whole_type_are_labels():
+    rows, y = torch.randn(4, 3), torch.tensor([0, 3, 1, 2])
+    model = nn.Linear(3, 4)
+    for dtype in (torch.int32, torch.uint8):
+        for output in (cross_entropy, margin):
+            assert torch.equal(output(model, (rows, y.to(dtype))), output(model, (rows, y)))
+
+
+def test_numbers_that_the_model_does_not_know_are_named():
+    rows = torch.randn(2, 3)
+    for labels, outputs in (([0, 4], (cross_entropy, margin)), ([0, -100], (margin,))):
+        for output in outputs:
+            with pytest.raises(ValueError, match=r"labels that the model knows .*\(2, 4\)"):
+                output(nn.Linear(3, 4), (rows, torch.tensor(labels)))
+    with pytest.raises(RuntimeError, match="shapes"):  # other errors stay what they are
+        cross_entropy(nn.Linear(5, 4), (rows, torch.tensor([0, 1])))
+
+
+def test_tokens_that_the_model_does_not_know_are_named():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=11, n_positions=4, n_embd=8, n_layer=1, n_head=2)
+    ).eval()
+    for ids in ([[0, 11, 2]], [[0, 1, 2, 3, 4]]):
+        with pytest.raises(ValueError, match="vocab_size 11, max_position_embeddings 4"):
+            causal_lm_loss(model, {"input_ids": torch.tensor(ids)})

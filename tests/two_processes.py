@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from attribution_core import (
     SGD,
     AdamW,
     Outputs,
+    Problem,
     Recipe,
     aumann_shapley,
     influence,
@@ -28,16 +32,49 @@ from attribution_core import (
     random_subsets,
     representation_similarity,
     retrain,
+    run_folder,
     source,
     tracin,
     train,
     trak,
 )
 from attribution_core.ekfac import fit_ekfac
-from attribution_core.processes import collect, from_first, my_rows, sum_over_processes, world
+from attribution_core.processes import collect, from_first, my_rows, sum_over_processes, wait, world
 from tests import menagerie
 
 ROWS = 256 * 5 + 7  # six blocks of a store, the last one short
+
+
+def gone_on(problem: Problem, recipe: Recipe, folder: Path) -> np.ndarray:
+    """Losses and a checkpoint of a shared training that was killed after two of its three steps."""
+    run_folder.EVERY, usual = 0.0, run_folder.EVERY
+    how: dict[str, Any] = {"shard": True, "checkpoints": 2, "folder": folder}
+
+    def killed(steps: range) -> Iterator[int]:
+        yield from steps[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(problem, recipe, progress=killed, **how)
+    wait()
+    left: list[int] = []
+    run = train(problem, recipe, progress=lambda s: [left.append(k) or k for k in s], **how)
+    assert left == [2]
+    run_folder.EVERY = usual
+    expected = train(problem, recipe, shard=True, checkpoints=2)
+    np.testing.assert_array_equal(run.losses, expected.losses)
+    pairs = zip(run.checkpoints, expected.checkpoints, strict=True)
+    assert all(torch.equal(a.params[k], b.params[k]) for a, b in pairs for k in a.params)
+    return np.concatenate([run.losses, run.checkpoints[0].params["0.weight"].flatten().numpy()])
+
+
+def stopped(problem: Problem, recipe: Recipe) -> np.ndarray:
+    """Where a shared training stops for a row of NaN, which one process alone sees."""
+    x, y = problem.train[range(problem.n)]
+    bad = replace(problem, train=(torch.where(torch.arange(problem.n) == 3, np.nan, x.mT).mT, y))
+    with pytest.raises(ValueError, match=r"training stopped at step (\d)") as error:
+        train(bad, recipe, shard=True)
+    return np.array([int(str(error.value).split("step ")[1][0])])
 
 
 def everything(folder: Path) -> dict[str, np.ndarray]:
@@ -114,6 +151,8 @@ def everything(folder: Path) -> dict[str, np.ndarray]:
     found["magic in a folder"] = magic(run, targets, folder=folder / "magic").scores
     kept = train(net, adam, shard=True, states=3, folder=folder / "shared")
     found["magic of a shared run on disk"] = magic(kept, few, states=2).scores
+    found["killed and gone on"] = gone_on(net, adam, folder / "killed")
+    found["one process fails"] = stopped(net, adam)
     short = replace(recipe, epochs=1)
     found["aumann shapley"] = aumann_shapley(
         small, short, targets, points=2, folder=folder / "aumann"

@@ -1,7 +1,7 @@
 """The defence: which rows look planted.
 
     found = detect(features, labels, trusted=(clean_features, clean_labels), signals={"loss": losses, ...})
-    print(found.table())                               # AUCs, where it is known what was planted
+    print(found.table())                               # AUCs where it is known what was planted, else suspects
 
 A few rows that somebody has looked at ("trusted") are worth more than any score that only sees the poisoned data: an
 attack that was optimised against the model is, by that, near what the model expects.
@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from applied.recipe import aligned
 
 COMBINED, NEIGHBOURS = "combined", "neighbours"
 DOUBTED = 0.3  # of the rows, left out of the first vote of the combined detector
@@ -60,12 +62,26 @@ class Detection:
             raise ValueError("expected planted=[n] to judge a detector by, got none")
         return float(roc_auc_score(self.planted, self.scores[name]))
 
-    def table(self) -> str:
-        """One line a detector, the best first."""
+    def table(self, rows: int = 20) -> str:
+        """One line a detector, the best first; where nobody knows what was planted, the most suspicious rows."""
+        if self.planted is None:
+            return self._rows(rows)
         ranked = sorted(self.scores, key=self.auc, reverse=True)
         width = max(map(len, ranked))
         lines = [f"{name:{width}}  {self.auc(name):.4f}" for name in ranked]
         return "\n".join([f"{'detector':{width}}  AUC", *lines])
+
+    def _rows(self, rows: int) -> str:
+        """The most suspicious rows by the combined detector, with every detector's score."""
+        order = np.argsort(-self.combined, kind="stable")[:rows]
+        suspects = set(self.suspects.tolist())
+        lines = [["row", *self.scores, ""]]
+        for i in order.tolist():
+            scores = (f"{float(found[i]):.4g}" for found in self.scores.values())
+            lines.append([str(i), *scores, "suspect" if i in suspects else ""])
+        return "\n".join(
+            [*aligned(lines), f"{len(suspects)} suspects among {len(self.combined)} rows"]
+        )
 
 
 def detect(

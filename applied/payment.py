@@ -47,9 +47,9 @@ class Payments:
         width = max([6, *(len(str(p)) for p in self.players)])
         lines = [f"{'player':{width}}  {'payment':>10}  {'by worth':>10}  95 % interval by worth"]
         for i in np.argsort(-self.amounts, kind="stable"):
+            ends = f"[{self.low[i]:.2f}, {self.high[i]:.2f}]" if math.isfinite(self.low[i]) else "-"
             lines.append(
-                f"{self.players[i]!s:{width}}  {self.amounts[i]:10.2f}  {self.proportional[i]:10.2f}  "
-                f"[{self.low[i]:.2f}, {self.high[i]:.2f}]"
+                f"{self.players[i]!s:{width}}  {self.amounts[i]:10.2f}  {self.proportional[i]:10.2f}  {ends}"
             )
         return "\n".join([*lines, f"{'all':{width}}  {self.amounts.sum():10.2f}"])
 
@@ -280,10 +280,12 @@ def _spend_the_rest(
     chosen: NDArray[Any], gain: NDArray[Any], price: NDArray[Any], budget: float
 ) -> None:
     """Take whom the rest of the budget buys, whose gain is below a solver's tolerance beside others'."""
-    for k in np.argsort(-gain, kind="stable"):
-        spent = float(price @ chosen)
-        if gain[k] > 0 and not chosen[k] and spent + price[k] <= budget * (1 + SLACK):
+    spent, most = float(price @ chosen), budget * (1 + SLACK)
+    left = np.flatnonzero((gain > 0) & (chosen == 0))
+    for k in left[np.argsort(-gain[left], kind="stable")]:
+        if spent + price[k] <= most:
             chosen[k] = 1.0
+            spent = float(price @ chosen)
 
 
 def _decision(values: Values, chosen: NDArray[Any], price: NDArray[Any], budget: float) -> Decision:

@@ -284,7 +284,8 @@ def _plan(runs: list[Any], budget: float, pace: Pace | None, models: bool) -> tu
     if spent > budget * length + ROUNDING - models:
         raise ValueError(
             f"expected a budget that rehearsals fit in, got {budget:g} of {length} steps, while {pairs} pairs "
-            f"on batches of {plan.size(runs[0])} take {spent:.1f} a model; raise `budget` or give more runs"
+            f"on batches of {plan.size(runs[0])} take {spent:.1f} a model{', and matching a step' * models}; raise `budget` "
+            "or give more runs"
         )
     return plan, pairs
 

@@ -28,7 +28,7 @@ from attribution_core.datamodel import LinearDatamodel
 from attribution_core.groups import group_table, named
 from attribution_core.retraining import RetrainingTable
 from attribution_core.semivalues import Kind, semivalues
-from attribution_core.subsets import all_subsets, permutation_subsets
+from attribution_core.subsets import all_subsets, leave_out_subsets, permutation_subsets
 
 __all__ = [
     "Payments", "ValuationWarning", "Values", "buy", "held_out", "pay", "self_confidence", "values",
@@ -131,8 +131,7 @@ def values(
     players: Any = n if owners is None else np.asarray(owners)
     count = n if owners is None else len(named(owners, n)[0])
     if kind == "leave_one_out":
-        weights = np.concatenate([np.ones((1, n)), 1.0 - _members(owners, n)])
-        weights = np.concatenate([weights, np.zeros((1, n))])
+        weights = np.concatenate([leave_out_subsets(players), np.zeros((1, n))])
     elif count <= EXACT:
         weights = all_subsets(players)
     else:
@@ -155,12 +154,11 @@ def _of_linear(
 ) -> Values:
     """Scores, summed by owner: the value of every kind for a sum of players' own contributions."""
     u = _utility(utility, f.scores.shape[1])
-    members = _members(owners, len(f.scores))
-    per_target = members @ f.scores
-    error, runs = np.full(len(members), math.nan), f.meta.get("averaged", 1)
+    per_target = _by_player(owners, f.scores)
+    error, runs = np.full(len(per_target), math.nan), f.meta.get("averaged", 1)
     if f.spread is not None:
         # errors of different examples and targets may go together: their sum is the safe bound
-        error = members @ (f.spread @ np.abs(u)) / math.sqrt(runs)
+        error = _by_player(owners, f.spread @ np.abs(u)) / math.sqrt(runs)
     change = f.meta.get("change")
     nobody = f.predict(np.zeros(len(f.scores)))
     return Values(
@@ -293,7 +291,11 @@ def held_out(table: RetrainingTable) -> Values:
 def self_confidence(x: ArrayLike, y: ArrayLike, *, folds: int = 5, seed: int = 0) -> Values:
     """Cross-validated probability that a logistic regression gives to each example's own label.
 
-    The control that every table of values needs: it takes seconds and no clean data. High is good.
+    The control that every table of values needs: it takes seconds and no clean data. High is good. Fewer folds where a
+    class has fewer rows.
+
+    Raises:
+        ValueError: one class alone; a class of one row, which no fold could know.
 
     Source: Northcutt et al. 2021 (confident learning), its base score.
     """
@@ -303,9 +305,13 @@ def self_confidence(x: ArrayLike, y: ArrayLike, *, folds: int = 5, seed: int = 0
     from sklearn.preprocessing import StandardScaler
 
     features, labels = np.asarray(x, dtype=float), np.asarray(y)
-    index = np.unique(labels, return_inverse=True)[1]
+    names, index, count = np.unique(labels, return_inverse=True, return_counts=True)
+    if len(names) < 2 or count.min() < 2:
+        raise ValueError(
+            f"expected two classes or more with two rows or more each, got {dict(zip(names.tolist()[:10], count.tolist(), strict=False))}"
+        )
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    cut = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    cut = StratifiedKFold(min(folds, int(count.min())), shuffle=True, random_state=seed)
     chance = cross_val_predict(model, features, index, cv=cut, method="predict_proba")
     own = chance[np.arange(len(index)), index]
     unknown = np.full(len(own), math.nan)
@@ -322,9 +328,11 @@ def _utility(utility: ArrayLike | None, t: int) -> NDArray[np.float64]:
     return u
 
 
-def _members(owners: ArrayLike | None, n: int) -> NDArray[np.float64]:
-    """[k, n] which examples each player brings."""
+def _by_player(owners: ArrayLike | None, rows: NDArray[Any]) -> NDArray[np.float64]:
+    """What each example has [n, ...], summed over the examples that a player brings, [k, ...]."""
     if owners is None:
-        return np.eye(n)
-    names, index = named(owners, n)
-    return (index == np.arange(len(names))[:, None]).astype(float)
+        return np.array(rows, dtype=float)
+    names, index = named(owners, len(rows))
+    total = np.zeros((len(names), *rows.shape[1:]))
+    np.add.at(total, index, rows)
+    return total

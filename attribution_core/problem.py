@@ -244,8 +244,25 @@ def call(model: nn.Module, function: PerExample, params: Params, batch: Batch) -
     named = {f"model.{name}": value for name, value in params.items()}
     statistics = any(name.endswith("running_var") for name in params)
     fixed = _FixedStatistics() if statistics else nullcontext()
-    with precision_of(params), _one_function(model), fixed:
+    with precision_of(params), _one_function(model), fixed, _told_types(params, batch):
         return functional_call(_Bound(model, function), named, (batch,))
+
+
+@contextmanager
+def _told_types(params: Params, batch: Batch) -> Iterator[None]:
+    """Say which types met where torch says that they may not."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("same dtype", "expected scalar type")):
+            raise
+        columns = batch.values() if isinstance(batch, dict) else batch
+        own = sorted({str(value.dtype) for value in params.values()})
+        given = [str(x.dtype) for x in columns if isinstance(x, Tensor)]
+        raise ValueError(
+            f"expected columns that the model's {', '.join(own)} can be multiplied with, got {given}: {error}; cast "
+            "them, with torch.as_tensor(x).float() say, or the model"
+        ) from error
 
 
 # what transformers and peft call hooks that ask a layer's output for gradients, for checkpointing

@@ -6,7 +6,8 @@
     python recipes/attribute.py --method influence --out runs/mine
 
 It looks whether first order can be believed (and takes the learning rate or ε that the pre-flight suggests),
-trains, attributes, retrains on random subsets and writes the report. The same command again resumes.
+trains, attributes, retrains on random subsets and writes the report. The same command again reads back the
+trainings that are finished.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def main(flags: Flags) -> None:
     unused = [f"--{name}" for name in ("data", "target", "text", "model") if _given(flags, name)]
     if flags.task == "digits" and unused:
         raise ValueError(f"expected --task text with {', '.join(unused)}; digits are built in")
-    flags.out.mkdir(parents=True, exist_ok=True)
     task, recipe = prepare(flags)
+    flags.out.mkdir(parents=True, exist_ok=True)
     recipe = checked(flags, task, recipe)
     estimate(flags, task, recipe)
     datamodel = attribute(flags, task, recipe)
@@ -186,11 +187,12 @@ def attribute(flags: Flags, task: Task, recipe: Any) -> Any:
     from attribution_core.smoothness import describe
 
     marks = 6 if flags.method in ("source", "tracin") else 0
+    states: Any = "sqrt" if flags.method == "magic" else 0
     first = 1000 if flags.fresh else recipe.seed  # seeds that the truth does not use
     runs = [
         train(
             task.problem, replace(recipe, seed=first + k), exposure=flags.exposure, checkpoints=marks,
-            progress=bar("training"),
+            states=states, folder=flags.out / "runs" / str(k), progress=bar("training"),
         )
         for k in range(flags.runs)
     ]  # fmt: skip
@@ -238,6 +240,7 @@ def write_report(
     from applied.recipe import Interval
     from attribution_core import lds
     from attribution_core.smoothness import describe
+    from recipes.command import as_given
 
     datamodel.save(flags.out / "datamodel")
     found = {drop: lds(datamodel, table) for drop, table in tables.items()}
@@ -291,7 +294,8 @@ def write_report(
     ).save(flags.out / "report.html")
     metrics = {f"{drop:g}": asdict(one) for drop, one in found.items()}
     report.write_metrics(
-        flags.out / "metrics.json", {"lds": metrics, "meta": datamodel.meta, **facts}
+        flags.out / "metrics.json",
+        {"lds": metrics, "meta": datamodel.meta, **facts, "flags": as_given(flags)},
     )
     print(f"written to {flags.out}/report.html")
 

@@ -24,6 +24,8 @@ class Classification:
         classes: names of the labels 0 .. c − 1.
         bad: [n] which labels were spoiled; None where nobody knows.
         ids: [n] the training rows' places in the file they come from; as they stand, unless given.
+        features: names of the columns that x is made of.
+        repeated: how many of the held-out rows are also training rows.
     """
 
     name: str
@@ -37,11 +39,26 @@ class Classification:
     classes: list[str]
     bad: NDArray[np.bool_] | None
     ids: NDArray[np.intp] | None = None
+    features: Sequence[str] = ()
+    repeated: int = 0
 
     @property
     def places(self) -> NDArray[np.intp]:
         """[n] what training rows are called in whatever is written."""
         return np.arange(len(self.x)) if self.ids is None else self.ids
+
+
+def facts_of(data: Classification) -> dict[str, str]:
+    """What a report says of a table: its features, and held-out rows that were trained on."""
+    facts = {}
+    if data.features:
+        many = len(data.features)
+        named = ", ".join(map(str, data.features[:10])) + (", ..." if many > 10 else "")
+        facts["features"] = f"{many} columns ({named}), {data.x.shape[1]} numbers a row"
+    if data.repeated:
+        held = len(data.target_x) + len(data.test_x)
+        facts["held-out rows that are also training rows"] = f"{data.repeated} of {held}"
+    return facts
 
 
 def network(d: int, classes: int, width: int, seed: int) -> Any:
@@ -97,43 +114,49 @@ def embedded(name: str, mislabel: float, owners: int, seed: int) -> Classificati
 
 
 def from_file(
-    path: str, label: str, owner: str | None, test: str | None, seed: int
+    path: str,
+    label: str,
+    owner: str | None,
+    test: str | None,
+    seed: int,
+    ignore: Sequence[str] = (),
 ) -> Classification:
     """A .parquet or .csv file with a label column; text columns become indicators, numbers are scaled.
 
     Without a test file two fifths of the rows are held out, half as targets and half to judge.
 
+    Args:
+        ignore: columns that are no features: ids, dates, what nobody knows when the label is asked for.
+
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another ending, columns that are missing, empty cells, too few rows, a label in the test
-            file that training rows do not have.
+        ValueError: another ending, columns that are missing, that number or name the rows, or that hold neither
+            numbers nor text; empty cells, too few rows, labels that are no classes, a class of one training
+            row, a label in the test file that training rows do not have.
     """
     from sklearn.compose import make_column_selector, make_column_transformer
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-    frame = _read(path, [label, *([owner] if owner else [])])
-    ids = np.arange(len(frame))
+    if used := [name for name in (label, owner) if name in ignore]:
+        raise ValueError(f"expected --ignore of columns that nothing else needs, got {used}")
+    frame = _read(path, [label, *([owner] if owner else []), *ignore], ignore)
     features = [c for c in frame.columns if c not in (label, owner)]
+    _check_features(frame, features, path)
     order = np.random.default_rng(seed).permutation(len(frame))
+    ids = np.arange(len(frame))
     if test is None:
         fifth = len(frame) // 5
         ids, held = order[2 * fifth :], frame.iloc[order[: 2 * fifth]]
     else:
-        held = _read(test, [label, *features])
+        held = _read(test, [label, *features], ignore)
         held = held.iloc[np.random.default_rng(seed).permutation(len(held))]
+        _check_same_kinds(frame, held, features, path, test)
     train = frame.iloc[ids]
     if len(train) < 20 or len(held) < 10:
         raise ValueError(
             f"expected at least 20 training rows and 10 held out, got {len(train)} and {len(held)}"
         )
-    names, y = np.unique(train[label].astype(str), return_inverse=True)
-    if len(names) < 2:
-        raise ValueError(
-            f"expected two classes or more in {label!r} of {path}, got {names.tolist()} alone"
-        )
-    unknown = sorted(set(held[label].astype(str)) - set(names))
-    if unknown:
-        raise ValueError(f"expected held-out labels that training rows have, got {unknown[:5]}")
+    names, y, held_y = _labels(train[label], held[label], path)
     encode = make_column_transformer(
         (StandardScaler(), make_column_selector(dtype_include="number")),
         (
@@ -141,18 +164,97 @@ def from_file(
             make_column_selector(dtype_exclude="number"),
         ),
     )
-    x = encode.fit_transform(train[features]).astype(np.float32)
-    held_x = encode.transform(held[features]).astype(np.float32)
-    held_y = np.searchsorted(names, held[label].astype(str))
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = encode.fit_transform(train[features]).astype(np.float32)
+        held_x = encode.transform(held[features]).astype(np.float32)
+    if not (np.isfinite(x).all() and np.isfinite(held_x).all()):
+        raise ValueError(
+            f"expected numbers that float32 holds, got larger ones in {path}; take logarithms, or mend them"
+        )
     half = len(held) // 2
     owners = train[owner].astype(str).to_numpy() if owner else np.full(len(train), "all")
+    seen = {row.tobytes() for row in np.column_stack([x, y])}
+    repeated = sum(row.tobytes() in seen for row in np.column_stack([held_x, held_y]))
     return Classification(
-        Path(path).name, x, y.astype(np.int64), owners, held_x[:half], held_y[:half], held_x[half:],
-        held_y[half:], [str(n) for n in names], None, ids,
+        Path(path).name, x, y, owners, held_x[:half], held_y[:half], held_x[half:], held_y[half:], names,
+        None, ids, features, repeated,
     )  # fmt: skip
 
 
-def _read(path: str, needed: Sequence[str]) -> Any:
+def _labels(
+    train: Any, held: Any, path: str
+) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
+    """(names of the classes, training labels, held-out labels) of two columns."""
+
+    def words(column: Any) -> Any:  # 1.0 is the label 1
+        whole = column.dtype.kind == "f" and (column == column.round()).all()
+        return (column.astype(int) if whole else column).astype(str)
+
+    names, y, count = np.unique(words(train), return_inverse=True, return_counts=True)
+    if train.dtype.kind == "f" and len(names) > max(20, len(train) // 2):
+        raise ValueError(
+            f"expected classes in {train.name!r} of {path}, got {len(names)} different numbers in {len(train)} rows; "
+            "these recipes are for classes: cut the numbers into ranges"
+        )
+    if len(names) < 2:
+        raise ValueError(
+            f"expected two classes or more in {train.name!r} of {path}, got {names.tolist()} alone"
+        )
+    unknown = sorted(set(words(held)) - set(names))
+    if unknown:
+        raise ValueError(
+            f"expected held-out labels that training rows have ({names[:5].tolist()}), got {unknown[:5]}"
+        )
+    if count.min() < 2:
+        alone = names[count < 2][:5].tolist()
+        raise ValueError(
+            f"expected two training rows or more of every class, got one of {alone}; leave these classes out, or "
+            "join them to others"
+        )
+    return [str(n) for n in names], y.astype(np.int64), np.searchsorted(names, words(held))
+
+
+def _check_features(frame: Any, features: Sequence[str], path: str) -> None:
+    """Raise where columns are none, or are names or numbers of rows instead of features.
+
+    Raises:
+        ValueError: they are; says which to ignore.
+    """
+    if not features:
+        raise ValueError(f"expected features in {path}, got a label alone")
+    n, numbers = len(frame), frame.select_dtypes("number").columns
+    kinds = {c: type(frame[c].iloc[0]).__name__ for c in features if c not in numbers and n}
+    others = {c: k for c, k in kinds.items() if k not in ("str", "bool", "bool_")}
+    if others:
+        raise ValueError(
+            f"expected numbers and text in {path}, got {others}; make columns of numbers of them, or leave them out by "
+            f"--ignore {' '.join(map(str, others))}"
+        )
+
+    def is_name(c: str) -> bool:
+        column = frame[c]
+        if c in numbers:  # 0, 1, 2 ... as pandas writes its index
+            return n > 2 and bool((np.diff(column.to_numpy(dtype=float)) == 1).all())
+        return bool(column.nunique() > max(20, n // 2))
+
+    if named := [c for c in features if is_name(c)]:
+        raise ValueError(
+            f"expected features, got columns of {path} that name or number rows: {named[:5]}; leave them out by --ignore "
+            f"{' '.join(map(str, named[:5]))}"
+        )
+
+
+def _check_same_kinds(frame: Any, held: Any, features: Sequence[str], path: str, test: str) -> None:
+    """Raise where a column holds numbers in one file and text in the other."""
+    kinds = [set(f[features].select_dtypes("number").columns) for f in (frame, held)]
+    if other := sorted(kinds[0] ^ kinds[1]):
+        raise ValueError(
+            f"expected columns of one kind in {path} and {test}, got numbers in one and text in the other in "
+            f"{other[:5]}"
+        )
+
+
+def _read(path: str, needed: Sequence[str], ignore: Sequence[str] = ()) -> Any:
     import pandas as pd
 
     if not Path(path).exists():
@@ -160,19 +262,25 @@ def _read(path: str, needed: Sequence[str]) -> Any:
     readers = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
     if Path(path).suffix not in readers:
         raise ValueError(f"expected a .parquet or .csv file, got {path}")
-    frame: Any = readers[Path(path).suffix](path)
+    try:
+        frame: Any = readers[Path(path).suffix](path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected {path} in UTF-8, got {error}; save it so") from None
     missing = [name for name in needed if name not in frame.columns]
     if missing:
         raise ValueError(f"expected columns {missing} in {path}, got {list(frame.columns)[:20]}")
+    frame = frame.drop(columns=[name for name in ignore if name in frame.columns])
     empty = frame.columns[frame.isna().any()].tolist()
     if empty:
         raise ValueError(
-            f"expected no empty cells, got some in {empty[:5]} of {path}; fill or drop them"
+            f"expected no empty cells, got some in {empty[:5]} of {path}; fill or drop them, or leave columns out by "
+            "--ignore (words such as NA count as empty)"
         )
     times = frame.select_dtypes(["datetime", "datetimetz", "timedelta"]).columns.tolist()
     if times:
         raise ValueError(
-            f"expected numbers and text, got times in {times[:5]} of {path}; make numbers of them, days since a date say, or drop them"
+            f"expected numbers and text, got times in {times[:5]} of {path}; make numbers of them, days since a date "
+            "say, or leave them out by --ignore"
         )
     numbers = frame.select_dtypes("number")
     endless = [name for name in numbers if np.isinf(numbers[name].astype(float)).any()]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -16,9 +21,51 @@ def run_command(
     """Parse and run; what is wrong with the input is said in one line, without a traceback."""
     given: Any = tyro.cli(flags, args=arguments, description=about)
     try:
-        main(given)
-    except (ValueError, OSError) as error:
+        with alone_in(given.out):
+            main(given)
+    except (ValueError, OSError, NotImplementedError) as error:
         sys.exit(f"error: {error}")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs on this machine out of a folder for as long as this one lasts.
+
+    Raises:
+        ValueError: another run is at work there.
+    """
+    from filelock import FileLock, Timeout
+
+    if os.environ.get("RANK", "0") != "0":  # of a launched run the first process locks
+        yield
+        return
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"applied-attribution-{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"expected --out that no other run is writing to, got {str(folder)!r}, where one is at work; wait for "
+            "it, or take another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def forget_report(folder: Path) -> None:
+    """Take away the report of an earlier run, whose results are about to be replaced."""
+    for name in ("report.html", "metrics.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def as_given(flags: Any) -> dict[str, Any]:
+    """The flags, for metrics.json."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(flags).items()
+    }
 
 
 def at_least(flags: Any, **least: float) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attribution_core.store import write_text
 from recipes.embedded import Document
 
 KINDS = (".parquet", ".jsonl", ".txt")
@@ -139,14 +140,23 @@ def without_text(documents: Sequence[Document]) -> list[str]:
     return [doc.id for doc in documents if not doc.text.strip()]
 
 
+def _content(doc: Document) -> bytes:
+    """What is equal where texts are, white space and case aside."""
+    return hashlib.sha256(" ".join(doc.text.lower().split()).encode(errors="replace")).digest()
+
+
 def in_both(pool: Sequence[Document], target: Sequence[Document]) -> list[str]:
     """Ids of pool documents whose text, white space and case aside, is also a target document."""
+    held = {_content(doc) for doc in target}
+    return [doc.id for doc in pool if _content(doc) in held]
 
-    def key(doc: Document) -> str:
-        return hashlib.sha256(" ".join(doc.text.lower().split()).encode()).hexdigest()
 
-    held = {key(doc) for doc in target}
-    return [doc.id for doc in pool if key(doc) in held]
+def once(documents: Sequence[Document]) -> list[Document]:
+    """The documents without those whose text, white space and case aside, has come before."""
+    first: dict[bytes, Document] = {}
+    for doc in documents:
+        first.setdefault(_content(doc), doc)
+    return list(first.values())
 
 
 @dataclass(frozen=True)
@@ -229,10 +239,13 @@ class Blocks:
             if empty:
                 raise ValueError(
                     f"expected text in every document, got no tokens for {len(empty)} of them: "
-                    f"{empty[:10]}; remove them, or pass --skip-empty"
+                    f"{empty[:10]}; remove them"
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            np.save(folder / "blocks.npy", np.array(rows, dtype=np.int32))
-            np.save(folder / "document.npy", np.array(owners, dtype=np.int32))
-            mark.write_text(digest.hexdigest())
+            mark.unlink(missing_ok=True)  # it vouches for the others
+            for name, numbers in (("blocks", rows), ("document", owners)):
+                written = folder / f"{name}.part.npy"
+                np.save(written, np.array(numbers, dtype=np.int32))
+                written.replace(folder / f"{name}.npy")  # who has read the old file keeps it
+            write_text(mark, digest.hexdigest())
         return cls(folder)

@@ -57,8 +57,9 @@ def checked(flags: Flags) -> tuple[Classification, tuple[str, ...]]:
             "expected --test beside --forget-file: without it some rows of the data are held out, "
             "and row numbers would mean others"
         )
-    data = from_file(flags.data, flags.label, None, flags.test, flags.seed) if own else bare(flags)
-    if not 1 <= flags.size <= len(data.x) // 2:
+    file = (flags.data, flags.label, None, flags.test, flags.seed, flags.ignore)
+    data = from_file(*file) if own else bare(flags)
+    if flags.forget_file is None and not 1 <= flags.size <= len(data.x) // 2:
         raise ValueError(
             f"expected --size from 1 to {len(data.x) // 2}, half of the rows, got {flags.size}"
         )
@@ -100,7 +101,7 @@ def from_text(path: Path, n: int) -> NDArray[np.intp]:
     Raises:
         ValueError: no numbers, rows that are none of the data, twice, or all of them.
     """
-    words = path.read_text(encoding="utf-8").replace(",", " ").split()
+    words = path.read_text(encoding="utf-8-sig").replace(",", " ").split()
     wrong = [w for w in words if not (w.isascii() and w.isdigit() and int(w) < n)]
     if wrong or not words:
         raise ValueError(

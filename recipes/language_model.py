@@ -83,6 +83,7 @@ def language_model(model: str, pool: Sequence[Document], folder: Path) -> Langua
         path = kept_bpe(folder, [doc.text for doc in pool], preset.vocabulary)
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<s>")
         return LanguageModel(tokenizer, partial(llama, preset), preset, True)
+    refuse_missing(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         make = partial(pretrained, model)
@@ -162,14 +163,31 @@ def pretrained(name: str, seed: int) -> Any:
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
 
 
-def refuse_unfit(model: Any, tokenizer: Any, name: str) -> None:
-    """Raise for a model that does not know all tokens, or that sees the tokens it is to predict.
+def refuse_missing(model: str) -> None:
+    """Raise for a path to nothing, which transformers takes for a name on the hub.
 
     Raises:
-        ValueError: either.
+        ValueError: no such folder.
+    """
+    path = Path(model).expanduser()
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if is_path and not path.is_dir():
+        raise ValueError(f"expected a folder of a transformers model, got no folder {model!r}")
+
+
+def refuse_unfit(model: Any, tokenizer: Any, name: str) -> None:
+    """Raise for a tokeniser of nothing, a model that does not know all tokens, or that sees the tokens it is to predict.
+
+    Raises:
+        ValueError: one of these.
     """
     import torch
 
+    if not tokenizer("some text", add_special_tokens=False)["input_ids"]:
+        raise ValueError(
+            f"expected a tokeniser in {name!r}, got one that makes no tokens of text; save the model's there: "
+            "tokenizer.save_pretrained(folder)"
+        )
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         raise ValueError(

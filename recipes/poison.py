@@ -23,6 +23,8 @@ class Flags:
     """'digits', 'breast_cancer', or a .parquet or .csv file of features with a label column."""
     label: str = "label"
     """Column that holds the label."""
+    ignore: tuple[str, ...] = ()
+    """Columns of a file that are no features, such as ids and dates."""
     test: str | None = None
     """File of held-out rows; by default two fifths of the data."""
     budgets: tuple[float, ...] = (0.05, 0.1)
@@ -30,7 +32,7 @@ class Flags:
     rounds: int = 10
     """In which the strongest attack spends its budget, each on a retrained surrogate."""
     splits: int = 3
-    """Times that everything is done, each with other training, target, trusted and test rows."""
+    """Times that everything is done, each with other training, target, trusted and test rows (with --test the same training rows)."""
     width: int = 0
     """Of the network's hidden layer; 0 for logistic regression, whose victims are fitted exactly."""
     decay: float = 0.01

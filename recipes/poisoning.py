@@ -166,7 +166,7 @@ def prepared(flags: Flags, split: int) -> Bench:
     if flags.data in EMBEDDED:
         data = embedded(flags.data, 0.0, 0, split)
     else:
-        data = from_file(flags.data, flags.label, None, flags.test, split)
+        data = from_file(flags.data, flags.label, None, flags.test, split, flags.ignore)
     half = len(data.target_x) // 2
     trusted = data.target_x[half:], data.target_y[half:]
     target = data.target_x[:half], data.target_y[:half]

@@ -15,6 +15,7 @@ from applied.selection import select
 from attribution_core import LinearDatamodel, Run, influence, train
 from attribution_core.processes import world
 from recipes import filters
+from recipes.command import forget_report
 from recipes.study import Study, bar, say
 
 SHARD = 50_000  # documents in a parquet file of the subset
@@ -45,7 +46,8 @@ def gate(study: Study, proxies: Sequence[Run]) -> None:
     proxy = float(np.mean([run.outputs(settle).numpy() * study.bits(settle) for run in proxies]))
     drawn = np.unique(np.concatenate(proxies[0].order))
     order = study.flags.gate_order
-    counts = filters.NgramModel.fit(study.model.decode(study.blocks.tokens[drawn]), order=order)
+    seen = study.model.decode(study.blocks.tokens[drawn])
+    counts = filters.NgramModel.fit([text for text in seen if text.strip()], order=order)
     texts = [d.text for d, p in zip(study.held_out, study.part, strict=True) if p == "settle"]
     ngram = counts.bits_per_byte(texts)
     study.notes["gate"] = {"proxy": proxy, "ngram": ngram, "order": order}
@@ -121,6 +123,7 @@ def write_subset(study: Study, datamodel: LinearDatamodel, decision: Decision) -
         "score": datamodel.scores[best_first, 0],
         "rank": rank[best_first],
     }
+    forget_report(study.flags.out)
     _write_parquet(parquet, pyarrow.table(columns), study.flags.out / "selected.parquet")
     folder = study.flags.out / "subset"
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from applied import pictures, report
 from applied.recipe import Decision, Interval, paired_interval
 from attribution_core import LinearDatamodel
 from attribution_core.processes import world
+from recipes.command import as_given
 from recipes.proof import Evidence
 from recipes.study import Study, say
 
@@ -28,7 +29,7 @@ def write_report(
     held = {name: _against(evidence, name) for name in evidence.arms}
     chosen_ids = "\n".join(map(str, decision.ids))
     metrics = {
-        "flags": {name: str(value) for name, value in asdict(study.flags).items()},
+        "flags": as_given(study.flags),
         "unit": "bits per byte",
         "chosen": {
             "documents": len(decision.ids),
@@ -78,11 +79,16 @@ def _table(evidence: Evidence, held: dict[str, Any]) -> str:
         cells = ""
         for part in evidence.parts:
             loss, gap = held[name][part]["loss"], held[name][part]["minus_random"]
-            ends = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+            ends = f"{gap['mean']:+.3f}"
+            if len(evidence.verified.seeds) > 1:
+                ends += f" [{gap['low']:+.3f}, {gap['high']:+.3f}]"
             cells += f"{loss['mean']:10.3f}{'' if name == 'random' else ends:>26s}"
         lines.append(f"{name:22s}{cells}")
     seeds = len(evidence.verified.seeds)
-    return "\n".join([*lines, f"{seeds} trainings an arm, paired by seed, 95 % t intervals"])
+    noise = (
+        "paired by seed, 95 % t intervals" if seeds > 1 else "which tells no noise: take --seeds"
+    )
+    return "\n".join([*lines, f"{seeds} training{'s'[: seeds != 1]} an arm, {noise}"])
 
 
 def _page(

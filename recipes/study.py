@@ -19,7 +19,7 @@ from attribution_core.data import Rows
 from attribution_core.processes import first_goes_first, world
 from recipes import embedded
 from recipes.command import device_of
-from recipes.corpus import Blocks, in_both, read_documents, without_text
+from recipes.corpus import Blocks, in_both, once, read_documents, without_text
 from recipes.embedded import Document
 from recipes.language_model import LanguageModel, bits_per_byte, fingerprint_of, language_model
 from recipes.select_data import Flags
@@ -89,7 +89,14 @@ def prepare(flags: Flags) -> Study:
     device = device_of(flags.device)
     pool, target, test = _read(flags)
     pool = _checked_pool(flags, pool, [*target, *test], notes)
-    parts = _three_parts(target)
+    different = once(target)
+    if len(different) < len(target):
+        notes["target_repeats"] = len(target) - len(different)
+        say(f"left out {notes['target_repeats']} target documents whose text comes twice")
+    if also := in_both(test, different):
+        notes["test_in_target"] = also
+        say(f"warning: {len(also)} test documents are also target text: {also[:10]}")
+    parts = _three_parts(different)
     held_out = [*parts[0], *parts[1], *parts[2], *test]
     labels = np.repeat([*PARTS, "test"], [*map(len, parts), len(test)])
 

@@ -159,7 +159,7 @@ def _blocks(
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from recipes.corpus import Blocks
-    from recipes.language_model import fingerprint_of, kept_bpe, refuse_unfit
+    from recipes.language_model import fingerprint_of, kept_bpe, refuse_missing, refuse_unfit
 
     folder.mkdir(parents=True, exist_ok=True)
     if model == "gpt2":
@@ -167,6 +167,7 @@ def _blocks(
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<s>")
         make, length = gpt2, LENGTH
     else:
+        refuse_missing(model)
         try:
             tokenizer = AutoTokenizer.from_pretrained(model)
             make = partial(from_folder, model)

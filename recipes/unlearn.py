@@ -23,6 +23,8 @@ class Flags:
     """'digits', 'breast_cancer', or a .parquet or .csv file of features with a label column."""
     label: str = "label"
     """Column that holds the label."""
+    ignore: tuple[str, ...] = ()
+    """Columns of a file that are no features, such as ids and dates."""
     test: str | None = None
     """File of held-out rows; by default two fifths of the data. With --forget-file it is needed."""
     forget: tuple[str, ...] = ("random", "cluster", "mislabelled")

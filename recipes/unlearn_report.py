@@ -11,6 +11,8 @@ import numpy as np
 from applied import report
 from applied import unlearning_pictures as pictures
 from applied.yardstick import CEILING, FLOOR
+from recipes import classification
+from recipes.command import as_given
 from recipes.unlearning import AUTO, MATCHING, PREDICTED, Study
 
 if TYPE_CHECKING:
@@ -30,7 +32,9 @@ def write_report(flags: Flags, studies: list[Study]) -> None:
     page = report.Page("Unlearned, judged by retraining", name, sections)
     page.save(flags.out / "report.html")
     metrics = {study.forget.kind: metrics_of(study) for study in studies}
-    report.write_metrics(flags.out / "metrics.json", {**metrics, "facts": facts})
+    report.write_metrics(
+        flags.out / "metrics.json", {**metrics, "facts": facts, "flags": as_given(flags)}
+    )
     print(f"\nwritten to {flags.out}/report.html")
 
 
@@ -100,7 +104,7 @@ def sections_of(study: Study) -> dict[str, list[str]]:
     words = (
         f"{found.direction} in nats, {found.kind}, {found.k} models of each kind; the floor is the distance "
         "between two sets of oracles, so no method is asked to go below. Margin error in the unit of margins. "
-        "Attack AUC: .5 where nobody can tell an unlearned model from an oracle."
+        "Attack AUC: how well an unlearned model is told from an oracle; .5 is not at all, and the floor what few models make of oracles themselves."
     )
     table = report.table(rows, ("method", "cost", *names, "flags"))
     return {
@@ -177,4 +181,5 @@ def facts_of(flags: Flags, studies: list[Study]) -> dict[str, str]:
         "budget": f"{flags.budget:.0%} of a training's steps",
         "learning rates tried": ", ".join(f"{rate * flags.lr:g}" for rate in flags.rates),
         "distance": studies[0].evaluation.direction,
+        **classification.facts_of(data),
     }

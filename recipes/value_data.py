@@ -31,6 +31,8 @@ class Flags:
     """Column that holds the label."""
     owner: str | None = None
     """Column that says whose a row is."""
+    ignore: tuple[str, ...] = ()
+    """Columns of a file that are no features, such as ids and dates."""
     test: str | None = None
     """File of held-out rows; by default two fifths of the data."""
     mislabel: float = 0.1
@@ -88,7 +90,7 @@ def main(flags: Flags) -> None:
     if flags.data in ("digits", "breast_cancer"):
         data = embedded(flags.data, flags.mislabel, flags.owners, flags.seed)
     else:
-        data = from_file(flags.data, flags.label, flags.owner, flags.test, flags.seed)
+        data = from_file(flags.data, flags.label, flags.owner, flags.test, flags.seed, flags.ignore)
     payable(flags, data)
     flags.out.mkdir(parents=True, exist_ok=True)
     study = start(flags, data)

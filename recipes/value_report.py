@@ -8,6 +8,8 @@ import numpy as np
 
 from applied import report, value_pictures
 from applied.recipe import paired_interval
+from recipes import classification
+from recipes.command import as_given
 from recipes.valuing import Owned, Study, Valued
 
 INSPECTED = np.linspace(0, 0.5, 51)  # shares of the rows, worst first
@@ -21,11 +23,12 @@ def write_report(
     if owned is not None:
         more, numbers = owners_of(study, owned)
         sections, metrics = {**sections, **more}, {**metrics, **numbers}
-    facts = facts_of(study)
+    facts = {**facts_of(study), **classification.facts_of(study.data)}
     sections["How this was made"] = [report.facts(facts)]
     out = study.flags.out
     report.Page("What the data are worth", study.data.name, sections).save(out / "report.html")
-    report.write_metrics(out / "metrics.json", {**metrics, **facts})
+    given = as_given(study.flags)
+    report.write_metrics(out / "metrics.json", {**metrics, **facts, "flags": given})
     print(f"written to {out}/report.html")
 
 
@@ -95,54 +98,65 @@ def found_by(values: Any, bad: Any) -> Any:
 
 def owners_of(study: Study, owned: Owned) -> tuple[dict[str, Any], dict[str, Any]]:
     """(sections, metrics) of owners."""
-    exact, pay = owned.found["retraining"], owned.payments
+    exact = owned.found["retraining"]
     agree = {
         name: float(np.corrcoef(v.values, exact.values)[0, 1])
         for name, v in owned.found.items()
         if name != "retraining"
     }
-    names, size = np.unique(study.data.owners, return_counts=True)
-    order = np.argsort(-pay.amounts, kind="stable")
-    rows = [
-        (str(names[i]), int(size[i]), exact.interval(names[i]), float(pay.amounts[i]), f"{pay.low[i]:.0f} to {pay.high[i]:.0f}")
-        for i in order
-    ]  # fmt: skip
-    bought = owned.bought
-    print(exact.table(), pay.table(), bought.table(), sep="\n\n")
-    how = exact.meta["from"]
+    names = exact.players.tolist()
+    print(exact.table())
+    how, seeds = exact.meta["from"], exact.meta["seeds"]
     words = (
-        f"Shapley values of owners, from {exact.meta['rows']} retrainings ({how}) with rows really removed, {study.flags.seeds} seeds. "
-        f"They add up to {exact.values.sum():.4g}, the test targets' loss without data less that with all. "
+        f"Shapley values of owners, from {exact.meta['rows']} retrainings ({how}) with rows really removed, {seeds} seeds. "
+        f"They add up to {exact.values.sum():.4g}, the target rows' loss without data less that with all. "
         + "; ".join(f"{name}: correlation {value:.3f}" for name, value in agree.items())
         + "."
     )
-    sections = {
-        "Owners": [
-            report.picture(
-                value_pictures.owners(owned.found, xlabel="worth: loss taken away, nats")
-            ),
-            report.paragraph(words),
-        ],
-        f"Sharing {pay.budget:g}": [
-            report.table(rows, ("owner", "rows", "worth", "payment", "by the interval of worth"))
-        ],
-        "Buying half": [
-            report.paragraph(
-                f"At one a row and half of the price of all, the best purchase is "
-                f"{', '.join(str(p) for p in bought.decision.meta['players'])}. Retrained on it, the test loss is "
-                f"{paired_interval(bought.actual[:, 0])} (predicted for the targets: "
-                f"{float(bought.predicted[0]):.4g}); on random rows of the same price "
-                f"{paired_interval(bought.control['random'][:, 0])}."
-            )
-        ],
-    }
-    return sections, {
-        "owners": {
-            "correlation": agree, "worth": dict(zip(names.tolist(), exact.values.tolist(), strict=True)),
-            "payments": dict(zip(names.tolist(), pay.amounts.tolist(), strict=True)),
-            "bought": bought.decision.meta["players"], "bought_less_random": bought.difference(),
+    picture = value_pictures.owners(owned.found, xlabel="worth: loss taken away, nats")
+    worth = dict(zip(names, exact.values.tolist(), strict=True))
+    sections = {"Owners": [report.picture(picture), report.paragraph(words)]}
+    metrics: dict[str, Any] = {"correlation": agree, "worth": worth}
+    for part, numbers in (payments_of(study, owned), purchase_of(owned)):
+        sections, metrics = {**sections, **part}, {**metrics, **numbers}
+    return sections, {"owners": metrics}
+
+
+def payments_of(study: Study, owned: Owned) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(section, metrics) of what each owner is paid."""
+    pay, exact = owned.payments, owned.found["retraining"]
+    title = f"Sharing {study.flags.budget:g}"
+    if isinstance(pay, str):
+        print(f"\nnobody is paid: {pay}")
+        return {title: [report.paragraph(f"Nobody is paid: {pay}.")]}, {"not_paid": pay}
+    print(f"\n{pay.table()}")
+    names, size = np.unique(study.data.owners, return_counts=True)
+    rows = [
+        (str(names[i]), int(size[i]), exact.interval(names[i]), float(pay.amounts[i]), f"{pay.low[i]:.0f} to {pay.high[i]:.0f}")
+        for i in np.argsort(-pay.amounts, kind="stable")
+    ]  # fmt: skip
+    head = ("owner", "rows", "worth", "payment", "by the interval of worth")
+    amounts = dict(zip(names.tolist(), pay.amounts.tolist(), strict=True))
+    return {title: [report.table(rows, head)]}, {"payments": amounts}
+
+
+def purchase_of(owned: Owned) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(section, metrics) of the best owners for half of the price of all."""
+    bought = owned.bought
+    if isinstance(bought, str):
+        print(f"\nnothing is bought: {bought}")
+        return {"Buying half": [report.paragraph(f"Nothing is bought: {bought}.")]}, {
+            "not_bought": bought
         }
-    }  # fmt: skip
+    print(f"\n{bought.table()}")
+    players = bought.decision.meta["players"]
+    words = (
+        f"At one a row and half of the price of all, the best purchase is {', '.join(map(str, players))}. Retrained on it, "
+        f"the test loss is {paired_interval(bought.actual[:, 0])} (predicted for the targets: {float(bought.predicted[0]):.4g}); "
+        f"on random rows of the same price {paired_interval(bought.control['random'][:, 0])}."
+    )
+    metrics = {"bought": players, "bought_less_random": bought.difference()}
+    return {"Buying half": [report.paragraph(words)]}, metrics
 
 
 def text_table(rows: list[Any], head: list[str]) -> str:

@@ -32,6 +32,7 @@ from attribution_core import (
     train,
 )
 from recipes.classification import Classification, problem_of
+from recipes.command import forget_report
 from recipes.value_data import bar
 
 if TYPE_CHECKING:
@@ -75,11 +76,11 @@ class Valued:
 
 @dataclass(frozen=True, eq=False)
 class Owned:
-    """Owners valued: by real retraining first, then by datamodels; what they are paid, who is bought."""
+    """Owners valued: by real retraining first, then by datamodels; what they are paid, who is bought, or why not."""
 
     found: dict[str, Values]
-    payments: Payments
-    bought: Verified
+    payments: Payments | str
+    bought: Verified | str
 
 
 def start(flags: Flags, data: Classification) -> Study:
@@ -149,6 +150,7 @@ def value_rows(study: Study) -> Valued:
         "kNN-Shapley": (valuation.values(neighbours), CLEAN),
         "random (control)": (nothing, ""),
     }
+    forget_report(flags.out)
     for name, (values, _) in found.items():
         file = "".join(c if c.isalnum() else "-" for c in name.split(" (")[0].lower())
         replace(values, players=data.places).save(flags.out / f"rows-{file}.parquet")
@@ -206,11 +208,30 @@ def value_owners(study: Study, valued: Valued) -> Owned | None:
         "retrainings + influence": -valuation.values(valued.datamodel, owners=labels),
     }
     worth = found["retraining"]
-    payments = valuation.pay(
-        worth, flags.budget, floors=flags.floor, caps=flags.cap, discount=flags.discount
-    )
-    prices = np.unique(labels, return_counts=True)[1].astype(float)  # one a row
-    best = valuation.buy(worth, prices, prices.sum() / 2)
-    bought = verify(best, partial(study.retrain, progress=iter), seeds=flags.seeds)
     worth.save(flags.out / "owners.csv")
-    return Owned(found, payments, bought)
+    return Owned(found, paid(flags, worth), bought(study, worth))
+
+
+def paid(flags: Flags, worth: Values) -> Payments | str:
+    """The budget shared between owners; or in words why it cannot be."""
+    if worth.values.sum() <= 0:
+        return f"together the owners' data do not lower the loss (worth {worth.values.sum():.3g})"
+    try:
+        return valuation.pay(
+            worth, flags.budget, floors=flags.floor, caps=flags.cap, discount=flags.discount
+        )
+    except ValueError as error:
+        return str(error)
+
+
+def bought(study: Study, worth: Values) -> Verified | str:
+    """The best owners for half of the price of all, retrained on; or in words why none are bought."""
+    prices = np.unique(study.data.owners, return_counts=True)[1].astype(float)  # one a row
+    half, good = prices.sum() / 2, worth.values > 0
+    if not (good & (prices <= half)).any():
+        which = (
+            f"the cheapest of them costs {prices[good].min():g}" if good.any() else "there are none"
+        )
+        return f"nobody whose data made the loss lower is to be had for {half:g}, half of the price of all: {which}"
+    best = valuation.buy(worth, prices, half)
+    return verify(best, partial(study.retrain, progress=iter), seeds=study.flags.seeds)

@@ -62,7 +62,7 @@ def check_files(folder, said):
             assert f"{value:.4f}{star}" in line
             assert f"{value:.4f}{star}" in page
         assert f"{mine.suspects.mean():.0f} / {mine.caught.mean():.0f}" in line
-        assert digits(row["recovered"]["mean"]) in page
+        assert_recovered(row["recovered"]["mean"], kept, page)
         assert row["random"] == pytest.approx(mine["random.target loss"].mean())
     clean = table["clean.held-out loss"].mean()
     assert f"held-out loss {clean:.4f}" in said
@@ -71,6 +71,18 @@ def check_files(folder, said):
     for words in ("An audit of one&#x27;s own model", "other labels to 10 %", "may change labels of 0.1"):  # fmt: skip
         assert words in page
     return rows
+
+
+def assert_recovered(told, kept, page):
+    """What came back of all damage, or a dash where there was hardly any."""
+    damage = [x["changed"]["held-out loss"] for x in kept]
+    back = [d * x["recovered"]["held-out loss"] for d, x in zip(damage, kept, strict=True)]
+    clean = np.mean([x["clean"]["held-out loss"] for x in kept])
+    if min(damage) <= 0 or np.mean(damage) <= 0.01 * clean:
+        assert told is None
+    else:
+        assert told == pytest.approx(sum(back) / sum(damage))
+        assert digits(told) in page
 
 
 def test_logistic_regression_from_start_to_report_and_again(tmp_path, capsys, monkeypatch):
@@ -92,6 +104,27 @@ def test_logistic_regression_from_start_to_report_and_again(tmp_path, capsys, mo
     assert capsys.readouterr().out == said
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "splits").iterdir()} == kept
     assert read(tmp_path) == metrics
+
+
+def outcome_of(split, damage, recovered):
+    """An outcome of which only the held-out loss matters."""
+    held = "held-out loss"
+    return Outcome(
+        split=split, budget=0.1, attack="random", rows=3, clean={held: 0.5}, changed={held: damage}, random={},
+        predicted={}, auc={}, suspects=1, caught=1, recovered={held: recovered}, by_random={}, possible={}, curves={},
+    )  # fmt: skip
+
+
+def test_what_came_back_is_not_ruled_by_splits_of_hardly_any_damage():
+    from recipes.poison_report import comes_back
+
+    some = [outcome_of(0, 0.2, 0.8), outcome_of(1, 0.1, 0.5), outcome_of(2, 0.0001, 2309.96)]
+    shares = comes_back(some, "recovered")
+    gains = 0.16 + 0.05 + 0.0001 * 2309.96
+    assert np.mean(shares) == pytest.approx(gains / 0.3001)
+    assert comes_back(some, "by_random") == []  # nothing was removed
+    assert comes_back([*some, outcome_of(3, -0.01, 0.5)], "recovered") == []
+    assert comes_back([outcome_of(0, 0.004, 0.5)], "recovered") == []  # under a hundredth of .5
 
 
 def test_a_network_is_judged_on_fresh_victims(tmp_path, capsys):

@@ -7,15 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+import torch
 
 from recipes import embedded
-from recipes.corpus import read_documents
+from recipes.corpus import Blocks, once, read_documents
 from recipes.language_model import language_model
 from recipes.select_data import run
+from recipes.selection import gate
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "recipes" / "select_data.py")]
@@ -286,3 +289,61 @@ def test_text_is_read_as_it_is_written(tmp_path):
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     with pytest.raises(ValueError, match=r"expected text in column 'text' of .*, got int64"):
         read_documents(str(tmp_path / "numbers.parquet"))
+
+
+def documents(*texts):
+    return [embedded.Document(f"d{k}", text, "all", f"f:{k}") for k, text in enumerate(texts)]
+
+
+def letters(texts):
+    return [[ord(c) for c in text] for text in texts]
+
+
+def test_blocks_of_a_killed_cut_are_not_believed(tmp_path, monkeypatch):
+    """Killed between the two files, the folder holds blocks of one pool under the mark of another."""
+    one, two = documents("aaaa", "bbbb"), documents("xxxx", "yyyyyyyy")
+    first = Blocks.cut(one, letters, 0, 4, tmp_path)
+    seen = first.tokens  # memory-mapped
+    save, saved = np.save, []
+
+    def killed(*given):
+        saved.append(save(*given))
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Blocks.cut(two, letters, 0, 4, tmp_path)
+    monkeypatch.undo()
+    assert seen[:, 1].tolist() == [97, 98]  # who reads the old file goes on reading it
+    again = Blocks.cut(one, letters, 0, 4, tmp_path)
+    assert again.tokens[:, 1].tolist() == [97, 98]
+    assert again.document.tolist() == [0, 1]
+
+
+def test_repeated_target_text_is_in_one_part_alone(texts, tmp_path, capsys):
+    target = [*embedded.text_target(30), *embedded.text_target(10)]
+    (tmp_path / "target.jsonl").write_text("\n".join(json.dumps({"body": d.text}) for d in target))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"body": target[0].text.upper()}))
+    refused(
+        texts, tmp_path, "--target", str(tmp_path / "target.jsonl"), "--test", str(tmp_path / "test.jsonl"),
+        "--budget", "1e9",
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "left out 10 target documents whose text comes twice" in said
+    assert "1 test documents are also target text" in said
+    assert [d.id for d in once(documents("A b", "a  B", "c"))] == ["d0", "d2"]
+
+
+def test_the_gate_reads_over_blocks_of_white_space():
+    """The last block of a long document may be nothing else."""
+
+    proxy = SimpleNamespace(order=[np.arange(3)], outputs=lambda outputs: torch.zeros(1))
+    study = SimpleNamespace(
+        outputs=lambda part: None, bits=lambda outputs: np.ones(1),
+        flags=SimpleNamespace(gate_order=2, gate="refuse"), notes={},
+        model=SimpleNamespace(decode=lambda rows: ["abcabcabc", "\n   ", "cab"]),
+        blocks=SimpleNamespace(tokens=np.zeros((3, 2))), held_out=documents("abc"), part=np.array(["settle"]),
+    )  # fmt: skip
+    gate(study, [proxy])
+    assert 0 < study.notes["gate"]["ngram"] < 8

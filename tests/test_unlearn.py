@@ -86,7 +86,7 @@ def test_rows_of_a_file_of_ones_own(tmp_path, capsys):
     out = tmp_path / "out"
     run([*QUICK, *own, "--forget-file", str(tmp_path / "ids.txt"), "--out", str(out)])
     metrics = read(out)
-    assert set(metrics) == {"file", "facts"}
+    assert set(metrics) == {"file", "facts", "flags"}
     assert metrics["file"]["rows"] == [3, 17, 44]
     assert "file: 3 of 120 rows" in capsys.readouterr().out
 

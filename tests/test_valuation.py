@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -516,3 +517,27 @@ def test_a_row_that_repeats_does_not_hide_what_seeds_say():
         np.testing.assert_allclose(
             getattr(values(again), name), getattr(values(noisy), name), rtol=1e-12
         )
+
+
+def test_many_rows_are_valued_in_the_memory_that_they_take():
+    """Twenty thousand rows squared would be 3 GB."""
+    n = 20_000
+    scores = np.random.default_rng(0).normal(size=(n, 2))
+    f = LinearDatamodel(scores, [0.0, 0.0], 1.0)
+    tracemalloc.start()
+    rows = values(f)
+    owners = values(f, owners=np.arange(n) % 7)
+    assert tracemalloc.get_traced_memory()[1] < 50 * scores.nbytes
+    tracemalloc.stop()
+    np.testing.assert_array_equal(rows.per_target, scores)
+    sums = [scores[k::7].sum(0) for k in range(7)]
+    np.testing.assert_allclose(owners.per_target, sums, rtol=1e-12)
+
+
+def test_self_confidence_in_small_classes():
+    x, y = np.random.default_rng(0).normal(size=(40, 2)), np.r_[np.zeros(37), np.ones(3)]
+    x[y == 1] += 4
+    found = self_confidence(x, y).values  # three folds
+    assert found[37:].mean() > 0.5
+    with pytest.raises(ValueError, match=r"two rows or more each, got \{0.0: 39, 1.0: 1\}"):
+        self_confidence(x, np.r_[np.zeros(39), 1])

@@ -1,6 +1,7 @@
 """recipes/value_data.py as a user meets it: one command, the same again, a file of one's own, wrong input."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,8 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.datasets import load_breast_cancer
 
-from recipes.classification import embedded, from_file
-from recipes.value_data import run
+from applied.valuation import Values
+from recipes.classification import embedded, facts_of, from_file
+from recipes.value_data import Flags, run
+from recipes.value_report import payments_of, purchase_of
+from recipes.valuing import Owned, bought, paid
 
 QUICK = [
     "--retrainings",
@@ -179,3 +183,93 @@ def test_wrong_input_is_said_in_one_line(tmp_path, flags, words):
     with pytest.raises(SystemExit) as stopped:
         run(["--out", str(tmp_path / "out"), *(files.get(flag, flag) for flag in flags)])
     assert words in str(stopped.value)
+
+
+def saved(tmp_path, frame, name="own.csv"):
+    frame.to_csv(tmp_path / name, index=False)
+    return str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"Unnamed: 0": range(160)}, r"that name or number rows: \['Unnamed: 0'\]"),
+        ({"patient": [f"p{k}" for k in range(160)]}, r"--ignore patient"),
+        ({"outcome": np.linspace(0, 1, 160)}, "160|96 different numbers"),
+        ({"outcome": ["rare"] + ["a", "b", "c"] * 53}, r"one of \['rare'\]"),
+        ({"radius": [1e300, *range(159)]}, "numbers that float32 holds"),
+    ],
+)
+def test_columns_that_are_no_features_and_labels_that_are_no_classes(tmp_path, change, words):
+    _, frame = written(tmp_path)
+    path = saved(tmp_path, frame.assign(**change))
+
+    def read():
+        for seed in range(9):  # the rare row is in some training half
+            from_file(path, "outcome", "hospital", None, seed)
+
+    with pytest.raises(ValueError, match=words):
+        read()
+
+
+def test_ignored_columns_are_no_features(tmp_path):
+    _, frame = written(tmp_path)
+    plain = from_file(saved(tmp_path, frame), "outcome", "hospital", None, 0)
+    more = frame.assign(id=range(160), visit=[f"2020-01-{k}" for k in range(160)])
+    data = from_file(saved(tmp_path, more), "outcome", "hospital", None, 0, ("id", "visit"))
+    np.testing.assert_array_equal(data.x, plain.x)
+    assert data.features == plain.features
+    assert str(plain.x.shape[1]) in facts_of(data)["features"]
+    with pytest.raises(ValueError, match="nothing else needs"):
+        from_file(saved(tmp_path, more), "outcome", None, None, 0, ("outcome",))
+    with pytest.raises(ValueError, match=r"expected columns \['visits'\]"):
+        from_file(saved(tmp_path, more), "outcome", None, None, 0, ("visits",))
+
+
+def test_files_that_do_not_go_together(tmp_path):
+    _, frame = written(tmp_path)
+    train = saved(tmp_path, frame)
+    other = frame.assign(radius=[f"about {x:.0f}" for x in frame["radius"]])
+    with pytest.raises(ValueError, match=r"numbers in one and text in the other in \['radius'\]"):
+        from_file(train, "outcome", "hospital", saved(tmp_path, other, "held.csv"), 0)
+    coded = frame.assign(outcome=(frame["outcome"] == "benign").astype(int))
+    held = saved(tmp_path, coded.assign(outcome=coded["outcome"].astype(float)), "held.csv")
+    data = from_file(saved(tmp_path, coded), "outcome", "hospital", held, 0)
+    assert data.classes == ["0", "1"]  # 1.0 is the label 1
+    assert data.repeated == 160
+    assert facts_of(data)["held-out rows that are also training rows"] == "160 of 160"
+    (tmp_path / "latin.csv").write_bytes("outcome,ort\na,Köln\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.csv in UTF-8"):
+        from_file(str(tmp_path / "latin.csv"), "outcome", None, None, 0)
+    frame.assign(radius=[[1.0, 2.0]] * 160).to_parquet(tmp_path / "lists.parquet")
+    with pytest.raises(ValueError, match=r"got \{'radius': 'ndarray'\}"):
+        from_file(str(tmp_path / "lists.parquet"), "outcome", "hospital", None, 0)
+
+
+def owned(tmp_path, values, sizes, **more):
+    """Payments and a purchase of owners of these values and sizes."""
+    labels = np.repeat([f"o{k}" for k in range(len(sizes))], sizes)
+    worth = Values(
+        values, [0.1] * len(values), np.unique(labels), [[v] for v in values], labels=labels
+    )
+    flags = Flags(out=tmp_path, **more)
+    study = SimpleNamespace(flags=flags, data=SimpleNamespace(owners=labels))
+    return {"retraining": worth}, paid(flags, worth), bought(study, worth)
+
+
+def test_owners_who_cannot_be_paid_or_bought_from_do_not_cost_the_report(tmp_path, capsys):
+    for values, sizes, more, unpaid, unbought in (
+        ([-1.0, -2.0], [10, 10], {}, "do not lower the loss (worth -3)", "there are none"),
+        ([3.0, -2.0], [80, 20], {"cap": 300.0}, "at most 300", "the cheapest of them costs 80"),
+    ):
+        found = owned(tmp_path, values, sizes, **more)
+        assert unpaid in found[1]
+        assert unbought in found[2]
+        study = SimpleNamespace(flags=Flags(out=tmp_path), data=None)
+        for sections, metrics in (
+            payments_of(study, Owned(*found)), purchase_of(Owned(*found)),
+        ):  # fmt: skip
+            assert len(sections) == len(metrics) == 1
+    said = capsys.readouterr().out
+    assert "nobody is paid: expected caps" in said
+    assert "nothing is bought: nobody" in said

@@ -242,7 +242,7 @@ def _of_table(
     return Values(
         values=found[:, 0], standard_error=error[:, 0], per_target=found[:, 1:],
         players=np.arange(n) if owners is None else np.unique(np.asarray(owners)), kind=kind,
-        change=everyone - nobody, empty=nobody, freedom=freedom,
+        targets=table.targets, change=everyone - nobody, empty=nobody, freedom=freedom,
         labels=None if owners is None else np.asarray(owners),
         meta={"from": how, "rows": len(inside), "seeds": len(table.seeds)},
     )  # fmt: skip

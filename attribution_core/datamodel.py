@@ -149,12 +149,9 @@ class LinearDatamodel:
         Raises:
             ValueError: members of one group have different anchors.
         """
-        groups = np.asarray(groups)
-        if groups.shape != (len(self.scores),):
-            raise ValueError(
-                f"expected one group label per example, [n={len(self.scores)}], got {groups.shape}"
-            )
-        names, index = np.unique(groups, return_inverse=True)
+        from attribution_core.groups import named
+
+        names, index = named(groups, len(self.scores))
 
         def folded(rows: NDArray[Any]) -> NDArray[Any]:
             total = np.zeros((len(names), rows.shape[1]), dtype=np.result_type(rows.dtype, float))
@@ -233,7 +230,7 @@ class LinearDatamodel:
             )  # the array may be a map of the very file it replaces
             np.save(part, _typed(array))
             part.replace(folder / f"{name}.npy")
-        text = json.dumps({"format": FORMAT, "meta": dict(self.meta)}, indent=1, default=_plain)
+        text = json.dumps({"format": FORMAT, "meta": dict(self.meta)}, indent=1, default=plain)
         part = folder / "datamodel.part.json"
         part.write_text(text, encoding="utf-8")
         part.replace(folder / "datamodel.json")
@@ -274,10 +271,11 @@ def _typed(array: NDArray[Any]) -> NDArray[Any]:
     if array.dtype != object:
         return array
     numbers = all(isinstance(value, (int, float, np.number)) for value in array)
-    return np.array(array.tolist()) if numbers else array.astype(str)
+    found = np.array(array.tolist()) if numbers else array.astype(str)
+    return array.astype(str) if found.dtype == object else found  # whole numbers beyond 64 bits
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What json writes for numpy's numbers and arrays, and for anything else its name."""
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
 

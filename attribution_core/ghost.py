@@ -157,7 +157,11 @@ def ghost_uncovered(problem: Problem, rows: np.ndarray) -> list[str]:
         batch = take(problem.train, some, device)
         try:
             shares = ghost_shares(problem.model, problem.loss, params, probe, batch)
-        except (TypeError, RuntimeError):
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            Exception
+        ):  # a layer that needs more than its input, say; plain autograd tells what else is wrong
             return list(params)
         for place, row in enumerate(some):
             leaf = {name: value.clone().requires_grad_() for name, value in params.items()}

@@ -39,7 +39,7 @@ from attribution_core.problem import (
     refuse_random_layers,
     trainable,
 )
-from attribution_core.swapping import refuse_hidden_parameters_of
+from attribution_core.soundness import refuse_unsound
 
 Engine = Literal["auto", "ghost", "jvp", "rows"]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # tqdm fits
@@ -101,7 +101,7 @@ def directional(
         return torch.zeros(0, count)
     first = take(problem.train, rows[:2], problem.device)
     per_example(problem.model, problem.loss, first, params, rows[:2])  # one finite number per row?
-    refuse_hidden_parameters_of(problem, rows)
+    refuse_unsound(problem, rows)
     along = ENGINES[choose_engine(problem, count, rows, engine)]
     out = []
     for some in progress(list(batches(rows, batch_size))):
@@ -181,11 +181,42 @@ def row_gradients(model: nn.Module, function: PerExample, params: Params, batch:
     """Gradients of function(model, batch) [b] for every row by itself: dict name -> [b, *shape]."""
 
     def one(example: Any) -> Params:
-        return grad(lambda at: call(model, function, at, as_batch(example))[0])(params)
+        return grad(lambda at: _of_one(call(model, function, at, as_batch(example))))(params)
 
-    # without no_grad, parameters that are not among `params` would drag a graph along
-    with torch.no_grad():
-        return row_by_row(one, batch)
+    try:
+        # without no_grad, parameters that are not among `params` would drag a graph along
+        with torch.no_grad():
+            return row_by_row(one, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        RuntimeError
+    ):  # packed sequences, functions of the old kind: plain autograd, which says all else
+        return _plain_gradients(model, function, params, batch)
+
+
+def _of_one(values: Tensor) -> Tensor:
+    """The value of a batch of one."""
+    if values.shape != (1,):
+        raise ValueError(
+            f"expected one value for each row, shape (1,) of one row, got {tuple(values.shape)}; return [b], where "
+            ".squeeze() or a mean over the batch gives less"
+        )
+    return values[0]
+
+
+def _plain_gradients(
+    model: nn.Module, function: PerExample, params: Params, batch: Batch
+) -> Params:
+    """`row_gradients` without torch.func, a pass for each row."""
+    found = []
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        for i in range(rows_in(batch)):
+            leaf = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
+            value = _of_one(call(model, function, leaf, as_batch(_row(batch, i))))
+            found.append(torch.autograd.grad(value, list(leaf.values()), materialize_grads=True))
+    columns = zip(params, zip(*found, strict=True), strict=True)
+    return {name: torch.stack(column) for name, column in columns}
 
 
 def row_by_row(one: Callable[[Any], Any], batch: Batch) -> Any:

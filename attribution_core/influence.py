@@ -192,6 +192,8 @@ def fitted_curvature(
     if damping is None and curvature != "hessian":
         damping = at.damping
     bent = rows[at.weights[rows] != 0]
+    if len(bent) == 0:  # their curvature is 0, which a row at weight 0 stands for
+        bent = rows[:1]
     share = len(bent) / len(rows)
     return fit_curvature(
         replace(at.problem, train=Rows(at.problem.train, bent)),

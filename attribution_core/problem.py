@@ -138,7 +138,9 @@ class Outputs:
         labels = np.full(len(self.data), "mean") if by is None else np.asarray(by)
         if labels.shape != (len(self.data),):
             raise ValueError(f"expected one label per row [{len(self.data)}], got {labels.shape}")
-        names, index = np.unique(labels, return_inverse=True)
+        from attribution_core.groups import named
+
+        names, index = named(labels, len(self.data))
         matrix = torch.zeros(len(self.data), len(names), dtype=torch.float64)
         matrix[torch.arange(len(index)), torch.as_tensor(index)] = 1.0
         return replace(self, matrix=matrix / matrix.sum(0), names=tuple(str(x) for x in names))
@@ -313,7 +315,7 @@ def _one_function(model: nn.Module) -> Iterator[None]:
 
 def precision_of(params: Params) -> AbstractContextManager[Any]:
     """A context that computes in the parameters' own precision, see `_KeepDouble`."""
-    double = any(value.dtype == torch.float64 for value in params.values())
+    double = all(value.dtype == torch.float64 for value in params.values())
     return _KeepDouble() if double else nullcontext()
 
 
@@ -355,10 +357,12 @@ def check_rows(values: Tensor, b: int, rows: ArrayLike | None = None, what: str 
 
 def refuse_random_layers(model: nn.Module) -> None:
     """Raise where a forward pass is random or mixes examples: dropout or batch norm in training mode."""
+    refuse_embeddings(model, "scale_grad_by_freq")
     refuse_dropout(model, "call model.eval() or set p=0")
-    for name, _ in batch_norms(model):
+    for name, module in batch_norms(model):
+        how = "in training mode" if module.training else "without running statistics"
         raise ValueError(
-            f"expected a loss per example, got batch norm in training mode in {name!r}, which mixes "
+            f"expected a loss per example, got batch norm {how} in {name!r}, which mixes "
             "the rows of a batch; call model.eval() or use GroupNorm"
         )
 
@@ -380,7 +384,25 @@ def refuse_dropout(model: nn.Module, cure: str) -> None:
 
 
 def batch_norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The batch norms in training mode: they mix the rows of a batch and keep running statistics."""
+    """The batch norms that mix the rows of a batch: in training mode, or without statistics of their own."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
             yield name, module
+
+
+def refuse_embeddings(model: nn.Module, *kinds: str) -> None:
+    """Raise for trained embeddings whose gradients depend on the batch (scale_grad_by_freq), or are sparse.
+
+    Raises:
+        ValueError: one of these kinds is set; says how to unset it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.weight.requires_grad:
+            for kind in kinds:
+                if getattr(module, kind):
+                    raise ValueError(
+                        f"expected embeddings whose gradients are dense and those of their lookups, got {kind}=True in "
+                        f"{name!r}; set model.get_submodule({name!r}).{kind} = False"
+                    )

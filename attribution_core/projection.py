@@ -44,8 +44,8 @@ from attribution_core.layers import (
     plain_gradients,
     watched,
 )
-from attribution_core.problem import Params, PerExample, Problem, per_example, refuse_random_layers
-from attribution_core.swapping import refuse_hidden_parameters_of
+from attribution_core.problem import Params, PerExample, Problem, per_example
+from attribution_core.soundness import refuse_unsound
 
 Kind = Literal["auto", "factored", "rademacher", "gaussian"]
 Law = Literal["rademacher", "gaussian"]
@@ -110,8 +110,7 @@ def projection(
         raise ValueError(f"expected a projection to at least 1 dimension, got {dim}")
     if kind not in ("auto", "factored", "rademacher", "gaussian"):
         raise ValueError(f"unknown kind {kind!r}; auto, factored, rademacher or gaussian")
-    refuse_random_layers(problem.model)
-    refuse_hidden_parameters_of(problem, np.arange(problem.n))
+    refuse_unsound(problem)
     p = sum(value.numel() for value in problem.params.values())
     if dim >= p:
         return Projection(problem, p, seed, "exact", scale)

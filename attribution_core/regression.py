@@ -135,7 +135,7 @@ def fit_datamodel(
             penalty, meta, progress,
         ) * scale[:, None]  # fmt: skip
         base = rows @ (y - features @ coefficients) / rows.sum()
-    names: dict[str, Any] = {"meta": meta}
+    names: dict[str, Any] = {"meta": meta, "targets": table.targets}
     if isinstance(prior, LinearDatamodel):
         names.update(ids=prior.ids, targets=prior.targets)
     n = w.shape[1]

@@ -99,12 +99,12 @@ def _by_batch(
 
 
 def last_layer(model: nn.Module, function: PerExample, data: Any) -> str:
-    """The name of the last module called of those that hold parameters themselves."""
+    """The name of the module that was called last, of those that hold parameters themselves."""
     holders = owners(model, {name for name, _ in model.named_parameters()})
     names = {module: name for name, module in model.named_modules() if module in holders}
     called: list[str] = []
     handles = [
-        module.register_forward_hook(lambda module, *_: called.append(names[module]))
+        module.register_forward_pre_hook(lambda module, *_: called.append(names[module]))
         for module in names
     ]
     try:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from attribution_core.datamodel import plain
 from attribution_core.gradients import Progress, Sized
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import failing_together, from_first, sum_over_processes, world
@@ -30,7 +31,7 @@ class RetrainingTable:
         weights: [m, n] training weights of each row.
         per_seed: [m, s, t] outputs of the retrained models.
         seeds: [s] the seeds.
-        meta: how it was made.
+        meta: how it was made; "targets" names the outputs.
     """
 
     weights: NDArray[np.float64]
@@ -53,6 +54,12 @@ class RetrainingTable:
         """Outputs averaged over seeds, [m, t]."""
         return self.per_seed.mean(axis=1)
 
+    @property
+    def targets(self) -> NDArray[Any] | None:
+        """Names [t] of the outputs, where they have some."""
+        names = self.meta.get("targets", ())
+        return np.array(names) if len(names) == self.per_seed.shape[2] else None
+
     def save(self, path: str | Path) -> None:
         """Write one file: parquet by that ending, with a line per training (row, weights, seed, outputs); else
         npz (weights, per_seed, seeds)."""
@@ -63,7 +70,7 @@ class RetrainingTable:
             with part.open("wb") as file:
                 np.savez_compressed(
                     file, weights=self.weights, per_seed=self.per_seed, seeds=np.array(self.seeds),
-                    meta=json.dumps(self.meta, default=str),
+                    meta=json.dumps(self.meta, default=plain),
                 )  # fmt: skip
         part.replace(path)  # whole or not at all
 
@@ -132,7 +139,9 @@ def _write_parquet(table: RetrainingTable, path: Path) -> None:
         "seed": pa.array(np.tile(np.array(table.seeds, dtype=np.int64), m)),
         "outputs": _lists(table.per_seed.reshape(m * s, t)),
     }
-    made = pa.table(columns).replace_schema_metadata({"meta": json.dumps(table.meta, default=str)})
+    made = pa.table(columns).replace_schema_metadata(
+        {"meta": json.dumps(table.meta, default=plain)}
+    )
     pq.write_table(made, path)
 
 
@@ -226,7 +235,8 @@ def retrain(
         progress=progress,
     )  # fmt: skip
     per_seed = found.reshape(len(table), len(chosen), -1)
-    return RetrainingTable(table, per_seed, chosen, {"drop": drop})
+    named = {"targets": list(outputs.names)} if outputs.names else {}
+    return RetrainingTable(table, per_seed, chosen, {"drop": drop, **named})
 
 
 def retrain_pairs(

@@ -5,19 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attribution_core.data import Batch, take
+from attribution_core.data import Batch
 from attribution_core.problem import (
     Params,
     PerExample,
-    Problem,
     call,
     normal_like,
     precision_of,
@@ -77,18 +73,6 @@ def refuse_hidden_parameters(
     eps = max(rounding(g) for g in own.values())
     if apart[worst] > max(APART, 8 * eps) * max(float(size), torch.finfo(torch.float32).tiny):
         raise ValueError(_words(f"another gradient for {worst!r}"))
-
-
-_SOUND: WeakSet[Problem] = WeakSet()  # those that were found to be
-
-
-def refuse_hidden_parameters_of(problem: Problem, rows: NDArray[np.intp]) -> None:
-    """The same for a problem as it stands, on its first call."""
-    if problem not in _SOUND:
-        refuse_hidden_parameters(
-            problem.model, problem.loss, lambda: take(problem.train, rows[:2], problem.device)
-        )
-        _SOUND.add(problem)
 
 
 def _words(got: str) -> str:

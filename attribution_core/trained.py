@@ -16,7 +16,8 @@ from torch import Tensor
 
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import flatten
-from attribution_core.problem import Problem, refuse_random_layers
+from attribution_core.problem import Problem
+from attribution_core.soundness import refuse_unsound
 from attribution_core.training import Drop, Run
 
 OWN = "a run brings its own weights and exposure; do not give them again"
@@ -61,15 +62,20 @@ def trained(
         if weights is not None or exposure != 1.0 or drop != "weight":
             raise ValueError(OWN)
         damping = flatten({name: value[None] for name, value in source.damping.items()})[0]
+        problem = source.trained()
+        refuse_unsound(problem)
         return Trained(
-            source.trained(), source.weights, source.exposure, source.drawn, damping.double().cpu()
+            problem, source.weights, source.exposure, source.drawn, damping.double().cpu()
         )
-    refuse_random_layers(source.model)  # before anything passes through them
+    refuse_unsound(source)  # before anything else passes through it
     w = np.ones(source.n) if weights is None else np.array(weights, dtype=float)
     if w.shape != (source.n,) or not 0 < exposure <= 1:
         raise ValueError(
             f"expected weights [n={source.n}] and an exposure in (0, 1], got {w.shape} and {exposure}"
         )
+    if not np.isfinite(w).all():
+        bad = np.flatnonzero(~np.isfinite(w))[:5].tolist()
+        raise ValueError(f"expected finite weights, got NaN or infinity for rows {bad}")
     return Trained(source, w, exposure, int((w > 0).sum()) if drop == "row" else source.n)
 
 

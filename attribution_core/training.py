@@ -34,10 +34,18 @@ from attribution_core.optimizers import (
     resolved,
     stretches,
 )
-from attribution_core.problem import Outputs, Params, Problem, batch_norms, refuse_dropout
+from attribution_core.problem import (
+    Outputs,
+    Params,
+    Problem,
+    batch_norms,
+    refuse_dropout,
+    refuse_embeddings,
+)
 from attribution_core.processes import from_first, wait, world
 from attribution_core.replay import MEMORY, States, first_pass, states_held
 from attribution_core.run_folder import RunFolder
+from attribution_core.soundness import nothing_else_changes
 from attribution_core.steps import Augment, Steps, TrainingState
 from attribution_core.store import fingerprint
 from attribution_core.swapping import refuse_hidden_parameters
@@ -325,6 +333,7 @@ def steps_of(
 def check_steps(steps: Steps) -> None:
     """Raise where a step would not be a function of its state and number alone."""
     model = steps.problem.model
+    refuse_embeddings(model, "scale_grad_by_freq", "sparse")
     if steps.masks is None:
         refuse_dropout(
             model, "say which masks by Recipe(masks=seed), or call model.eval() or set p=0"
@@ -409,26 +418,9 @@ def watched_step(steps: Steps, state: TrainingState, step: int) -> tuple[Trainin
 
 def unchanging(steps: Steps, step: int, act: Callable[[], T]) -> T:
     """act(), which takes a step and may change nothing but its result: no random draws, no buffers."""
-    model, device = steps.problem.model, steps.problem.device
-    cuda = device.type == "cuda"
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
-
-    def generators() -> list[Tensor]:
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if cuda else [])]
-
-    before = generators()
-    done = act()
-    if not all(torch.equal(a, b) for a, b in zip(before, generators(), strict=True)):
-        raise ValueError(
-            "expected a forward pass without random numbers, got one that draws them (functional "
-            "dropout, drop path, noise); say which by Recipe(masks=seed), or call model.eval()"
-        )
-    changed = [k for k, v in model.named_buffers() if not torch.equal(v, buffers[k])]
-    if changed:
-        raise ValueError(
-            f"expected a forward pass that leaves buffers alone (batch norm's apart), got changed "
-            f"{changed[:5]}; put the layer into eval mode"
-        )
+    cure = "say which by Recipe(masks=seed), or call model.eval()"
+    with nothing_else_changes(steps.problem.model, cure):
+        done = act()
     if steps.augment is not None:
         rows = steps.order[step]
         once, twice = (_values(steps.batch(step, rows)) for _ in range(2))

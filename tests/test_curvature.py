@@ -494,3 +494,15 @@ def test_layers_without_forward_mode_are_told_what_to_do(monkeypatch):
     monkeypatch.setattr("attribution_core.curvature.jvp", none)
     with pytest.raises(NotImplementedError, match=r"ekfac.*refine=0"):
         influence(problem, outputs, curvature="gauss_newton", form="cg", damping=0.1)
+
+
+def test_conjugate_steps_end_where_rounding_begins():
+    """Beyond it squares underflow, and a direction of nothing looks like one without curvature."""
+    from attribution_core.conjugate import conjugate_steps
+
+    generator = torch.Generator().manual_seed(3)
+    root = torch.randn(16, 16, generator=generator).double()
+    a = root @ root.T + 0.3 * torch.eye(16).double()
+    v = torch.randn(2, 16, generator=generator).double()
+    x = conjugate_steps(lambda rows: rows @ a, v, 4000)
+    torch.testing.assert_close(x @ a, v, rtol=0, atol=1e-9)

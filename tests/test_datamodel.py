@@ -318,3 +318,16 @@ def test_a_mask_is_no_list_of_ids():
 def test_what_meta_says_of_each_output_does_not_outlive_the_outputs():
     f = LinearDatamodel(np.ones((3, 2)), [0.0, 1.0], 1.0, meta={"prior_scale": [1.0, 2.0]})
     assert "prior_scale" not in f.mean().meta
+
+
+def test_ids_beyond_64_bits_are_words_on_disk(tmp_path):
+    ids = np.array([2**70, 3], dtype=object)
+    LinearDatamodel(np.ones((2, 1)), [1.0], 1.0, ids=ids).save(tmp_path)
+    assert LinearDatamodel.load(tmp_path).ids.tolist() == [str(2**70), "3"]
+
+
+def test_groups_without_a_name_are_refused():
+    f = LinearDatamodel(np.ones((3, 1)), [1.0], 1.0)
+    for groups in ([0, np.nan, np.nan], ["a", None, "b"]):
+        with pytest.raises(ValueError, match="a group label for every example"):
+            f.grouped(groups)

@@ -8,7 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from attribution_core import SGD, Recipe, RetrainingTable, random_subsets, retrain, train
+from attribution_core import (
+    SGD,
+    Outputs,
+    Recipe,
+    RetrainingTable,
+    fit_datamodel,
+    margin,
+    random_subsets,
+    retrain,
+    train,
+)
 from attribution_core.retraining import retrain_pairs
 from tests import menagerie
 from tests.test_store import kill_when, run_python
@@ -301,3 +311,18 @@ def test_a_seed_named_twice_is_no_second_opinion():
         retrain(
             problem, Recipe(SGD(0.1), 4, 1), menagerie.unseen(problem), np.ones(20), seeds=[3, 3]
         )
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+def test_names_of_outputs_go_with_a_table(tmp_path, suffix):
+    problem = menagerie.mlp(9)
+    outputs = Outputs(margin, problem.train).mean(by=["b", "a", "c"] * 3)
+    table = retrain(problem, Recipe(SGD(0.1), 3, 1), outputs, random_subsets(9, 12, keep=0.5))
+    table = replace(table, meta={**table.meta, "rows": np.int64(3)})
+    table.save(tmp_path / f"t.{suffix}")
+    again = RetrainingTable.load(tmp_path / f"t.{suffix}")
+    assert again.meta["rows"] == 3
+    for one in (table, again):
+        assert one.targets.tolist() == ["a", "b", "c"]
+        assert fit_datamodel(one).targets.tolist() == ["a", "b", "c"]
+    assert replace(table, per_seed=table.per_seed[:, :, :2]).targets is None

@@ -134,6 +134,8 @@ def test_sparse_gradients_and_frozen_parameters():
     problem = Problem(table, of_words, words)
     found = directional(problem, torch.ones(1, 36 + 15).double())
     assert found.shape == (6, 1)
+    with pytest.raises(ValueError, match=r"sparse=True in '0'"):
+        train(problem, Recipe(SGD(0.1), 2, 1))
     table[0].weight.requires_grad_(False)
     before = copy.deepcopy(table.state_dict())
     train(Problem(table, of_words, words), Recipe(SGD(0.1), 2, 1))
@@ -152,10 +154,8 @@ def test_a_sound_model_passes_and_nothing_else_changes(action, monkeypatch):
 
     looked = numbers()
     monkeypatch.setattr("attribution_core.training.refuse_hidden_parameters", lambda *_, **__: None)
-    for where in ("gradients", "projection"):
-        monkeypatch.setattr(
-            f"attribution_core.{where}.refuse_hidden_parameters_of", lambda *_: None
-        )
+    for where in ("gradients", "projection", "trained"):
+        monkeypatch.setattr(f"attribution_core.{where}.refuse_unsound", lambda *_: None)
     np.testing.assert_array_equal(looked, numbers())
 
 

@@ -1,0 +1,262 @@
+"""attribution_core.soundness: losses that are no functions of parameters and of their own row are refused, by every method."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from attribution_core import (
+    SGD,
+    Outputs,
+    Problem,
+    Recipe,
+    cross_entropy,
+    influence,
+    leave_one_out,
+    magic,
+    newton,
+    representation_similarity,
+    source,
+    tracin,
+    train,
+    trak,
+)
+from attribution_core.curvature import DiagonalWarning
+from attribution_core.gradients import directional
+from attribution_core.groups import group_directional
+from tests import menagerie
+
+X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+OUTPUTS = Outputs(cross_entropy, (X, Y))
+
+
+def by(method, **settings):
+    return lambda problem, outputs: method(problem, outputs, **settings).scores
+
+
+METHODS = {
+    "influence": by(influence, damping=0.1),
+    "ekfac": by(influence, curvature="ekfac", damping=0.1),
+    "groups": by(influence, damping=0.1, groups=[0, 1] * 6),
+    "trak": by(trak, ridge=1.0),
+    "leave_one_out": by(leave_one_out, damping=5.0),
+    "newton": lambda problem, outputs: newton(problem, outputs, damping=5.0).predict(np.ones(12)),
+    "similarity": by(representation_similarity),
+    "tracin": lambda problem, outputs: (
+        tracin(problem, outputs, checkpoints=[problem.params], lr=0.1, steps=2).scores
+    ),
+    "source": lambda problem, outputs: (
+        source(problem, outputs, checkpoints=[problem.params], lr=0.1, steps=2, segments=1).scores
+    ),
+}
+
+
+class Noisy(nn.Module):
+    """Dropout that no list of layers shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.o(F.dropout(torch.tanh(self.a(x)), 0.5, training=self.training))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_noise_in_a_forward_pass(method):
+    problem = Problem(Noisy(), cross_entropy, (X, Y), weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"without random numbers.*call model.eval"):
+        METHODS[method](problem, OUTPUTS)
+    problem.model.eval()
+    assert np.isfinite(METHODS[method](problem, OUTPUTS)).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_that_see_one_another(method):
+    def token_mean(model, batch):
+        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none") * batch[2]
+        return losses * len(losses) / batch[2].sum()
+
+    tokens = torch.arange(12) + 1.0
+    problem = Problem(nn.Linear(4, 3), token_mean, (X, Y, tokens), weight_decay=0.1)
+    with pytest.raises(ValueError, match="does not depend on the other rows"):
+        METHODS[method](problem, OUTPUTS)
+    train(problem, Recipe(SGD(0.1), 4, 1))  # a batch may be one
+
+
+def test_statistics_of_a_batch_in_eval_mode():
+    model = nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)).eval()
+    with pytest.raises(ValueError, match="batch norm without running statistics in '0'"):
+        influence(Problem(model, cross_entropy, (X, Y), weight_decay=0.1), OUTPUTS)
+
+
+def test_buffers_that_change_are_put_back():
+    model = nn.Sequential(
+        nn.InstanceNorm1d(4, track_running_stats=True), nn.Flatten(), nn.Linear(12, 3)
+    )
+    before = model[0].running_var.clone()
+    x = torch.randn(12, 4, 3, generator=torch.Generator().manual_seed(0))
+    problem = Problem(model, cross_entropy, (x, Y), weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"leaves buffers alone.*0.running_var"):
+        influence(problem, Outputs(cross_entropy, (x, Y)))
+    assert torch.equal(model[0].running_var, before)
+
+
+def test_embeddings_that_count_their_batch():
+    model = nn.Sequential(
+        nn.Embedding(3, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(8, 3)
+    )
+    problem = Problem(model, cross_entropy, (torch.arange(24).reshape(12, 2) % 3, Y))
+    for act in (
+        lambda: influence(problem, OUTPUTS),
+        lambda: train(problem, Recipe(SGD(0.1), 4, 1)),
+    ):
+        with pytest.raises(ValueError, match="scale_grad_by_freq=True in '0'"):
+            act()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "gpt2", "llama"])
+def test_sound_models_pass_in_any_precision(kind):
+    problem = getattr(menagerie, kind)()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        model = problem.model.to(dtype)
+        columns = problem.train[range(problem.n)]
+        if isinstance(columns, tuple):
+            columns = (columns[0].to(dtype), columns[1])
+        found = directional(Problem(model, problem.loss, columns), _ones(model))
+        assert torch.isfinite(found).all()
+
+
+def _ones(model):
+    return torch.ones(1, sum(p.numel() for p in model.parameters() if p.requires_grad))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's vmap, before it fails
+def test_packed_sequences_have_gradients():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.r, self.o = (
+                nn.Embedding(9, 4),
+                nn.GRU(4, 5, batch_first=True),
+                nn.Linear(5, 3),
+            )
+
+        def forward(self, t):
+            packed = nn.utils.rnn.pack_padded_sequence(
+                self.e(t), (t != 0).sum(1), batch_first=True, enforce_sorted=False
+            )
+            return self.o(self.r(packed)[1][0])
+
+    words = torch.randint(1, 9, (12, 5), generator=torch.Generator().manual_seed(0))
+    words[3, 3:] = 0
+    problem = Problem(Recurrent().double(), cross_entropy, (words, Y), weight_decay=0.1)
+    v = torch.randn(_ones(problem.model).shape, generator=torch.Generator().manual_seed(1)).double()
+    found = directional(problem, v)
+    for i in range(12):
+        loss = cross_entropy(problem.model, (words[i : i + 1], Y[i : i + 1])).sum()
+        gradient = torch.autograd.grad(loss, list(problem.model.parameters()))
+        expected = torch.cat([g.flatten() for g in gradient]) @ v[0]
+        torch.testing.assert_close(found[i, 0], expected, rtol=1e-12, atol=1e-12)
+    outputs = Outputs(cross_entropy, (words, Y)).mean()
+    assert np.isfinite(influence(problem, outputs, curvature="diagonal").scores).all()
+    with pytest.warns(DiagonalWarning, match="weight_hh_l0"):
+        assert np.isfinite(influence(problem, outputs, curvature="ekfac", refine=0).scores).all()
+    assert np.isfinite(trak(problem, outputs, ridge=1.0).scores).all()
+
+
+def test_layers_that_need_more_than_their_input():
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x, cond=None):
+            return x * self.weight + cond.sum(-1, keepdim=True)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l, self.o = Conditioned(), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.o(self.l(x, cond=x))
+
+    problem = Problem(Model(), cross_entropy, (X, Y))
+    auto, rows = (directional(problem, torch.eye(19), engine=e) for e in ("auto", "rows"))
+    torch.testing.assert_close(auto, rows)
+
+
+def test_outputs_that_lose_their_rows_are_named():
+    def squeezed(model, batch):
+        return model(batch[0]).squeeze()
+
+    problem = Problem(nn.Linear(4, 1), lambda m, b: m(b[0])[:, 0] ** 2, (X, Y), weight_decay=0.1)
+    many = Outputs(squeezed, (torch.randn(40, 4, generator=torch.Generator().manual_seed(0)),))
+    with pytest.raises(ValueError, match=r"expected one (value|output) (for each|per) row"):
+        influence(problem, many)
+
+
+def test_groups_of_a_bfloat16_model():
+    model = nn.Linear(4, 3).bfloat16()
+    outputs = Outputs(cross_entropy, (X.bfloat16(), Y))
+    problem = Problem(model, cross_entropy, (X.bfloat16(), Y), weight_decay=0.1)
+    by_group = influence(problem, outputs, groups=[0, 1] * 6).scores
+    rows = influence(problem, outputs).scores
+    sums = np.stack([rows[::2].sum(0), rows[1::2].sum(0)])
+    np.testing.assert_allclose(by_group, sums, atol=0.05 * np.abs(sums).max())  # 8 bits a product
+    assert group_directional(problem, torch.ones(1, 15), [0, 1] * 6)[1].dtype == torch.float32
+
+
+def test_a_run_at_weights_of_zero():
+    problem = Problem(nn.Linear(4, 3), cross_entropy, (X, Y), weight_decay=0.1)
+    run = train(problem, Recipe(SGD(0.1), 4, 1), np.zeros(12))
+    f = influence(run, OUTPUTS, damping=0.0)
+    # no curvature but the decay's: scores are −⟨∇f, ∇ℓ⟩ / (n decay)
+    straight = influence(run, OUTPUTS, curvature="identity", damping=0.0)
+    np.testing.assert_allclose(f.scores, straight.scores, rtol=1e-4)
+
+
+def test_weights_of_nan_are_named():
+    problem = Problem(nn.Linear(4, 3), cross_entropy, (X, Y), weight_decay=0.1)
+    w = np.ones(12)
+    w[3] = np.nan
+    for method in (influence, leave_one_out, trak):
+        with pytest.raises(ValueError, match=r"finite weights, got NaN or infinity for rows \[3\]"):
+            method(problem, OUTPUTS, weights=w)
+
+
+def test_a_model_of_two_precisions_casts_for_itself():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.o = nn.Linear(4, 4).double(), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.o(self.a(x).float())
+
+    problem = Problem(Both(), cross_entropy, (X.double(), Y), weight_decay=0.1)
+    outputs = Outputs(cross_entropy, (X.double(), Y)).mean()
+    assert np.isfinite(influence(problem, outputs).scores).all()
+    assert np.isfinite(magic(train(problem, Recipe(SGD(0.1), 4, 1)), outputs).scores).all()
+
+
+def test_the_last_layer_is_none_that_holds_others():
+    class Placed(nn.Module):
+        """Positions of its own around its layers, as in a ViT."""
+
+        def __init__(self):
+            super().__init__()
+            self.pos, self.a, self.o = (
+                nn.Parameter(torch.zeros(6)),
+                nn.Linear(4, 6),
+                nn.Linear(6, 3),
+            )
+
+        def forward(self, x):
+            return self.o(torch.tanh(self.a(x) + self.pos))
+
+    problem = Problem(Placed(), cross_entropy, (X, Y))
+    found, named = (representation_similarity(problem, OUTPUTS, layer=at) for at in (None, "o"))
+    np.testing.assert_array_equal(found.scores, named.scores)

@@ -132,7 +132,9 @@ def _ones(model):
     return torch.ones(1, sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's vmap, before it fails
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop"
+)  # of torch's vmap, before it fails
 def test_packed_sequences_have_gradients():
     class Recurrent(nn.Module):
         def __init__(self):

@@ -246,7 +246,11 @@ def buy(
         )
 
     # optimize
-    chosen = _best(gain, price, budget, whole)
+    chosen, open_ = _sure(gain, price, budget) if whole else (np.zeros(len(gain)), gain > 0)
+    if open_.any():
+        chosen[open_] = _best(gain[open_], price[open_], budget - float(price @ chosen), whole)
+    if whole:
+        _spend_the_rest(chosen, gain, price, budget)
     return _decision(values, chosen, price, budget)
 
 
@@ -257,7 +261,7 @@ def _best(
     import cvxpy as cp
 
     x = cp.Variable(len(gain), boolean=True) if whole else cp.Variable(len(gain), bounds=[0, 1])
-    limits = [(price / budget) @ x <= 1, x[gain <= 0] == 0]
+    limits = [(price / budget) @ x <= 1]
     while True:
         problem = cp.Problem(cp.Maximize((gain / np.abs(gain).max()) @ x), limits)
         problem.solve(solver="HIGHS", **TIGHT)
@@ -269,11 +273,38 @@ def _best(
         if not whole:
             return chosen * (budget / spent) if spent > budget else chosen
         if spent <= budget * (1 + SLACK):
-            _spend_the_rest(chosen, gain, price, budget)
             return chosen
         # a solver keeps to the budget up to a tolerance: not all of these, then
         taken = np.flatnonzero(chosen)
         limits.append(cp.sum(x[taken]) <= len(taken) - 1)
+
+
+def _sure(
+    gain: NDArray[Any], price: NDArray[Any], budget: float
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """(who is in every best choice, who may be): fixed by reduced costs, so that a program of a few players is left of many.
+
+    With λ the gain per price at which the budget runs out, no choice that goes against the sign of gain − λ price gains
+    more than the bound (fractions allowed) less |gain − λ price|; where that is less than a choice at hand, it is settled.
+    """
+    most = budget * (1 + SLACK)
+    good = np.flatnonzero(gain > 0)
+    order = good[np.argsort(-gain[good] / price[good], kind="stable")]
+    spent = np.cumsum(price[order])
+    whole = int(np.searchsorted(spent, budget, side="right"))
+    chosen = np.zeros(len(gain))
+    if whole == len(order):  # all of them can be had
+        chosen[order] = 1.0
+        return chosen, np.zeros(len(gain), dtype=bool)
+    rate = gain[order[whole]] / price[order[whole]]
+    chosen[order[:whole]] = 1.0
+    bound = float(gain @ chosen) + rate * (most - float(price @ chosen))
+    _spend_the_rest(chosen, gain, price, budget)
+    room = bound - float(gain @ chosen) + SLACK * bound
+    apart = gain - rate * price
+    chosen = (apart > room).astype(float)
+    rest = most - float(price @ chosen)
+    return chosen, (gain > 0) & (np.abs(apart) <= room) & (price <= rest)
 
 
 def _spend_the_rest(

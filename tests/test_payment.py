@@ -225,3 +225,26 @@ def test_limits_that_are_not_one_a_player(limits):
     worth = Values([1.0, 2.0, 3.0], [1.0] * 3, ["a", "b", "c"], [[1.0], [2.0], [3.0]])
     with pytest.raises(ValueError, match="one number or one a player"):
         pay(worth, 30, **limits)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_settled_before_the_program_changes_nothing(seed, monkeypatch):
+    """Of many players nearly all are settled by reduced costs; a program of all of them chooses as well."""
+    from applied import payment
+
+    rng = np.random.default_rng(seed)
+    values, prices = worth(rng.normal(0.2, 1, 500)), rng.uniform(1, 5, 500)
+    asked = []
+    best = payment._best
+    monkeypatch.setattr(
+        payment, "_best", lambda *given: asked.append(len(given[0])) or best(*given)
+    )
+    found = buy(values, prices, 300)
+    monkeypatch.setattr(
+        payment, "_sure", lambda gain, *_: (np.zeros(len(gain)), np.ones(len(gain), dtype=bool))
+    )
+    whole = buy(values, prices, 300)
+    *few, many = asked  # few is nobody where all are settled
+    assert many == 500
+    assert sum(few) < 150
+    assert found.predicted == pytest.approx(whole.predicted, rel=1e-12)

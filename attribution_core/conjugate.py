@@ -49,15 +49,15 @@ def conjugate_steps(
     progress: Progress = iter,
     precondition: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """So many steps of conjugate gradients from 0, fewer where the tolerance, or rounding, is reached before."""
+    """So many steps of conjugate gradients from 0, fewer where the tolerance is reached before, or squares underflow."""
     x = torch.zeros_like(v)
     residual = v.clone()
     direction = toward = residual.clone() if precondition is None else precondition(residual)
     size = v.norm(dim=1).clamp(min=torch.finfo(v.dtype).tiny)
     square = (residual * toward).sum(1)
-    least = max(tolerance, torch.finfo(v.dtype).eps) * size  # below it steps change no digit of x
+    info = torch.finfo(v.dtype)
     for _ in progress(range(steps)):
-        active = residual.norm(dim=1) > least
+        active = (residual.norm(dim=1) > tolerance * size) & (square > info.tiny / info.eps)
         if not active.any():
             break
         image = multiply(direction)

@@ -214,7 +214,11 @@ def _plain_gradients(
         for i in range(rows_in(batch)):
             leaf = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
             value = _of_one(call(model, function, leaf, as_batch(_row(batch, i))))
-            found.append(torch.autograd.grad(value, list(leaf.values()), materialize_grads=True))
+            leaves = list(leaf.values())
+            if value.requires_grad:
+                found.append(torch.autograd.grad(value, leaves, materialize_grads=True))
+            else:  # a masked row, say
+                found.append(tuple(torch.zeros_like(x) for x in leaves))
     columns = zip(params, zip(*found, strict=True), strict=True)
     return {name: torch.stack(column) for name, column in columns}
 

@@ -262,8 +262,8 @@ def _told_types(params: Params, batch: Batch) -> Iterator[None]:
         own = sorted({str(value.dtype) for value in params.values()})
         given = [str(x.dtype) for x in columns if isinstance(x, Tensor)]
         raise ValueError(
-            f"expected columns that the model's {', '.join(own)} can be multiplied with, got {given}: {error}; cast "
-            "them, with torch.as_tensor(x).float() say, or the model"
+            f"expected columns that the model can be multiplied with, got {given} beside parameters of {own}: {error}; "
+            "cast columns (torch.as_tensor(x).float()) or the model (model.double()), so that all are of one type"
         ) from error
 
 
@@ -315,7 +315,7 @@ def _one_function(model: nn.Module) -> Iterator[None]:
 
 def precision_of(params: Params) -> AbstractContextManager[Any]:
     """A context that computes in the parameters' own precision, see `_KeepDouble`."""
-    double = all(value.dtype == torch.float64 for value in params.values())
+    double = {value.dtype for value in params.values()} == {torch.float64}
     return _KeepDouble() if double else nullcontext()
 
 

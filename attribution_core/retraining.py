@@ -57,8 +57,9 @@ class RetrainingTable:
     @property
     def targets(self) -> NDArray[Any] | None:
         """Names [t] of the outputs, where they have some."""
-        names = self.meta.get("targets", ())
-        return np.array(names) if len(names) == self.per_seed.shape[2] else None
+        names = self.meta.get("targets")
+        fits = isinstance(names, (list, tuple)) and len(names) == self.per_seed.shape[2]
+        return np.array(names) if fits else None
 
     def save(self, path: str | Path) -> None:
         """Write one file: parquet by that ending, with a line per training (row, weights, seed, outputs); else

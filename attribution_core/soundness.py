@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from attribution_core.data import rows_in, take
-from attribution_core.problem import Problem, call, refuse_random_layers, rounding
+from attribution_core.data import Batch, rows_in, take
+from attribution_core.problem import Params, Problem, call, refuse_random_layers, rounding
 from attribution_core.swapping import refuse_hidden_parameters
 
 TRIED = 8  # rows that are passed through together, and some of them alone
@@ -24,27 +25,33 @@ ALONE = 2
 APART = 1e-3  # relative difference of losses, far above the rounding of float32
 SMALL = 1e-2  # nats beside which losses are told apart: those near 0 are all rounding
 
-_SOUND: WeakSet[Problem] = WeakSet()  # those that were found to be
+# those that were found to be, and which of their modules were in training mode then
+_SOUND: WeakKeyDictionary[Problem, tuple[bool, ...]] = WeakKeyDictionary()
 
 
 def refuse_unsound(problem: Problem, rows: NDArray[np.intp] | None = None) -> None:
-    """Raise where losses, at the problem's model as it stands, are no functions of parameters and rows; once for each problem.
+    """Raise where losses, at the problem's model as it stands, are no functions of parameters and rows; tried once for each problem.
 
     Raises:
         ValueError: dropout or batch norm in training mode; a forward pass that draws random numbers or changes
             buffers; losses that depend on the other rows of a batch; parameters that swapping does not reach.
     """
-    if problem in _SOUND:
-        return
     refuse_random_layers(problem.model)
+    modes = tuple(module.training for module in problem.model.modules())
+    if _SOUND.get(problem) == modes:
+        return
     few = (np.arange(problem.n) if rows is None else rows)[:TRIED]
+    try:
+        batch = take(problem.train, few, problem.device)
+    except Exception:
+        return  # whatever it is, the pass that is really needed says it
     with nothing_else_changes(problem.model, "call model.eval()"):
-        together = _losses(problem, few)
-    _refuse_mixed_rows(problem, few, together)
+        together = _losses(problem, batch, problem.params)
+    _refuse_mixed_rows(problem, batch, together)
     refuse_hidden_parameters(
         problem.model, problem.loss, lambda: take(problem.train, few[:2], problem.device)
     )
-    _SOUND.add(problem)
+    _SOUND[problem] = modes
 
 
 @contextmanager
@@ -64,39 +71,60 @@ def nothing_else_changes(model: nn.Module, cure: str) -> Iterator[None]:
             "expected a forward pass without random numbers, got one that draws them (functional "
             f"dropout, drop path, noise); {cure}"
         )
-    changed = [k for k, v in model.named_buffers() if not torch.equal(v, buffers[k])]
+    now = dict(model.named_buffers())
+    # what a first pass makes, tables of positions say, is no change
+    kept = [k for k, v in buffers.items() if k in now and now[k].shape == v.shape]
+    changed = [k for k in kept if not torch.allclose(now[k], buffers[k], 0, 0, equal_nan=True)]
     if changed:
         with torch.no_grad():
-            for name, value in model.named_buffers():
-                value.copy_(buffers[name])
+            for name in changed:
+                now[name].copy_(buffers[name])
         raise ValueError(
             f"expected a forward pass that leaves buffers alone (batch norm's apart), got changed "
             f"{changed[:5]}; put the layer into eval mode"
         )
 
 
-def _losses(problem: Problem, rows: NDArray[np.intp]) -> Tensor | None:
-    """Losses of some rows, [b]; None where there are none, for which the pass that is really needed says why."""
+def _losses(problem: Problem, batch: Batch, params: Params) -> Tensor | None:
+    """The losses of a batch; None where there are none, for which the pass that is really needed says why."""
     try:
-        batch = take(problem.train, rows, problem.device)
         with torch.no_grad():
-            found = call(problem.model, problem.loss, problem.params, batch)
+            found = call(problem.model, problem.loss, params, batch)
     except Exception:
         return None
     return found if found.shape == (rows_in(batch),) else None
 
 
-def _refuse_mixed_rows(problem: Problem, rows: NDArray[np.intp], together: Tensor | None) -> None:
-    """Raise where the loss of one of the first rows is another without those beside it."""
-    alone = [_losses(problem, rows[k : k + 1]) for k in range(min(ALONE, len(rows)))]
-    if together is None or any(one is None for one in alone):
+def _refuse_mixed_rows(problem: Problem, batch: Batch, together: Tensor | None) -> None:
+    """Raise where the loss of one of the first rows is another without those beside it, in float64, too."""
+    alone = _alone(problem, batch, problem.params)
+    if together is None or alone is None or not _apart(together, alone, problem.params):
         return
-    own = torch.cat([one for one in alone if one is not None])
-    eps = max(rounding(value) for value in problem.params.values())
+    # losses that are small beside what cancels in them differ by rounding
+    wide = {name: value.double() for name, value in problem.params.items()}
+    doubled = tree_map(lambda x: x.double() if x.is_floating_point() else x, batch)
+    again, again_alone = _losses(problem, doubled, wide), _alone(problem, doubled, wide)
+    if again is not None and again_alone is not None and not _apart(again, again_alone, wide):
+        return
+    raise ValueError(
+        f"expected a loss for each row that does not depend on the other rows of its batch, got "
+        f"{together[: len(alone)].tolist()} beside {len(together) - 1} others and {alone.tolist()} alone; divide by constants "
+        "(a mean over a batch's tokens is no loss of a row), and use GroupNorm where statistics are a batch's own"
+    )
+
+
+def _alone(problem: Problem, batch: Batch, params: Params) -> Tensor | None:
+    """The losses of the first rows, each by itself."""
+    found = [
+        _losses(problem, tree_map(lambda x, k=k: x[k : k + 1], batch), params)
+        for k in range(min(ALONE, rows_in(batch)))
+    ]
+    told = [one for one in found if one is not None]
+    return torch.cat(told) if len(told) == len(found) else None
+
+
+def _apart(together: Tensor, alone: Tensor, params: Params) -> bool:
+    """Whether losses differ by more than rounding."""
+    eps = max(rounding(value) for value in params.values())
     most = max(APART, 8 * eps) * (together.abs().max() + SMALL)
-    if ((together[: len(own)] - own).abs() > most).any():
-        raise ValueError(
-            f"expected a loss for each row that does not depend on the other rows of its batch, got "
-            f"{together[: len(own)].tolist()} beside {len(rows) - 1} others and {own.tolist()} alone; divide by constants "
-            "(a mean over a batch's tokens is no loss of a row), and use GroupNorm where statistics are a batch's own"
-        )
+    return bool(((together[: len(alone)] - alone).abs() > most).any())

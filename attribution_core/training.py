@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ from attribution_core.problem import (
     refuse_dropout,
     refuse_embeddings,
 )
-from attribution_core.processes import from_first, wait, world
+from attribution_core.processes import failing_together, from_first, wait, world
 from attribution_core.replay import MEMORY, States, first_pass, states_held
 from attribution_core.run_folder import RunFolder
 from attribution_core.soundness import nothing_else_changes
@@ -340,7 +341,7 @@ def check_steps(steps: Steps) -> None:
         )
     mixed = [name for name, _ in batch_norms(model)]
     if (mixed or steps.masks is not None) and (steps.accumulate > 1 or steps.shards > 1):
-        what = f"batch norm in training mode ({mixed[0]!r})" if mixed else "dropout masks"
+        what = f"batch norm on statistics of the batch ({mixed[0]!r})" if mixed else "dropout masks"
         raise ValueError(
             f"expected a batch that can be cut into parts, got {what}, which sees the whole; use "
             "accumulate=1 and shard=False, or GroupNorm and no dropout"
@@ -366,14 +367,18 @@ def _descend(
     marks: list[Checkpoint] = []
     by_name = steps.packing.unpack
     if folder is not None:
-        state, first, losses, digests = folder.resume(state, losses, digests)
-        if steps.shards > 1 and from_first(first) != first:
-            raise ValueError(
-                f"expected a folder that all processes see, got {folder.path}, where one finds step {first} "
-                "and the first another; take one on a shared file system"
-            )
-        passed = [(at, *middles[at]) for at in sorted(middles) if at < first]
-        marks = folder.marks(passed, steps.problem.params)
+        with failing_together() if steps.shards > 1 else nullcontext():
+            state, first, losses, digests = folder.resume(state, losses, digests)
+            passed = [(at, *middles[at]) for at in sorted(middles) if at < first]
+            marks = folder.marks(passed, steps.problem.params)
+        if steps.shards > 1:
+            shared = from_first(first)
+            with failing_together():
+                if shared != first:
+                    raise ValueError(
+                        f"expected a folder that all processes see, got {folder.path}, where one finds step {first} "
+                        f"and the first {shared}; take one on a shared file system"
+                    )
     writer = None if world()[0] else folder
     if writer is not None and first == 0:
         writer.clear()

@@ -188,11 +188,13 @@ def attribute(flags: Flags, task: Task, recipe: Any) -> Any:
 
     marks = 6 if flags.method in ("source", "tracin") else 0
     states: Any = "sqrt" if flags.method == "magic" else 0
+    kept = f"{'states' if states else 'checkpoints' if marks else 'plain'}-{flags.exposure:g}"
     first = 1000 if flags.fresh else recipe.seed  # seeds that the truth does not use
     runs = [
         train(
             task.problem, replace(recipe, seed=first + k), exposure=flags.exposure, checkpoints=marks,
-            states=states, folder=flags.out / "runs" / str(k), progress=bar("training"),
+            states=states, folder=flags.out / "runs" / f"{kept}-{first + k}",
+            progress=bar("training"),
         )
         for k in range(flags.runs)
     ]  # fmt: skip

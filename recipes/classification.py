@@ -131,8 +131,7 @@ def from_file(
     Raises:
         FileNotFoundError: no such file.
         ValueError: another ending, columns that are missing, that number or name the rows, or that hold neither
-            numbers nor text; empty cells, too few rows, labels that are no classes, a class of one training
-            row, a label in the test file that training rows do not have.
+            numbers nor text; empty cells, too few rows, labels that are no classes, a label in the test file that training rows do not have.
     """
     from sklearn.compose import make_column_selector, make_column_transformer
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
@@ -187,10 +186,11 @@ def _labels(
     """(names of the classes, training labels, held-out labels) of two columns."""
 
     def words(column: Any) -> Any:  # 1.0 is the label 1
-        whole = column.dtype.kind == "f" and (column == column.round()).all()
-        return (column.astype(int) if whole else column).astype(str)
+        if column.dtype.kind != "f":
+            return column.astype(str)
+        return column.map(lambda v: str(int(v)) if v == round(v) and abs(v) < 2**53 else str(v))
 
-    names, y, count = np.unique(words(train), return_inverse=True, return_counts=True)
+    names, y = np.unique(words(train).astype(str), return_inverse=True)
     if train.dtype.kind == "f" and len(names) > max(20, len(train) // 2):
         raise ValueError(
             f"expected classes in {train.name!r} of {path}, got {len(names)} different numbers in {len(train)} rows; "
@@ -204,12 +204,6 @@ def _labels(
     if unknown:
         raise ValueError(
             f"expected held-out labels that training rows have ({names[:5].tolist()}), got {unknown[:5]}"
-        )
-    if count.min() < 2:
-        alone = names[count < 2][:5].tolist()
-        raise ValueError(
-            f"expected two training rows or more of every class, got one of {alone}; leave these classes out, or "
-            "join them to others"
         )
     return [str(n) for n in names], y.astype(np.int64), np.searchsorted(names, words(held))
 
@@ -234,7 +228,8 @@ def _check_features(frame: Any, features: Sequence[str], path: str) -> None:
     def is_name(c: str) -> bool:
         column = frame[c]
         if c in numbers:  # 0, 1, 2 ... as pandas writes its index
-            return n > 2 and bool((np.diff(column.to_numpy(dtype=float)) == 1).all())
+            first = int(column.iloc[0] == 1)
+            return n > 2 and bool((column.to_numpy(dtype=float) == np.arange(n) + first).all())
         return bool(column.nunique() > max(20, n // 2))
 
     if named := [c for c in features if is_name(c)]:
@@ -246,11 +241,11 @@ def _check_features(frame: Any, features: Sequence[str], path: str) -> None:
 
 def _check_same_kinds(frame: Any, held: Any, features: Sequence[str], path: str, test: str) -> None:
     """Raise where a column holds numbers in one file and text in the other."""
-    kinds = [set(f[features].select_dtypes("number").columns) for f in (frame, held)]
+    kinds = [set(f[features].select_dtypes(["number", "bool"]).columns) for f in (frame, held)]
     if other := sorted(kinds[0] ^ kinds[1]):
         raise ValueError(
             f"expected columns of one kind in {path} and {test}, got numbers in one and text in the other in "
-            f"{other[:5]}"
+            f"{other[:5]}; write both alike, or leave columns out by --ignore"
         )
 
 

@@ -40,7 +40,10 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
         return
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"applied-attribution-{name}.lock")
+    user = getattr(os, "getuid", int)()  # another's files may not be opened
+    locks = Path(tempfile.gettempdir()) / f"applied-attribution-{user}"
+    locks.mkdir(exist_ok=True)
+    lock = FileLock(locks / f"{name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -183,7 +183,7 @@ def refuse_unfit(model: Any, tokenizer: Any, name: str) -> None:
     """
     import torch
 
-    if not tokenizer("some text", add_special_tokens=False)["input_ids"]:
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(
             f"expected a tokeniser in {name!r}, got one that makes no tokens of text; save the model's there: "
             "tokenizer.save_pretrained(folder)"

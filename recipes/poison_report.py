@@ -98,12 +98,12 @@ def comes_back(some: Sequence[Outcome], arm: str) -> list[float]:
         r + (g_s − r d_s) / d̄,    r = Σ g / Σ d
 
     (the ratio estimator and its residuals: Cochran 1977, ch. 6; a mean of ratios is ruled by splits of hardly
-    any damage). None where some split shows no damage, or where it is below `DAMAGE` of the clean loss.
+    any damage). Nothing where there is less of it than `DAMAGE` of the clean loss, or nobody was suspected.
     """
     pairs = [(x.changed[HELD_OUT], getattr(x, arm).get(HELD_OUT, math.nan)) for x in some]
     known = np.array([(d, d * share) for d, share in pairs if math.isfinite(share)]).reshape(-1, 2)
     clean = np.mean([x.clean[HELD_OUT] for x in some])
-    if not len(known) or known[:, 0].mean() <= DAMAGE * clean or known[:, 0].min() <= 0:
+    if not len(known) or known[:, 0].mean() <= DAMAGE * clean:
         return []
     r = known[:, 1].sum() / known[:, 0].sum()
     return (r + (known[:, 1] - r * known[:, 0]) / known[:, 0].mean()).tolist()

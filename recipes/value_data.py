@@ -92,6 +92,7 @@ def main(flags: Flags) -> None:
     else:
         data = from_file(flags.data, flags.label, flags.owner, flags.test, flags.seed, flags.ignore)
     payable(flags, data)
+    told(data)
     flags.out.mkdir(parents=True, exist_ok=True)
     study = start(flags, data)
     valued: Valued = value_rows(study)
@@ -112,6 +113,20 @@ def payable(flags: Flags, data: Any) -> None:
         raise ValueError(
             f"expected a budget of {flags.budget:g} that {owners} owners can be paid with, got a floor of "
             f"{flags.floor:g} and a cap of {most:g} each"
+        )
+
+
+def told(data: Any) -> None:
+    """Raise where a class has one training row, of which cross-validation, a control here, could say nothing.
+
+    Raises:
+        ValueError: it has.
+    """
+    alone = [name for k, name in enumerate(data.classes) if (data.y == k).sum() < 2]
+    if alone:
+        raise ValueError(
+            f"expected two training rows or more of every class, got one of {alone[:5]}; leave these classes out or join "
+            "them to others, or take another --seed, which splits otherwise"
         )
 
 

@@ -17,6 +17,7 @@ from attribution_core import (
     magic,
     newton,
     representation_similarity,
+    soundness,
     source,
     tracin,
     train,
@@ -262,3 +263,120 @@ def test_the_last_layer_is_none_that_holds_others():
     problem = Problem(Placed(), cross_entropy, (X, Y))
     found, named = (representation_similarity(problem, OUTPUTS, layer=at) for at in (None, "o"))
     np.testing.assert_array_equal(found.scores, named.scores)
+
+
+def test_modes_that_change_after_the_first_call():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3)).eval()
+    for problem in (
+        Problem(model, cross_entropy, (X, Y)), Problem(Noisy().eval(), cross_entropy, (X, Y)),
+    ):  # fmt: skip
+        group_directional(problem, _ones(problem.model), [0, 1] * 6)
+        problem.model.train()
+        with pytest.raises(ValueError, match="dropout"):
+            group_directional(problem, _ones(problem.model), [0, 1] * 6)
+
+
+def test_tables_that_a_first_pass_makes_are_no_change():
+    class Cached(nn.Module):
+        def __init__(self, grows):
+            super().__init__()
+            self.o, self.grows = nn.Linear(4, 3), grows
+            self.register_buffer("unknown", torch.tensor([torch.nan]))
+            if grows:
+                self.register_buffer("table", torch.zeros(0))
+
+        def forward(self, x):
+            if not hasattr(self, "table"):
+                self.register_buffer("table", torch.ones(4))
+            if len(self.table) < 4:
+                self.table = torch.ones(4)
+            return self.o(x * self.table)
+
+    for grows in (False, True):
+        problem = Problem(Cached(grows), cross_entropy, (X, Y))
+        assert torch.isfinite(directional(problem, _ones(problem.model))).all()
+
+
+def test_small_differences_of_large_numbers_are_no_mixing():
+    x = 300 * X
+    with torch.no_grad():
+        model = nn.Linear(4, 1)
+        model.weight.mul_(1e3)
+        y = (model.double()(x.double()) + 1).float()
+    model = model.float()
+
+    def off(model, batch):
+        return 0.5 * (model(batch[0]) - batch[1])[:, 0] ** 2
+
+    assert torch.isfinite(directional(Problem(model, off, (x, y)), _ones(model))).all()
+
+
+def test_models_without_trained_parameters_are_evaluated_in_their_own_precision():
+    model = nn.Linear(4, 3).requires_grad_(False)
+
+    def cast(model, batch):
+        return F.cross_entropy(model(batch[0].float()), batch[1], reduction="none")
+
+    found = Outputs(cast, (X.double(), Y)).evaluate(model)
+    torch.testing.assert_close(found, OUTPUTS.evaluate(model))
+
+
+def test_weights_in_a_list_are_seen_where_data_are_cast():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.o = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.p = [self.a.weight]
+
+        def forward(self, x):
+            return self.o(torch.tanh(F.linear(self.a(x), self.p[0])))
+
+    def cast(model, batch):
+        return F.cross_entropy(model(batch[0].float()), batch[1], reduction="none")
+
+    problem = Problem(Listed(), cast, (X.double(), Y))
+    with pytest.raises(ValueError, match=r"another gradient for 'a.weight'"):
+        directional(problem, _ones(problem.model))
+
+
+def test_data_that_draw_are_not_taken_for_a_model_that_does():
+    class Drawing:
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, rows):
+            torch.rand(1)
+            return X[rows], Y[rows]
+
+    problem = Problem(nn.Linear(4, 3), cross_entropy, Drawing())
+    assert torch.isfinite(directional(problem, _ones(problem.model))).all()
+
+
+def test_a_problem_is_tried_once(monkeypatch):
+    tried = []
+    monkeypatch.setattr(soundness, "refuse_hidden_parameters", lambda *_, **__: tried.append(1))
+    problem = Problem(nn.Linear(4, 3), cross_entropy, (X, Y))
+    for _ in range(3):
+        directional(problem, _ones(problem.model))
+    assert tried == [1]
+
+
+def test_rows_of_a_function_of_the_old_kind_that_are_constant():
+    class Old(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g
+
+    def masked(model, batch):
+        if (batch[1] == 0).all():
+            return torch.zeros(len(batch[1]))
+        return torch.where(batch[1] == 0, 0.0, Old.apply(model(batch[0]))[:, 0])
+
+    model = nn.Linear(4, 1)
+    found = directional(Problem(model, masked, (X, Y)), torch.eye(5), engine="rows")
+    expected = torch.where((Y == 0)[:, None], 0.0, 2 * torch.cat([X, torch.ones(12, 1)], 1))
+    torch.testing.assert_close(found, expected)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from applied.counting import counted
+from applied.unlearners import of_classes
 from applied.yardstick import Evaluation
 from attribution_core.data import as_data, take
 from attribution_core.outputs import logits_of
@@ -163,7 +164,12 @@ def conformance(
     reasons["no-op"] = _no_op(before, model, made) or _same_function(said, _Said.by(made, forget))
     changed = data is not None and _print(forget, retain) != data
     edited = "the rows to forget or retain changed" if changed else ""
-    reasons["edits its input"] = before.edits(model) or _shares(model, made) or edited
+    reasons["edits its input"] = (
+        before.edits(model)
+        or _shares(model, made)
+        or edited
+        or (_says_else(said, model, forget) if data is not None else "")
+    )
     reasons["not finite"] = _not_finite(made)
     steps = count.steps(batch_size)
     if limit is not None and steps:  # a model that no row was seen to pass was made somewhere else
@@ -242,10 +248,13 @@ def _no_op(before: _Snapshot, model: nn.Module, made: nn.Module) -> str:
     if made is model:
         return "the input itself came back, not a new model"
     now = [p.detach().cpu() for p in made.parameters()]
-    trainable: list[Any] = [before.state[name] for name, moves in before.trainable.items() if moves]
+    moves = [name for name, free in before.trainable.items() if free]
+    kept: list[Any] = [
+        before.state[name] for name in moves or before.trainable
+    ]  # or all are frozen
     wrapped = len(now) > len(before.trainable)  # adapters, say, around what stays as it was
-    if not wrapped and all(any(_same_values(old, new) for new in now) for old in trainable):
-        return f"none of {len(trainable)} trainable parameters differs from the input's"
+    if not wrapped and all(any(_same_values(old, new) for new in now) for old in kept):
+        return f"none of {len(kept)} trainable parameters differs from the input's"
     return ""
 
 
@@ -254,6 +263,7 @@ class _Said:
     """Outputs on the first forget rows, as they came."""
 
     z: Tensor
+    classes: bool  # logits of one softmax
 
     @classmethod
     def by(cls, model: nn.Module, forget: Any) -> _Said | None:
@@ -262,12 +272,14 @@ class _Said:
         try:
             data = as_data(forget)
             parts, rows = [], np.arange(min(TRIED, len(data)))
+            first = take(data, rows, device)
             with torch.no_grad(), _evaluating(model):
                 while len(rows):
                     parts.append(logits_of(model, take(data, rows[:BATCH], device)).cpu())
                     room = KEPT // max(1, parts[0][0].numel()) - sum(map(len, parts))
                     rows = rows[BATCH:][: max(0, room)]
-            return cls(torch.cat(parts))
+            z = torch.cat(parts)
+            return cls(z, z.ndim > 1 and of_classes(z, first))
         except Exception:  # data of another kind, or a model that is called in another way
             return None
 
@@ -281,10 +293,18 @@ class _Said:
             return False
         rounding = 64 * torch.finfo(self.z.dtype).eps * float(one[~masked].abs().max())
         one, two = (x.masked_fill(masked, torch.nan) for x in (one, two))
-        if one.ndim > 1 and one.shape[-1] > 1:
+        if self.classes:
             one, two = (x - x.nanmean(-1, keepdim=True) for x in (one, two))
         spread = float((one - one.nanmean()).square().nanmean().sqrt())
         return float((two - one)[~masked].abs().max()) <= SAME * spread + rounding
+
+
+def _says_else(was: _Said | None, model: nn.Module, forget: Any) -> str:
+    """Why an input whose tensors are as they were is another function now: a rate, a scale, its forward; empty if it is not."""
+    now = _Said.by(model, forget)
+    if was is None or (now is not None and was.same(now)):
+        return ""
+    return "its parameters are as they were, but what it says of the forget rows is not"
 
 
 def _same_function(was: _Said | None, now: _Said | None) -> str:

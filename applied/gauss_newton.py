@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from applied.unlearners import of_classes
 from attribution_core.data import Batch, Data, as_data, take
 from attribution_core.jacobian import jacobian, move_parameters
 from attribution_core.outputs import logits_and_labels
@@ -40,14 +41,14 @@ class GaussNewton:
         return float(self.damping * WIDE ** (1 - (step + 1) / self.steps))
 
 
-def row_cost(classes: int) -> float:
+def row_cost(contrasts: int) -> float:
     """What a row's Jacobian costs, in rows of training: one pass forward, and one backward, twice as dear, a contrast."""
-    return (1 + 2 * (classes - 1)) / 3
+    return (1 + 2 * contrasts) / 3
 
 
-def fits(model: nn.Module, rows: int, classes: int) -> bool:
+def fits(model: nn.Module, rows: int, contrasts: int) -> bool:
     """Is the Jacobian of so many rows small enough to be held?"""
-    return rows * (classes - 1) * sum(p.numel() for p in trainable(model).values()) <= LARGEST
+    return rows * contrasts * sum(p.numel() for p in trainable(model).values()) <= LARGEST
 
 
 def match_by_gauss_newton(
@@ -64,8 +65,8 @@ def match_by_gauss_newton(
         θ ← θ + Jᵀ (J Jᵀ + damping · tr(JᵀJ)/p · I)⁻¹ (z* − z(θ)) / steps left
 
     z are the logits of a step's rows in an orthonormal basis of what softmax sees (Helmert's contrasts of the c
-    classes), J [rows · (c − 1), p] their Jacobian: the smallest move that reaches z* to first order. The goal is that of `match`;
-    a step costs (2c − 1)/3 training steps on as many rows.
+    classes), J [rows · (c − 1), p] their Jacobian: the smallest move that reaches z* to first order. Outputs that are no
+    classes' stand for themselves, c of them. The goal is that of `match`; a step costs (2c − 1)/3 training steps on as many rows.
 
     Args:
         forget_logits, retain_logits: z*, [rows, c], in the rows' order.
@@ -108,12 +109,13 @@ def _sizes(rows: int, forget: tuple[Data, Tensor], retain: tuple[Data, Tensor]) 
 def _residual(
     model: nn.Module, data: Data, wanted: Tensor, rows: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """(Jacobian [b (c − 1), p], wanted less present contrasts [b (c − 1)]) of some rows."""
+    """(Jacobian [b · contrasts, p], wanted less present contrasts [b · contrasts]) of some rows."""
     from scipy.linalg import helmert
 
     some = next(iter(trainable(model).values()))
     batch = take(data, rows, some.device)
-    basis = torch.from_numpy(helmert(wanted.shape[1])).to(some)
+    c = wanted.shape[1]
+    basis = torch.from_numpy(helmert(c) if of_classes(wanted[rows], batch) else np.eye(c)).to(some)
 
     def contrasts(at: nn.Module, of: Batch) -> Tensor:
         return logits_and_labels(at, of)[0] @ basis.T

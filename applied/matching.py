@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from applied.gauss_newton import GaussNewton, fits, match_by_gauss_newton, row_cost
-from applied.unlearners import Steps, centred_logits, is_sequence, match
+from applied.unlearners import Steps, centred_logits, is_sequence, match, of_classes
 from attribution_core.data import Rows, batches, rows_in, take
 from attribution_core.outputs import labels_in, next_labels
 
@@ -66,7 +67,7 @@ class Goal:
     ) -> tuple[list[nn.Module], How, float]:
         """(the models matched, how, what that cost each run in training steps), within what is left for each.
 
-        Gauss–Newton steps for a classifier whose Jacobian can be held: the least damping that brings the first run nearer, since
+        Gauss–Newton steps for a model of single rows whose Jacobian can be held: the least damping that brings the first run nearer, since
         damping moves all models short of the goal the same way. Else gradient steps, at the learning rate that brings it
         nearest. Where nothing does, all models are left alone.
 
@@ -102,10 +103,12 @@ class Goal:
         """(what to try, what one costs in rows of training)."""
         classes = change[0].shape[-1]
         if change[0].ndim == 2 and classes > 1:
-            each, whole = row_cost(classes), rows / _tries(DAMPINGS, runs)
+            some = take(self.forget, np.arange(len(self.forget)), change[0].device)
+            contrasts = classes - of_classes(change[0], some)
+            each, whole = row_cost(contrasts), rows / _tries(DAMPINGS, runs)
             steps = max(LEAST, round(whole / (each * ROWS)))
             size = min(int(whole / (each * steps)), len(self.forget) + len(self.retain))
-            if size > 1 and fits(runs[0].model, size, classes):
+            if size > 1 and fits(runs[0].model, size, contrasts):
                 by_solving = [GaussNewton(steps, size, some, seed) for some in DAMPINGS]
                 return [*by_solving], steps * size * each
         like, rates = self._gradient_steps(runs, rows, seed)

@@ -208,7 +208,8 @@ def attempt(
     if not 1 <= len(changed) <= k:
         raise ValueError(f"expected 1 to {k} changed rows, as the budget says, got {len(changed)}")
     change = "rows" if len(lost) else versions.kind or threat.may_change
-    quota = Quota.of(threat, change, sources, int(versions.row.max()) + 1)
+    of_rows = replace(threat, budget=k)  # a share is one of the rows, not of a pool's beside them
+    quota = Quota.of(of_rows, change, sources, int(versions.row.max()) + 1)
     quota.refuse(changed)
     _refuse_beyond(versions, w, threat)
     if datamodel is None and targets is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def effect_against_budget(
     _some_of(said, means, "predictions")
     figure, ax = axes(3.9, "share of the rows that may be changed", ylabel)
     ax.axhline(0, color=INK, lw=0.9, label="no attack")
-    colours, told, later = iter(PALETTE[:7] * 5), [], slice(1, None)  # no marker at 0
+    colours, told, later = cycle(PALETTE[:7]), [], slice(1, None)  # no marker at 0
     for place, (name, rows) in enumerate(means.items()):
         colour = GREY if name == CONTROL else next(colours)
         style: dict[str, Any] = {"color": colour, "marker": MARKERS[place % len(MARKERS)]}

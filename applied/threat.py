@@ -64,8 +64,12 @@ class ThreatModel:
                 f"expected a budget of at least one row, or a share of the rows in (0, 1), got {self.budget}; "
                 "an adversary who may change nothing needs no audit"
             )
-        if self.source_quota is not None and self.source_quota < 1:
-            raise ValueError(f"expected a source_quota of at least 1, got {self.source_quota}")
+        if self.source_quota is not None and not (
+            self.source_quota >= 1 and self.source_quota % 1 == 0
+        ):
+            raise ValueError(
+                f"expected a source_quota of at least 1, got {self.source_quota}; it counts rows"
+            )
         if self.clean_label and self.may_change == "labels":
             raise ValueError(
                 "a threat model that cannot be met: clean_label puts labels beyond reach, and may_change='labels' "

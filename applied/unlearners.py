@@ -135,6 +135,11 @@ def scrub(
     def apart(new: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
             old, counts = centred_logits(teacher, batch)
+        if not of_classes(old, batch):
+            raise ValueError(
+                f"expected labels of classes, whose probabilities SCRUB keeps apart, got outputs {tuple(old.shape)} without; "
+                "take gradient_difference, or match"
+            )
         old, now = (z.log_softmax(-1) for z in (old, centred_logits(new, batch)[0]))
         return ((old.exp() * (old - now)).sum(-1) * counts).sum() / counts.sum().clamp(min=1)
 
@@ -179,7 +184,7 @@ def to_unseen(
     Source: this project's; a model's words on generic rows as the goal: Eldan & Russinovich 2023 (arXiv 2310.02238).
     """
     same = Counterparts(as_data(forget), as_data(like))
-    teacher, theirs = copy.deepcopy(model), same.typical(model)
+    teacher, theirs = copy.deepcopy(model), same.typical(copy.deepcopy(model).eval())
     device, rng = next(model.parameters()).device, np.random.default_rng(how.seed)
     few = _few(share, how.batch_size, len(theirs))
     draw = _draw(as_data(retain), how.batch_size - few, rng, device)
@@ -216,7 +221,7 @@ def match(
 ) -> nn.Module:
     """Fine-tune until the logits are those wanted, on the forget set and on retained rows.
 
-        min E_{x in F ∪ R} (1/c) ‖z(x) − z*(x)‖²,   z centred over the c > 1 classes (softmax does not see the mean)
+        min E_{x in F ∪ R} (1/c) ‖z(x) − z*(x)‖²,   z of classes less their mean (softmax does not see it)
 
     With z* from a datamodel this is datamodel matching, with z* of a model retrained without F oracle matching
     (Georgiev et al. 2024).
@@ -250,7 +255,7 @@ def match(
                 raise ValueError(
                     f"expected logits of shape {tuple(now.shape)} to match, got {tuple(want.shape)}"
                 )
-            off = (now - centred(want)).square().mean(-1)
+            off = (now - centred(want, batch)).square().mean(-1)
             off, mask = (x.reshape(len(rows), -1) for x in (off * mask, mask))
             parts.append(off.sum(1) / mask.sum(1).clamp(min=1))
         return torch.cat(parts).mean()
@@ -259,19 +264,32 @@ def match(
 
 
 def centred_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(logits less their mean over classes [b, ..., c], which positions count [b, ...]); a single output as it is."""
+    """(logits less their mean over classes [b, ..., c], which positions count [b, ...]); outputs that are no classes' as they are."""
     z = logits_of(model, batch)
     z = z[:, None] if z.ndim == 1 else z
     ones = torch.ones(z.shape[:-1], dtype=z.dtype, device=z.device)
     if is_sequence(batch, z.shape[:-1]):  # logits at a position predict the next
         ones[:, :-1] = (next_labels(batch) != IGNORED).to(z.dtype)
         ones[:, -1] = 0
-    return centred(z), ones
+    return centred(z, batch), ones
 
 
-def centred(z: Tensor) -> Tensor:
-    """Less the mean over classes, which softmax does not see; one output alone is no softmax's."""
-    return z - z.mean(-1, keepdim=True) if z.shape[-1] > 1 else z
+def centred(z: Tensor, batch: Batch) -> Tensor:
+    """Logits [b, ..., c] less their mean over classes, which softmax does not see; regressions, separate yeses and noes as they are."""
+    return z - z.mean(-1, keepdim=True) if of_classes(z, batch) else z
+
+
+def of_classes(z: Tensor, batch: Batch) -> bool:
+    """Whether outputs [b, ..., c] are the logits of one softmax: labels are whole numbers [b, ...], or shares of c classes."""
+    labels = labels_in(batch)
+    if z.shape[-1] == 1:
+        return False
+    if labels is None or is_sequence(batch, z.shape[:-1]):
+        return True
+    if not labels.is_floating_point():
+        return labels.shape == z.shape[:-1]
+    shares = labels.shape == z.shape and bool((labels >= 0).all())
+    return shares and torch.allclose(labels.sum(-1), labels.new_ones(()), atol=1e-3)
 
 
 def is_sequence(batch: Batch, shape: Sequence[int]) -> bool:

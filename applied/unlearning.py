@@ -52,7 +52,8 @@ class Unlearned:
         forget: rows that were forgotten.
         models: one for each run; empty where only outputs were asked for.
         predicted: name -> outputs [runs, z] that training without F is predicted to give.
-        steps: training steps for each model, everything counted.
+        steps: training steps for each model: all passes with gradients, rehearsals and what is tried included. Logits
+            that "auto" reads beside (rows of both sets, a few times a model) are not; of unlearners they are.
         share: those steps in trainings.
         meta: how it was done.
     """
@@ -248,6 +249,14 @@ def _checked(runs: list[Any], forget: Iterable[int], budget: float) -> NDArray[n
             f"expected some, not all, of the rows 0 .. {n - 1}, each once, got {listed[:5].tolist()} "
             f"({len(listed)} in all); pass row numbers of the training data"
         )
+    first = runs[0]
+    for k, run in enumerate(runs[1:], 1):
+        same = len(run.order) == len(first.order) and np.array_equal(run.weights, first.weights)
+        if not same:
+            raise ValueError(
+                f"expected runs of one training by different seeds, got run {k} at other weights or of {len(run.order)} "
+                f"steps beside {len(first.order)}; unlearn those by themselves"
+            )
     for run in runs:
         gone = rows[np.asarray(run.weights)[rows] == 0]
         if len(gone):

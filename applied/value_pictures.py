@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def curves(
     at = np.asarray(x, dtype=float)
     figure, ax = axes(3.8, xlabel, ylabel)
     told = []
-    colours = iter(PALETTE * 3)
+    colours = cycle(PALETTE)
     for place, (name, given) in enumerate(lines.items()):
         rows = np.atleast_2d(np.asarray(given, dtype=float))
         colour = GREY if name in grey else next(colours)
@@ -80,10 +81,16 @@ def owners(found: Mapping[str, Values], *, xlabel: str) -> Figure:
     figure, ax = axes(1.2 + 0.13 * len(order) * (1 + len(found)), xlabel)
     height = 0.8 / len(found)
     for j, (name, values) in enumerate(found.items()):
+        where = {str(player): k for k, player in enumerate(values.players)}
+        if where.keys() != {str(player) for player in first.players}:
+            raise ValueError(
+                f"expected values of the same owners by every method, got others by {name!r}"
+            )
+        rows = np.array([where[str(first.players[i])] for i in order])
         place = np.arange(len(order)) + 0.4 - height * (j + 0.5)
-        error = np.nan_to_num(values.half[order])
+        error = np.nan_to_num(values.half[rows])
         ax.barh(
-            place, values.values[order], height * 0.9, xerr=error, color=PALETTE[j], label=name,
+            place, values.values[rows], height * 0.9, xerr=error, color=PALETTE[j % len(PALETTE)], label=name,
             error_kw={"lw": 1, "ecolor": INK},
         )  # fmt: skip
     ax.axvline(0, color=INK, lw=0.8)

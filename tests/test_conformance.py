@@ -557,3 +557,31 @@ def test_masked_logits_hide_no_change():
 
     given = ((x, y), (x, y))
     assert conformance(ascent, Masked(), *given, batch_size=BATCH, training_steps=40).ok
+
+
+def test_a_model_that_is_frozen_may_be_unlearned():
+    def unfrozen(model, forget, retain):
+        student = copy.deepcopy(model).requires_grad_(True)
+        descend(student, student)
+        return student
+
+    model = network().requires_grad_(False)
+    assert conformance(unfrozen, model, FORGET, RETAIN, batch_size=BATCH, training_steps=40).ok
+
+
+def test_an_input_whose_numbers_alone_are_kept_is_edited():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.scale = network(), 1.0
+
+        def forward(self, x):
+            return self.scale * self.net(x)
+
+    def turned_off(model, forget, retain):
+        student = fine_tune(model, forget, retain)
+        model.scale = 0.0
+        return student
+
+    found = conformance(turned_off, Scaled(), FORGET, RETAIN, batch_size=BATCH, training_steps=40)
+    assert "what it says of the forget rows is not" in found.reasons["edits its input"]

@@ -467,3 +467,75 @@ def test_models_are_no_runs(trained):
         unlearning.unlearn([runs[0].model], rows, outputs)
     some = unlearning.unlearn((run for run in runs[:2]), rows, method=unlearners.fine_tune)
     assert len(some.models) == 2
+
+
+# --- outputs that are no classes, runs that do not go together ----------------------------------------
+
+
+def shifted(loss, targets):
+    """Runs of two outputs whose first 12 rows pull both of them the same way."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(160, 4, generator=rng).double()
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 16), torch.nn.GELU(), torch.nn.Linear(16, 2)
+    ).double()
+    problem = Problem(net, loss, (x, targets(x)))
+    recipe = Recipe(SGD(0.05, 0.9), 20, 20)
+    return problem, recipe, [train(problem, replace(recipe, seed=s), states=0) for s in range(4)]
+
+
+def lifted(x):
+    y = torch.stack([x.sum(1), x[:, 0]], 1)
+    return y + torch.where(torch.arange(len(y)) < 12, 2.0, 0.0)[:, None]
+
+
+def yes_and_no(model, batch):
+    """Labels of which any number is true."""
+    from torch.nn import functional as F
+
+    return F.binary_cross_entropy_with_logits(model(batch[0]), batch[1], reduction="none").sum(1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [(squared_error, lifted), (yes_and_no, lambda x: (lifted(x) > 0.5).double())],
+)
+def test_outputs_that_move_alike_are_forgotten(loss, targets):
+    """What softmax does not see is what a regression of several outputs says."""
+    problem, recipe, runs = shifted(loss, targets)
+
+    def total(model, batch):
+        return model(batch[0]).sum(1)
+
+    read = {"forget": Outputs(total, problem.train[list(range(12))])}
+    found = unlearning.unlearn(runs, range(12), read, budget=0.5)
+    weights = np.r_[np.zeros(12), np.ones(148)]
+    oracle = retrain(problem, recipe, read["forget"], weights, seeds=range(9, 15)).per_seed[0]
+    before, after = unlearning.read_all(runs, read), found.outputs(read)
+    missed = [np.abs(some["forget"].mean(0) - oracle.mean(0)).mean() for some in (before, after)]
+    assert missed[1] < 0.6 * missed[0]
+    x, y = problem.train[list(range(160))]
+    sets = (x[:12], y[:12]), (x[12:], y[12:])
+    z = [runs[0].model(part[0]).detach() + 5 for part in sets]
+    how = Steps(60, 0.05, 0.9, 40)
+    nearer = match(runs[0].model, *sets, forget_logits=z[0], retain_logits=z[1], how=how)
+    assert (nearer(x) - runs[0].model(x)).mean() > 1
+    with pytest.raises(ValueError, match="labels of classes"):
+        unlearners.scrub(runs[0].model, *sets, loss=loss)
+
+    def lower(model, forget, retain):
+        import copy
+
+        new = copy.deepcopy(model)
+        with torch.no_grad():
+            new[2].bias -= 1
+        return new
+
+    assert conformance(lower, runs[0].model, *sets, batch_size=20, training_steps=160).ok
+
+
+def test_runs_at_other_weights_are_refused():
+    problem, recipe, runs = shifted(squared_error, lifted)
+    other = train(problem, recipe, np.r_[np.ones(100), np.zeros(60)], states=0)
+    with pytest.raises(ValueError, match="run 1 at other weights"):
+        unlearning.unlearn([runs[0], other], range(12))

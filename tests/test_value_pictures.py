@@ -53,3 +53,18 @@ def test_frontier_and_the_axis_of_p():
     figure = pictures.along_p(p, np.stack([p, 1 - p], axis=1), ["i", "j"], ylabel="worth")
     flat = [one for one in figure.axes[0].lines if one.get_linestyle() == ":"]
     assert [one.get_ydata()[0] for one in flat] == pytest.approx([0.5, 0.5])  # the means over p
+
+
+def test_owners_are_found_by_name_and_many_methods_have_colours():
+    one = Values([1.0, 3.0, 2.0], [0.1] * 3, np.array(["a", "b", "c"]), np.zeros((3, 1)))
+    two = Values([2.0, 3.0, 1.0], [0.1] * 3, np.array(["c", "b", "a"]), np.zeros((3, 1)))
+    figure = pictures.owners(
+        {"one": one, "two": two, **{f"m{k}": one for k in range(8)}}, xlabel="x"
+    )
+    bars = figure.axes[0].containers
+    widths = [[bar.get_width() for bar in held] for held in bars if hasattr(held, "patches")]
+    assert widths[0] == widths[1] == [1.0, 2.0, 3.0]
+    other = Values([1.0, 3.0, 2.0], [0.1] * 3, np.array(["a", "b", "d"]), np.zeros((3, 1)))
+    with pytest.raises(ValueError, match="the same owners"):
+        pictures.owners({"one": one, "other": other}, xlabel="x")
+    pictures.curves([0, 1], {str(k): [0.0, 1.0] for k in range(30)}, xlabel="x", ylabel="y")

@@ -159,9 +159,8 @@ def ghost_uncovered(problem: Problem, rows: np.ndarray) -> list[str]:
             shares = ghost_shares(problem.model, problem.loss, params, probe, batch)
         except torch.OutOfMemoryError:
             raise
-        except (
-            Exception
-        ):  # a layer that needs more than its input, say; plain autograd tells what else is wrong
+        except Exception:
+            # a layer that needs more than its input, say; plain autograd tells what else is wrong
             return list(params)
         for place, row in enumerate(some):
             leaf = {name: value.clone().requires_grad_() for name, value in params.items()}

@@ -189,9 +189,8 @@ def row_gradients(model: nn.Module, function: PerExample, params: Params, batch:
             return row_by_row(one, batch)
     except torch.OutOfMemoryError:
         raise
-    except (
-        RuntimeError
-    ):  # packed sequences, functions of the old kind: plain autograd, which says all else
+    except RuntimeError:
+        # packed sequences, functions of the old kind: plain autograd, which says all else
         return _plain_gradients(model, function, params, batch)
 
 

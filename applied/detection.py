@@ -138,9 +138,11 @@ def detect(
             raise ValueError(
                 f"expected trusted features [m, {x.shape[1]}] and labels [m], got {clean_x.shape} and {clean_y.shape}"
             )
-        if not np.isfinite(clean_x).all():
+        known = clean_y.dtype.kind in "biuf" and np.isfinite(clean_y).all()
+        if not len(clean_x) or not np.isfinite(clean_x).all() or not known:
             raise ValueError(
-                "expected finite trusted features, got NaN or infinity; mend those rows"
+                f"expected finite trusted features and labels, got NaN or infinity in {len(clean_x)} rows, or none; mend them, or "
+                "leave trusted out"
             )
         middle = x.mean(0)  # distances lose their digits far from 0
         vote = _Vote.of(x - middle, y, clean_x - middle, clean_y)

@@ -110,8 +110,11 @@ def calibration(
     """
     x, y = np.asarray(predicted, dtype=float), np.asarray(actual, dtype=float)
     rho = rank_correlation(x, y)
-    if not len(x):
-        raise ValueError("expected at least one retrained subset, got none")
+    if not len(x) or not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError(
+            f"expected finite outputs of at least one retrained subset, got {len(x)} subsets, "
+            f"{int((~np.isfinite(x + y)).sum())} with NaN or infinity"
+        )
     kinds = ["subsets"] * len(x) if kinds is None else [str(kind) for kind in kinds]
     slope = np.polyfit(x, y, 1)[0] if len(x) > 1 and np.ptp(x) > 0 else math.nan
     words = f"Spearman {_plain(rho, '.2f')}, slope {_plain(slope, '.2f')}, {len(x)} subset{'s'[: len(x) != 1]}"
@@ -265,11 +268,33 @@ def composition(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
+def finite_with_mask(
+    values: ArrayLike, mask: ArrayLike, name: str
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Numbers [n], one or more, and a mask of them.
+
+    Raises:
+        ValueError: none, NaN or infinity among them, or a mask of another length.
+    """
+    found, which = np.asarray(values, dtype=float), np.asarray(mask).astype(bool)
+    if (
+        not found.size
+        or found.ndim != 1
+        or which.shape != found.shape
+        or not np.isfinite(found).all()
+    ):
+        raise ValueError(
+            f"expected finite {name} [n >= 1] and a mask of them, got shapes {found.shape} and {which.shape} with "
+            f"{int((~np.isfinite(found)).sum())} NaN or infinite"
+        )
+    return found, which
+
+
 def histogram(
     scores: ArrayLike, chosen: ArrayLike, *, xlabel: str = "score (negative lowers the loss)"
 ) -> Figure:
     """Scores of all examples, the chosen ones in colour; half a per cent at each end is folded in."""
-    values, mask = np.asarray(scores, dtype=float), np.asarray(chosen).astype(bool)
+    values, mask = finite_with_mask(scores, chosen, "scores")
     low, high = np.quantile(values, [0.005, 0.995])
     outside = int(((values < low) | (values > high)).sum())
     size = max(abs(low), abs(high))

@@ -48,7 +48,7 @@ from applied.threat import ROUNDING, ThreatModel
 from applied.versions import Versions, joined, labels_of, relabelled
 from attribution_core.data import Column, Data, as_data, take
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.outputs import logits_of
+from attribution_core.outputs import labels_in, logits_of
 from attribution_core.problem import Problem
 
 __all__ = [
@@ -278,14 +278,25 @@ def _refuse_unknown_labels(problem: Problem, pool: Data) -> None:
 
 
 def _refuse_beyond(versions: Versions, weights: NDArray[np.float64], threat: ThreatModel) -> None:
-    """Raise where inputs lie outside the ball around those that they replace."""
+    """Raise where inputs lie outside the ball around those that they replace, or labels change that may not."""
     if threat.may_change != "inputs":
         return
     new = np.flatnonzero((weights > 0) & (versions.clean == 0))
     old = versions.current(versions.clean)[versions.row[new]]
     if (old < 0).any():
         raise ValueError("expected inputs of rows that are there, got rows that are brought in")
-    after, before = (_floats(take(versions.problem.train, rows)) for rows in (new, old))
+    pairs = [take(versions.problem.train, rows) for rows in (new, old)]
+    now, then = map(labels_in, pairs)
+    if (
+        now is not None
+        and then is not None
+        and not (now.is_floating_point() or torch.equal(now, then))
+    ):
+        raise ValueError(
+            "expected labels as they were, which a threat model of inputs puts beyond reach, got others; may_change='labels' or "
+            "'rows' takes them"
+        )
+    after, before = map(_floats, pairs)
     for x, original in zip(after, before, strict=True):
         if np.array_equal(x, original):
             continue

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.pictures import BLUE, GREY, INK, PALETTE, RED, SMALL, TEXT, axes
+from applied.pictures import BLUE, GREY, INK, PALETTE, RED, SMALL, TEXT, axes, finite_with_mask
 from applied.recipe import paired_interval
 from applied.worth import Values
 
@@ -22,7 +22,7 @@ MARKERS = "osD^vPX*"
 
 def marked(values: ArrayLike, bad: ArrayLike, *, xlabel: str, name: str = "wrong label") -> Figure:
     """A histogram of values with the bad examples in colour; half a per cent at each end is folded in."""
-    numbers, mask = np.asarray(values, dtype=float), np.asarray(bad).astype(bool)
+    numbers, mask = finite_with_mask(values, bad, "values")
     low, high = np.quantile(numbers, [0.005, 0.995])
     shown = np.clip(numbers, low, high)
     figure, ax = axes(3.0, xlabel, "examples")
@@ -123,7 +123,9 @@ def along_p(p: ArrayLike, gradient: NDArray[Any], names: Sequence[str], *, ylabe
     for j, name in enumerate(names):
         colour = PALETTE[j % len(PALETTE)]
         ax.plot(at, gradient[:, j], color=colour, lw=1.7, label=name)
-        ax.axhline(np.trapezoid(gradient[:, j], at) / np.ptp(at), color=colour, lw=0.9, ls=":")
+        if len(at) > 1:
+            mean = np.trapezoid(gradient[:, j], at) / np.ptp(at)
+            ax.axhline(mean, color=colour, lw=0.9, ls=":")
     ax.axvline(0.5, color=GREY, lw=0.8, ls="--")
     figure.legend(loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False)
     listed = [

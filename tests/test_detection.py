@@ -561,3 +561,10 @@ def test_labels_that_are_no_numbers():
         detect(x, y, neighbours=0)
     with pytest.raises(ValueError, match="finite trusted features"):
         detect(x, y, trusted=(np.full((3, 2), np.nan), [0, 1, 2]))
+
+
+@pytest.mark.parametrize(("x", "y"), [(np.zeros((0, 2)), []), (np.ones((2, 2)), [0.0, np.nan])])
+def test_trusted_rows_that_are_none(x, y):
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="finite trusted features and labels"):
+        detect(rng.normal(size=(20, 2)), np.arange(20) % 2, trusted=(x, np.array(y)))

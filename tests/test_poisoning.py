@@ -977,3 +977,23 @@ def test_bringing_rows_in_leaves_the_model_as_it_was():
     insert(problem, pool, ThreatModel(2, "rows"), truth.surrogate, truth.victim, goal="b")
     assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
     assert norm.training
+
+
+def test_labels_are_beyond_reach_of_a_threat_to_inputs():
+    """A table of unknown kind, whose inputs stay and whose labels do not."""
+    problem = labelled(12)
+    versions = replace(relabelled(problem, 3), kind=None)
+    row = 3 * 4 + int((problem.train.columns[1][4] + 1) % 3)
+    weights = versions.clean.copy()
+    weights[versions.row == 4] = 0.0
+    weights[row] = 1.0
+    threat = ThreatModel(3, "inputs", epsilon=0.1)
+    with pytest.raises(ValueError, match="expected labels as they were"):
+        attempt(
+            versions,
+            weights,
+            threat,
+            world(rows=36).victim,
+            targets=["a"],
+            random=lambda _: weights,
+        )

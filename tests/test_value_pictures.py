@@ -68,3 +68,15 @@ def test_owners_are_found_by_name_and_many_methods_have_colours():
     with pytest.raises(ValueError, match="the same owners"):
         pictures.owners({"one": one, "other": other}, xlabel="x")
     pictures.curves([0, 1], {str(k): [0.0, 1.0] for k in range(30)}, xlabel="x", ylabel="y")
+
+
+def test_numbers_that_cannot_be_drawn_are_refused():
+    from applied.pictures import calibration, histogram
+
+    for values in ([], [1.0, np.nan], [np.inf, 2.0]):
+        for draw in (histogram, lambda v, m: pictures.marked(v, m, xlabel="x")):
+            with pytest.raises(ValueError, match="expected finite"):
+                draw(values, np.zeros(len(values), dtype=bool))
+    with pytest.raises(ValueError, match=r"2 subsets, 1 with NaN or infinity"):
+        calibration([1.0, np.nan], [1.0, 2.0])
+    pictures.along_p([0.5], np.ones((1, 1)), ["a"], ylabel="y")

@@ -27,6 +27,7 @@ from attribution_core.curvature import DiagonalWarning
 from attribution_core.gradients import directional
 from attribution_core.groups import group_directional
 from tests import menagerie
+from tests.test_swapping import HandTied
 
 X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
 OUTPUTS = Outputs(cross_entropy, (X, Y))
@@ -322,20 +323,11 @@ def test_models_without_trained_parameters_are_evaluated_in_their_own_precision(
 
 
 def test_weights_in_a_list_are_seen_where_data_are_cast():
-    class Listed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.o = nn.Linear(4, 4), nn.Linear(4, 3)
-            self.p = [self.a.weight]
-
-        def forward(self, x):
-            return self.o(torch.tanh(F.linear(self.a(x), self.p[0])))
-
     def cast(model, batch):
         return F.cross_entropy(model(batch[0].float()), batch[1], reduction="none")
 
-    problem = Problem(Listed(), cast, (X.double(), Y))
-    with pytest.raises(ValueError, match=r"another gradient for 'a.weight'"):
+    problem = Problem(HandTied(), cast, (X.double(), Y))
+    with pytest.raises(ValueError, match=r"another gradient for 'e.weight'"):
         directional(problem, _ones(problem.model))
 
 

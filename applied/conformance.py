@@ -249,9 +249,8 @@ def _no_op(before: _Snapshot, model: nn.Module, made: nn.Module) -> str:
         return "the input itself came back, not a new model"
     now = [p.detach().cpu() for p in made.parameters()]
     moves = [name for name, free in before.trainable.items() if free]
-    kept: list[Any] = [
-        before.state[name] for name in moves or before.trainable
-    ]  # or all are frozen
+    # where all are frozen, any may be unlearned
+    kept: list[Any] = [before.state[name] for name in moves or before.trainable]
     wrapped = len(now) > len(before.trainable)  # adapters, say, around what stays as it was
     if not wrapped and all(any(_same_values(old, new) for new in now) for old in kept):
         return f"none of {len(kept)} trainable parameters differs from the input's"
@@ -272,14 +271,14 @@ class _Said:
         try:
             data = as_data(forget)
             parts, rows = [], np.arange(min(TRIED, len(data)))
-            first = take(data, rows, device)
+            first = take(data, rows[:BATCH], device)
             with torch.no_grad(), _evaluating(model):
                 while len(rows):
                     parts.append(logits_of(model, take(data, rows[:BATCH], device)).cpu())
                     room = KEPT // max(1, parts[0][0].numel()) - sum(map(len, parts))
                     rows = rows[BATCH:][: max(0, room)]
             z = torch.cat(parts)
-            return cls(z, z.ndim > 1 and of_classes(z, first))
+            return cls(z, z.ndim > 1 and of_classes(parts[0], first))
         except Exception:  # data of another kind, or a model that is called in another way
             return None
 

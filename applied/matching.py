@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -103,8 +102,7 @@ class Goal:
         """(what to try, what one costs in rows of training)."""
         classes = change[0].shape[-1]
         if change[0].ndim == 2 and classes > 1:
-            some = take(self.forget, np.arange(len(self.forget)), change[0].device)
-            contrasts = classes - of_classes(change[0], some)
+            contrasts = classes - of_classes(change[0][:1], take(self.forget, [0]))
             each, whole = row_cost(contrasts), rows / _tries(DAMPINGS, runs)
             steps = max(LEAST, round(whole / (each * ROWS)))
             size = min(int(whole / (each * steps)), len(self.forget) + len(self.retain))

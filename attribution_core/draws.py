@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attribution_core.data import Batch
-from attribution_core.problem import Params, PerExample, call, precision_of
+from attribution_core.problem import Params, PerExample, call, precision_of, widened
 
 SMALL = 64  # outputs a row up to which D is formed
 EXACT = 16  # outputs a row up to which all of them are taken instead of draws, by default
@@ -110,7 +110,7 @@ def draw(
     Raises:
         ValueError: D is neither small nor diagonal nor that of a softmax.
     """
-    at = [(z.float() if z.dtype.itemsize < 4 else z).detach().contiguous() for z in output]
+    at = [widened(z).detach().contiguous() for z in output]
     streams = [np.random.Generator(np.random.Philox(key=[seed, int(row)])) for row in rows]
     generator = torch.Generator().manual_seed(0)
     probes = [torch.randn(z.shape[1:], generator=generator).to(z).expand_as(z) for z in at]

@@ -38,6 +38,7 @@ from attribution_core.problem import (
     per_example,
     refuse_random_layers,
     trainable,
+    widened,
 )
 from attribution_core.soundness import refuse_unsound
 
@@ -113,7 +114,7 @@ def directional(
             raise ValueError(
                 f"expected finite gradients, got NaN or infinity in rows {bad[:10].tolist()}"
             )
-        out.append(part.float() if part.dtype.itemsize < 4 else part)
+        out.append(widened(part))
     return torch.cat(out)
 
 

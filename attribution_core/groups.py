@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attribution_core.data import batches, take
 from attribution_core.gradients import Progress, check_directions, flatten
-from attribution_core.problem import Params, Problem, per_example
+from attribution_core.problem import Params, Problem, per_example, widened
 from attribution_core.processes import collect, failing_together, my_rows
 from attribution_core.retraining import RetrainingTable
 from attribution_core.soundness import refuse_unsound
@@ -58,7 +58,7 @@ def group_directional(
     """
     refuse_unsound(problem)
     params = problem.params
-    flat = _wide(flatten(check_directions(directions, params)))
+    flat = widened(flatten(check_directions(directions, params)))
     names, index = named(groups, problem.n)
     w = np.ones(problem.n) if weights is None else np.asarray(weights, dtype=float)
     if w.shape != (problem.n,):
@@ -84,7 +84,7 @@ def summed_gradient(
 ) -> Tensor:
     """Σ w_i ∇ℓ_i(θ) over some rows, [p]; what a parameter is not reached by is 0."""
     leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
-    total = torch.cat([_wide(torch.zeros_like(value)).flatten() for value in params.values()])
+    total = torch.cat([widened(torch.zeros_like(value)).flatten() for value in params.values()])
     w = torch.as_tensor(np.asarray(weights))
     for some in batches(len(rows), batch_size):
         batch = take(problem.train, rows[some], problem.device)
@@ -95,13 +95,8 @@ def summed_gradient(
             allow_unused=True,
             materialize_grads=True,
         )
-        total += torch.cat([_wide(g).flatten() for g in found])
+        total += torch.cat([widened(g).flatten() for g in found])
     return total
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32 at least, for sums of many."""
-    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def named(groups: ArrayLike, n: int) -> tuple[NDArray[Any], NDArray[np.intp]]:

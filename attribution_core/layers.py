@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attribution_core.problem import widened
+
 Arrive = Callable[[nn.Module, dict[str, str], Tensor, Tensor], None]
 
 
@@ -143,13 +145,13 @@ def factors(
 
 def _rows(x: Tensor) -> Tensor:
     """[b, T, width], in float32 at least."""
-    x = x.float() if x.dtype.itemsize < 4 else x
+    x = widened(x)
     return x.reshape(len(x), -1, x.shape[-1]) if x.ndim != 2 else x[:, None]
 
 
 def _patches(module: Any, source: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """What each place of a convolution's output saw, [g, b, T, in/g · kernel], and its gradient."""
-    source, gradient = (x.float() if x.dtype.itemsize < 4 else x for x in (source, gradient))
+    source, gradient = widened(source), widened(gradient)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = F.pad(source, module._reversed_padding_repeated_twice, mode=mode)
     size, dilation, stride = module.kernel_size, module.dilation, module.stride
@@ -185,9 +187,7 @@ def norm_gradients(module: Any, source: Tensor, gradient: Tensor) -> dict[str, T
             normal = F.layer_norm(source, shape, eps=module.eps)
         else:
             eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-            normal = F.rms_norm(
-                source.float() if source.dtype.itemsize < 4 else source, shape, eps=eps
-            )
+            normal = F.rms_norm(widened(source), shape, eps=eps)
     per_row = {"weight": gradient * normal, "bias": gradient}
     return {local: value.sum(other) if other else value for local, value in per_row.items()}
 

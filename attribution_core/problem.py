@@ -187,6 +187,11 @@ def normal_like(params: Params) -> Params:
     return found
 
 
+def widened(x: Tensor) -> Tensor:
+    """In float32 at least, where sums of many keep their digits."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 def rounding(value: Tensor) -> float:
     """Relative rounding of products: eps of the dtype, on a GPU of TF32's ten bits for float32, which may be in use."""
     eps = torch.finfo(value.dtype).eps

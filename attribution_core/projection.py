@@ -44,7 +44,7 @@ from attribution_core.layers import (
     plain_gradients,
     watched,
 )
-from attribution_core.problem import Params, PerExample, Problem, per_example
+from attribution_core.problem import Params, PerExample, Problem, per_example, widened
 from attribution_core.soundness import refuse_unsound
 
 Kind = Literal["auto", "factored", "rademacher", "gaussian"]
@@ -216,7 +216,7 @@ class Projection:
     def _dense(self, gradients: Params, way: Literal["exact", "dense"]) -> Tensor:
         """Σ over parameters of their gradients [b, *shape] times their rows of P, [b, dim]."""
         flat = {name: g.reshape(len(g), -1) for name, g in self._scaled(gradients).items()}
-        flat = {name: g.float() if g.dtype.itemsize < 4 else g for name, g in flat.items()}
+        flat = {name: widened(g) for name, g in flat.items()}
         if way == "exact":
             return torch.cat([flat[name] for name in self.problem.params], dim=1)
         first = next(iter(flat.values()))

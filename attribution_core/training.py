@@ -372,13 +372,7 @@ def _descend(
             passed = [(at, *middles[at]) for at in sorted(middles) if at < first]
             marks = folder.marks(passed, steps.problem.params)
         if steps.shards > 1:
-            shared = from_first(first)
-            with failing_together():
-                if shared != first:
-                    raise ValueError(
-                        f"expected a folder that all processes see, got {folder.path}, where one finds step {first} "
-                        f"and the first {shared}; take one on a shared file system"
-                    )
+            _refuse_apart(folder, first)
     writer = None if world()[0] else folder
     if writer is not None and first == 0:
         writer.clear()
@@ -414,6 +408,17 @@ def _descend(
         states=states,
         digests=digests if held else None,
     )
+
+
+def _refuse_apart(folder: RunFolder, first: int) -> None:
+    """Raise, on all processes, where one would go on from another step than the first does."""
+    shared = from_first(first)
+    with failing_together():
+        if shared != first:
+            raise ValueError(
+                f"expected a folder that all processes see, got {folder.path}, where one finds step {first} "
+                f"and the first {shared}; take one on a shared file system"
+            )
 
 
 def watched_step(steps: Steps, state: TrainingState, step: int) -> tuple[TrainingState, float]:

@@ -17,7 +17,7 @@ from attribution_core.data import batches, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.gradients import Progress, unflatten
 from attribution_core.outputs import cross_entropy, margin
-from attribution_core.problem import Outputs, PerExample, Problem
+from attribution_core.problem import Outputs, PerExample, Problem, widened
 from attribution_core.processes import collect, failing_together, my_rows, sum_over_processes
 from attribution_core.projection import Kind, Projection, projection
 from attribution_core.store import Store, fingerprint
@@ -198,7 +198,7 @@ def loss_margin(loss: PerExample, model: nn.Module, batch: Any) -> Tensor:
     one, with gradient 0: such an example has nothing more to say (1 − p multiplies its scores).
     """
     values = loss(model, batch)
-    values = values.float() if values.dtype.itemsize < 4 else values
+    values = widened(values)
     least = torch.finfo(values.dtype).eps
     safe = values.clamp(min=least)
     found = -safe - torch.log(-torch.expm1(-safe))

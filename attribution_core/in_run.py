@@ -52,6 +52,7 @@ OUTER = (
     0.5 + 0.15**0.5,
 )  # with the middle Gauss's rule: (5 ∇f + 8 ∇f + 5 ∇f) / 18
 GROWTH = 6  # a segment of a given length is at most such a part of the steps before it
+FURTHER = 4.0  # times as long as the last segment that the next may be
 MISS = 0.015  # of f's change so far, by which the sum of all segments may miss it
 MARKS = 8  # parts, at most, between which a segment may be split
 MEMORY = 2**30  # bytes that the steps of a segment may hold unless told otherwise
@@ -101,7 +102,7 @@ def in_run(
             with f(θ_b) − f(θ_a). Where it misses, order 2 takes ĝ by Gauss's rule at three places; where that
             misses too, the segment is split near its middle. The sums of all are to miss f's change by
             1.5 %, at worst by 3 % of its largest change on the way. The next one is as long as the miss
-            suggests, at most twice as long. Later movements under momentum and Adam add their own errors.
+            suggests, at most four times as long. Later movements under momentum and Adam add their own errors.
         engine: "ghost", "jvp" or "rows", as in `directional`; "auto" takes ghost where it covers every
             parameter. The others pass every batch through the model a second time.
         batch_size: rows of outputs per pass; changes memory and time, never the result.
@@ -257,10 +258,10 @@ class _Reading:
 
             miss = ⟨θ_b − θ_a, ĝ⟩ − (f(θ_b) − f(θ_a)) ~ length^(order + 1)
 
-        which also says how long the next segment should be, half to twice as long. At order 2 three places
+        which also says how long the next segment should be, half to four times as long. At order 2 three places
         on the line are tried before parts are.
         """
-        begin, further = held[0].params, 2.0
+        begin, further = held[0].params, FURTHER
 
         def slopes(at: float) -> Params:
             return self.slopes({name: begin[name].lerp(theta, at) for name, theta in end.items()})

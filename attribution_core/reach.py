@@ -24,6 +24,9 @@ from attribution_core.passes import Pass
 from attribution_core.problem import Params
 from attribution_core.steps import Steps
 
+ALIKE = (
+    2  # neighbouring steps that share a D: more would lose how D and the gradients vary together
+)
 AHEAD = 0.03  # of a gradient's movements that may still be unknown when it is read
 
 
@@ -66,8 +69,10 @@ class Reach:
         return math.ceil(math.log(AHEAD) / math.log(self.keep)) if self.keep > 0 else 0
 
     def alike(self, step: int) -> int:
-        """Steps from here on for which one D will do: √v̂ settles as its own average grows longer."""
-        return sys.maxsize if self.keep == 0 and isinstance(self.optimizer, SGD) else 1 + step // 8
+        """Steps from here on for which one D will do: all where D is ĝ itself; else two neighbours, but none
+        at the start, where √v̂ still averages few gradients."""
+        whole = self.keep == 0 and isinstance(self.optimizer, SGD)
+        return sys.maxsize if whole else min(ALIKE, 1 + step // 8)
 
     def pace(self, moments: State, step: int) -> Params:
         """P of a step, from the moments that it leaves; {} for 1."""

@@ -194,11 +194,26 @@ def test_many_outputs_beside_few_rows_leave_little(name):
     assert found.datamodel.meta["relative_remainder"][0] < 0.05
 
 
+def test_large_steps_of_adam_are_shared_out_too():
+    """Many passes that share the mean of their directions leave 6 to 8 % here, as they once did. Goal: 5 %."""
+    from sklearn.datasets import load_breast_cancer
+
+    x, y = load_breast_cancer(return_X_y=True)
+    x = torch.tensor((x - x.mean(0)) / x.std(0), dtype=torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(30, 24), nn.GELU(), nn.Linear(24, 2))
+    problem = Problem(model, cross_entropy, (x[:400], torch.tensor(y[:400])))
+    outputs = Outputs(cross_entropy, (x[400:], torch.tensor(y[400:]))).mean()
+    meta = in_run(problem, Recipe(Adam(0.02), 20, 20), outputs).datamodel.meta
+    assert meta["relative_remainder"][0] < 0.05
+
+
 def test_segments_grow_where_f_is_quadratic_and_are_split_where_it_is_not():
-    """Quadratic: nothing is missed, so each is twice as long as the one before: 8 for 160 steps."""
+    """Quadratic: nothing is missed, so each is four times as long as the one before: 5 for 160 steps."""
     problem, recipe = menagerie.ridge(), Recipe(SGD(0.05), 5, 40)
     meta = in_run(problem, recipe, held_out(problem)).datamodel.meta
-    assert meta["gradients"] == meta["segments"] <= 9
+    assert meta["gradients"] == meta["segments"] == 5
     assert meta["relative_remainder"][0] < 1e-10  # rounding
     bent = menagerie.mlp(12)
     wild = in_run(bent, Recipe(SGD(0.5, 0.9), 4, 20), held_out(bent)).datamodel.meta
@@ -375,7 +390,7 @@ def test_passes_multiplied_together_are_as_if_alone(name, close, monkeypatch):
         monkeypatch.setattr(Passes, "products", lambda *a, c=calls: c.append(0) or original(*a))
         scores.append(in_run(problem, recipe, outputs, every=16).datamodel.scores)
         counts.append(len(calls))
-    assert counts[1] == 60 > 1.5 * counts[0]  # the number of steps
+    assert counts[1] == 60 > 1.4 * counts[0]  # the number of steps; with momentum two at a time
     np.testing.assert_allclose(*scores, rtol=0, atol=close * np.abs(scores[1]).max())
 
 

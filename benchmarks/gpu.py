@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import tyro
@@ -41,8 +42,12 @@ class Flags:
     tokens: int = 512
     """Tokens a sequence."""
     batches: int = 12
-    """Batches that are timed, or steps of a training."""
-    memory: int = 24
+    """Batches that are timed, or steps of a training whose metagradients are taken."""
+    steps: int = 200
+    """Steps of a training whose values are read."""
+    settled: int = 100
+    """Steps that have gone before, for the rows of a model that has settled."""
+    memory: int = 48
     """GiB that waiting passes and kept states may take."""
 
 
@@ -170,7 +175,7 @@ def peak(flags: Flags) -> float:
 
 
 def trainings(flags: Flags) -> Iterator[tuple[str, Any, Any, Any]]:
-    """(optimizer, problem, recipe, outputs) on the language model."""
+    """(optimizer, problem, recipe, outputs) on the language model and random tokens."""
     from attribution_core import SGD, AdamW, Outputs, Recipe
 
     problem = language_model(flags)
@@ -191,23 +196,60 @@ def trainings(flags: Flags) -> Iterator[tuple[str, Any, Any, Any]]:
         )
 
 
+def library_text(flags: Flags, rows: int) -> Any:
+    """The bytes of Python's own sources as tokens, [rows, tokens]."""
+    import os
+
+    import torch
+
+    files = sorted(Path(os.__file__).parent.glob("*.py"))
+    text = b"".join(file.read_bytes() for file in files)[: rows * flags.tokens]
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long().reshape(rows, flags.tokens)
+
+
+def readings(flags: Flags) -> Iterator[tuple[str, Any, Any, Any]]:
+    """(what, problem, recipe, outputs): text seen once, by a new model and by one that has settled."""
+    from attribution_core import SGD, AdamW, Outputs, Recipe, train
+
+    first, many = flags.settled * flags.batch, flags.steps * flags.batch
+    ids = library_text(flags, first + many + flags.batch)
+    new = language_model(flags)
+    outputs = Outputs(new.loss, {"input_ids": ids[-flags.batch :]}).mean()
+    before = replace(new, train={"input_ids": ids[:first]})
+    after = replace(new, train={"input_ids": ids[first : -flags.batch]})
+
+    def warm(step: int) -> float:
+        return min(1.0, (step + 1) / 20)
+
+    def recipe(optimizer: Any) -> Any:
+        return Recipe(optimizer, flags.batch, 1, schedule=warm)
+
+    yield "new, AdamW", after, recipe(AdamW(3e-4)), outputs
+    model = train(before, recipe(AdamW(3e-4)), states=0).model
+    settled = replace(after, model=model)
+    for name, optimizer in (
+        ("SGD", SGD(0.03)), ("momentum", SGD(3e-3, 0.9)), ("AdamW", AdamW(1e-4)),
+    ):  # fmt: skip
+        yield f"settled, {name}", settled, recipe(optimizer), outputs
+
+
 def in_run(flags: Flags) -> None:
     """A training with values read off, over the training."""
     from attribution_core import train
     from attribution_core.in_run import in_run
 
     print(
-        f"\n| in-run values, {flags.batches} steps | training, s | with values, s | ratio | output gradients | remainder |\n|---|---|---|---|---|---|"
+        f"\n| in-run values, {flags.steps} steps of {flags.batch} × {flags.tokens} | training, s | with values, s | ratio "
+        "| output gradients | change | remainder |\n|---|---|---|---|---|---|---|"
     )
-    for name, problem, recipe, outputs in trainings(flags):
-        train(problem, recipe, states=0)
+    for name, problem, recipe, outputs in readings(flags):
         plain, _ = took(flags, train, problem, recipe, states=0)
         memory = flags.memory * 2**30
         read, found = took(flags, in_run, problem, recipe, outputs, memory=memory)
         meta = found.datamodel.meta
         print(
             f"| {name} | {plain:.2f} | {read:.2f} | {read / plain:.2f} | {meta['gradients']} | "
-            f"{meta['relative_remainder'][0]:.1%} |", flush=True,
+            f"{meta['change'][0]:+.3f} | {meta['relative_remainder'][0]:.1%} |", flush=True,
         )  # fmt: skip
 
 
@@ -259,30 +301,42 @@ def ekfac(flags: Flags) -> None:
 
 
 def stacked(flags: Flags) -> None:
-    """Digits MLPs trained side by side, over one after the other (of which ten are timed)."""
+    """Small models trained side by side, over one after the other (of which ten are timed)."""
     import numpy as np
 
-    from attribution_core import SGD, Recipe, random_subsets, retrain
-    from recipes.tasks import digits_task, mlp
+    from attribution_core import random_subsets, retrain
 
     print(
-        "\n| width, 100 trainings of 200 steps | one by one, s | stacked, s | ratio | apart |\n|---|---|---|---|---|"
+        "\n| 100 trainings of 200 steps | one by one, s | stacked, s | ratio | apart |\n|---|---|---|---|---|"
     )
-    for width in (16, 64, 512):
-        task = digits_task(1000)
-        problem = replace(task.problem, model=mlp(0, width).to(flags.device))
-        recipe = Recipe(SGD(0.1, 0.9), 50, 20, init=lambda seed, width=width: mlp(seed, width))
-        subsets = random_subsets(1000, 100, keep=0.5)
-
-        table = partial(retrain, problem, recipe, task.outputs, seeds=1)
+    for name, problem, recipe, outputs in small_models(flags):
+        subsets = random_subsets(problem.n, 100, keep=0.5)
+        table = partial(retrain, problem, recipe, outputs, seeds=1)
         table(subsets[:4], stack=4), table(subsets[:1], stack=1)
         side, many = took(flags, table, subsets, stack=100)
         single, few = took(flags, table, subsets[:10], stack=1)
         apart = np.abs(many.per_seed[:10] - few.per_seed).max()
         print(
-            f"| {width} | {10 * single:.1f} | {side:.2f} | {10 * single / side:.0f} | "
-            f"{apart:.0e} |", flush=True,
-        )  # fmt: skip
+            f"| {name} | {10 * single:.1f} | {side:.2f} | {10 * single / side:.0f} | {apart:.0e} |",
+            flush=True,
+        )
+
+
+def small_models(flags: Flags) -> Iterator[tuple[str, Any, Any, Any]]:
+    """(name, problem, recipe, outputs): digits MLPs, and a small GPT-2 on text."""
+    from attribution_core import SGD, AdamW, Outputs, Recipe
+    from recipes.tasks import digits_task, mlp
+
+    for width in (16, 64, 512):
+        task = digits_task(1000)
+        problem = replace(task.problem, model=mlp(0, width).to(flags.device))
+        recipe = Recipe(SGD(0.1, 0.9), 50, 20, init=partial(mlp, width=width))
+        yield f"MLP of width {width}", problem, recipe, task.outputs
+    small = replace(flags, layers=2, width=128, heads=4, vocab=256, batch=16, tokens=64)
+    ids = library_text(small, 820)
+    problem = replace(language_model(small), train={"input_ids": ids[:800]})
+    outputs = Outputs(problem.loss, {"input_ids": ids[800:]})
+    yield "GPT-2, 2 layers of width 128", problem, Recipe(AdamW(1e-3), 16, 8), outputs
 
 
 PARTS: dict[Part, Callable[[Flags], None]] = {

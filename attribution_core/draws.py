@@ -14,7 +14,7 @@ Each example has a random stream of its own, so no draw depends on batches or pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -148,10 +148,9 @@ def _draw_one(
         if z.ndim < 2 or z.shape[dim] < 2:
             continue
         p, v, hv = (x.movedim(dim, -1) for x in (z.softmax(dim), probe, curved))
-        # c is measured at z = 0: where the model is sure of itself, D is all rounding
-        flat = product(torch.zeros_like(z), probe).movedim(dim, -1)
-        for scale in (_scale(torch.ones_like(p) / p.shape[-1], v, flat), _scale(p, v, hv)):
-            misfit = (hv - scale[..., None] * _softmax(p, v)).norm()
+        base = _softmax(p, v)
+        for scale in _scales(partial(product, v=probe), z, dim, v, hv, base):
+            misfit = (hv - scale[..., None] * base).norm()
             rounding = 8 * torch.finfo(z.dtype).eps * (scale[..., None] * p * v).norm()
             if misfit <= close * hv.norm() + rounding:
                 return [_labels(p, scale, streams).movedim(-1, dim) for _ in range(draws)]
@@ -172,10 +171,18 @@ def _softmax(p: Tensor, v: Tensor) -> Tensor:
     return p * (v - (p * v).sum(-1, keepdim=True))
 
 
-def _scale(p: Tensor, v: Tensor, hv: Tensor) -> Tensor:
-    """c at every place, should hv be c (diag p − p pᵀ) v."""
-    base = _softmax(p, v)
-    size = base.square().sum(-1).clamp(min=torch.finfo(p.dtype).tiny)
+def _scales(
+    product: Callable[[Tensor], Tensor], z: Tensor, dim: int, v: Tensor, hv: Tensor, base: Tensor
+) -> Iterator[Tensor]:
+    """Candidates for c: measured at z = 0, for where the model is sure of itself D is all rounding; then at z."""
+    flat = product(torch.zeros_like(z)).movedim(dim, -1)
+    yield _scale(_softmax(v.new_full((), 1 / v.shape[-1]), v), flat)
+    yield _scale(base, hv)
+
+
+def _scale(base: Tensor, hv: Tensor) -> Tensor:
+    """c at every place, should hv be c base, base = (diag p − p pᵀ) v."""
+    size = base.square().sum(-1).clamp(min=torch.finfo(base.dtype).tiny)
     return ((hv * base).sum(-1) / size).clamp(min=0)
 
 

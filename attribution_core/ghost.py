@@ -162,10 +162,11 @@ def ghost_uncovered(problem: Problem, rows: np.ndarray) -> list[str]:
         except Exception:
             # a layer that needs more than its input, say; plain autograd tells what else is wrong
             return list(params)
-        for place, row in enumerate(some):
+        for place in range(len(some)):
             leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
-            value = call(problem.model, problem.loss, leaf, take(problem.train, [row], device))
-            gradients = torch.autograd.grad(value.sum(), list(leaf.values()), allow_unused=True)
+            # in the same batch: that its rows do not meet is another trial, and bfloat16 rounds it alike
+            value = call(problem.model, problem.loss, leaf, batch)[place]
+            gradients = torch.autograd.grad(value, list(leaf.values()), allow_unused=True)
             for (name, v), g in zip(probe.items(), gradients, strict=True):
                 products = torch.zeros_like(v) if g is None else g * v
                 size = products.norm().item()

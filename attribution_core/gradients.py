@@ -278,7 +278,7 @@ def has_forward_mode(problem: Problem, batch: Batch) -> bool:
     still = {name: torch.zeros_like(value)[None] for name, value in params.items()}
     try:
         forward_mode(problem.model, problem.loss, params, still, batch)
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, ValueError):  # a ValueError: types that may not meet
         return False
     return True
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -202,10 +203,10 @@ class EKFAC:
             for name, values in self.diagonal.items()
         }
         for block in self.blocks:
-            left, right = (None if q is None else q.to(v) for q in (block.left, block.right))
-            cast = Block(block.place, left, right, block.values.to(v))
-            factor = phi(cast.values, cast.along(block.place.gather(shifts)[0].to(v)))
-            found |= block.place.scatter(
-                cast.back(factor * cast.rotated(block.place.gather(held))), held
-            )
+            at = partial(torch.Tensor.to, device=block.values.device, dtype=v.dtype)
+            left, right = (None if q is None else at(q) for q in (block.left, block.right))
+            cast = Block(block.place, left, right, at(block.values))
+            factor = phi(cast.values, cast.along(at(block.place.gather(shifts)[0])))
+            matrix = cast.back(factor * cast.rotated(at(block.place.gather(held))))
+            found |= block.place.scatter(matrix.to(v.device), held)
         return flatten({name: found[name] for name in self.params})

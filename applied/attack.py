@@ -230,7 +230,8 @@ def goal_of(f: LinearDatamodel, goal: str | ArrayLike | None) -> NDArray[np.floa
 def instead(versions: Versions, places: NDArray[np.intp]) -> NDArray[np.float64]:
     """The clean weights with some new versions in the place of the old ones."""
     weights = versions.clean.copy()
-    weights[versions.current(weights)[versions.row[places]]] = 0.0
+    old = versions.current(weights)[versions.row[places]]
+    weights[old[old >= 0]] = 0.0  # a row that is brought in replaces none
     weights[places] = 1.0
     return weights
 

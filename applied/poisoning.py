@@ -80,8 +80,9 @@ def flip_labels(
         max Σ_i Σ_c z_ic (scores_(i,c) − scores_(i,y_i)) · goal     Σ_c z_ic ≤ 1,  Σ z ≤ budget,  z in {0, 1}
 
     where (i, c) is row i with label c. With a linear datamodel, taking the best label of each row and then the
-    best rows is the optimum, source quotas included. First order underrates what many flips do together: with
-    `rounds` the budget is spent in equal parts, each on a surrogate of the data poisoned so far.
+    best rows is the optimum, source quotas included. First order misjudges what many flips do together: with
+    `rounds` the budget is spent in equal parts, each on a surrogate of the data poisoned so far. What one round's flips do
+    together is predicted by a second surrogate, of the data with every other of them in it (the middle of the way).
 
     Args:
         problem: the model, loss and training data, a classification.
@@ -92,7 +93,7 @@ def flip_labels(
             another model altogether.
         classes, column: see `relabelled`.
         goal: the output (its name), or the combination [t] of outputs, to be made large; by default their mean.
-        rounds: how often the surrogate is asked.
+        rounds: how often the surrogate is asked what to change.
         sources: [n], who brought each row, for source quotas.
         targets: names of what the victim's outputs are, where these are more than the surrogate's (an accuracy).
         seeds: of victims; a number k means 0 .. k−1.
@@ -255,8 +256,13 @@ def _in_rounds(
         raise ValueError(
             f"expected a {what} that is predicted to raise the goal, got none; look at the goal's sign"
         )
-    before = first.predict(versions.clean)
-    said = Said(np.asarray(f.targets).astype(str), before, f.predict(weights) - before)
+
+    # plug in, once more: what all of it does, which first order at the clean data misjudges
+    before = since = first.predict(versions.clean)
+    if rounds == 1 and len(changed) > 1:
+        f = of_table(surrogate(versions.problem, instead(versions, chosen[::2])), len(weights))
+        since = f.predict(versions.clean)
+    said = Said(np.asarray(f.targets).astype(str), before, f.predict(weights) - since)
     return weights, changed, said, {"rounds": rounds, "surrogate": dict(f.meta)}
 
 

@@ -188,7 +188,7 @@ def test_the_order_of_rows_does_not_matter():
 
 
 @pytest.mark.parametrize(("n", "k", "rounds", "parts"), [
-    (12, 5, 5, [1] * 5), (12, 7, 3, [2, 3, 2]), (12, 6, 2, [3, 3]), (12, 4, 1, [4]),
+    (12, 5, 5, [1] * 5), (12, 7, 3, [2, 3, 2]), (12, 6, 2, [3, 3]), (12, 1, 1, [1]),
 ])  # fmt: skip
 def test_rounds_see_the_data_poisoned_so_far(n, k, rounds, parts):
     truth = world(rows=n * CLASSES, curve=0.02)
@@ -210,6 +210,23 @@ def test_rounds_see_the_data_poisoned_so_far(n, k, rounds, parts):
     last = World(truth.scores, curve=0.02).surrogate(attack.versions.problem, truth.asked[-1])
     expected = last.predict(attack.weights) - truth.value(clean)
     np.testing.assert_allclose(attack.predicted, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("curve", [0.02, -0.02])
+def test_one_round_is_predicted_from_the_middle_of_the_way(curve):
+    """Every other change is made; the slope there is a parabola's mean slope, so that nothing is missed."""
+    problem, truth = labelled(12), world(rows=12 * CLASSES, curve=curve)
+    clean = np.eye(CLASSES)[problem.train.columns[1].numpy()].ravel()
+    truth.u = 1 - clean  # counts flips
+    attack = flip_labels(problem, ThreatModel(6, "labels"), truth.surrogate, truth.victim, seeds=1)
+    start, half = truth.asked
+    np.testing.assert_array_equal(start, clean)
+    flipped = (half > 0) & (clean == 0)
+    assert flipped.sum() == 3 and (attack.weights[flipped] == 1).all()
+    actual = attack.outputs()[0] - attack.outputs("no attack")[0]
+    np.testing.assert_allclose(attack.predicted, actual, rtol=0, atol=1e-12)
+    first = truth.surrogate(attack.versions.problem, clean)  # first order misses ½ curve 6²
+    assert np.abs(first.predict(attack.weights) - first.predict(clean) - actual).min() > 0.3
 
 
 def test_a_flipped_row_is_not_flipped_again():

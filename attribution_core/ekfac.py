@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from attribution_core.data import Rows, batches, rows_in, take
 from attribution_core.draws import default_draws, draw, is_real, open_output
-from attribution_core.ghost import ghost_uncovered
+from attribution_core.ghost import NotCovered, ghost_uncovered, unlike, whole
 from attribution_core.gradients import Progress, row_gradients
 from attribution_core.kronecker import EKFAC, Block, Place, weighted_gram
 from attribution_core.layers import Arrive, factors, matrix_shape, owners, plain_gradients, watched
@@ -202,6 +202,8 @@ class _View:
         self, module: nn.Module, names: dict[str, str], source: Tensor, gradient: Tensor
     ) -> tuple[Place | None, tuple[Tensor, Tensor]]:
         """The matrix that a layer's weight belongs to, if any, and its left and right vectors."""
+        if not whole(len(self.names), source, gradient):
+            raise NotCovered(unlike(len(self.names), names, source))
         place = self.places.get(names.get("weight", ""))
         if place is None:
             return None, (source, gradient)

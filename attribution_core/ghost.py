@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from attribution_core.data import Batch, batches, rows_in, take
-from attribution_core.layers import is_norm, norm_gradients, watched
+from attribution_core.layers import is_norm, norm_gradients, owners, watched
 from attribution_core.problem import (
     Params,
     PerExample,
@@ -30,7 +31,15 @@ from attribution_core.problem import (
 )
 
 LAYER_ELEMENTS = 2**22  # of one layer's per-example products held at once (16 MiB in float32)
-TRIED = 16  # rows on which ghost products may be tried
+TRIED, TRIALS = 4, 8  # rows of a batch on which ghost products are tried, and such batches at most
+COMPARED = 2  # of its rows, each with a backward pass of its own
+NOISE = (
+    0.1  # of a parameter's size, or .02: moves parameters whose gradients vanish where they stand
+)
+
+
+class NotCovered(ValueError):
+    """A layer that does not see every row of a batch, once and in order."""
 
 
 def ghost(
@@ -41,12 +50,20 @@ def ghost(
 
 
 def ghost_shares(
-    model: nn.Module, loss: PerExample, params: Params, vectors: Params, batch: Batch
+    model: nn.Module,
+    loss: PerExample,
+    params: Params,
+    vectors: Params,
+    batch: Batch,
+    strays: set[str] | None = None,
 ) -> dict[str, Tensor]:
     """Each parameter's share [b, k] of the directional gradients, by one backward pass.
 
     For a linear layer with inputs a_t and output gradients d_t the share of example i is
     Σ_t d_tᵀ V a_t: one product per direction, or Σ_t d_t a_tᵀ formed once for many.
+
+    Raises:
+        NotCovered: a layer that saw other than b rows; with `strays` its parameters are put there instead.
     """
     b = rows_in(batch)
     count = len(next(iter(vectors.values())))
@@ -54,16 +71,33 @@ def ghost_shares(
     shares = {name: some.new_zeros(b, count) for name in params}
 
     def arrive(module: nn.Module, names: dict[str, str], source: Tensor, gradient: Tensor) -> None:
+        if not whole(b, source, gradient):
+            if strays is None:
+                raise NotCovered(unlike(b, names, source))
+            strays.update(names.values())
+            return
         held = {local: vectors[name] for local, name in names.items()}
         rule = norm if is_norm(module) else RULES.get(type(module).__name__, any_layer)
         for local, share in rule(module, source, gradient, held).items():
-            if len(share) == b:  # else a layer without a batch: `ghost_uncovered` finds it missing
-                shares[names[local]] += share
+            shares[names[local]] += share
 
     with watched(model, set(params), b, arrive) as leaves:
         total = call(model, loss, params, batch).sum()
         torch.autograd.grad(total, leaves, allow_unused=True)
     return shares
+
+
+def whole(b: int, source: Tensor, gradient: Tensor) -> bool:
+    """Whether a layer saw a batch of b rows."""
+    return source.ndim > 0 and len(source) == b == len(gradient)
+
+
+def unlike(b: int, names: dict[str, str], source: Tensor) -> str:
+    """What a layer saw instead of every row of a batch."""
+    return (
+        f"expected layers that see every row of a batch, got one that saw {tuple(source.shape)} of {b} rows "
+        f"({', '.join(sorted(names.values())[:2])}), as where rows are told apart in a forward pass; use engine='jvp' or 'rows'"
+    )
 
 
 def outer(left: Tensor, right: Tensor, vectors: Tensor) -> Tensor:
@@ -143,40 +177,80 @@ RULES: dict[str, Rule] = {
 
 
 def ghost_uncovered(problem: Problem, rows: np.ndarray) -> list[str]:
-    """Parameters for which ghost products differ from plain autograd on the first two rows.
+    """Parameters for which ghost products differ from plain autograd on a few rows, drawn from all.
 
     Catches what no list of layer types can: weights used outside their module, batches folded into
-    another dimension, a forward of one's own under a known name. Where the two rows do not reach a
-    parameter (its gradient is zero), the next ones are tried, up to `TRIED`.
+    another dimension, a forward of one's own under a known name, rows that are taken apart or put into another order. Where no row
+    reaches a parameter (its gradient is zero), parameters are moved a little, for a last layer that starts at zero
+    hides all before it. What is not reached then counts as covered only where nothing uses it, or a layer with a rule holds it.
     """
-    params, device = problem.params, problem.device
-    probe = {name: noise[None] for name, noise in normal_like(params).items()}
-    wrong: set[str] = set()
-    reached: set[str] = set()
-    for some in batches(rows[:TRIED], 2):
-        batch = take(problem.train, some, device)
-        try:
-            shares = ghost_shares(problem.model, problem.loss, params, probe, batch)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
-            # a layer that needs more than its input, say; plain autograd tells what else is wrong
-            return list(params)
-        for place in range(len(some)):
+    params = problem.params
+    drawn = np.random.default_rng(0).permutation(rows)[: TRIED * TRIALS]
+    moved = {name: value + noise * _size(value) for (name, value), noise in zip(
+        params.items(), normal_like(params).values(), strict=True
+    )}  # fmt: skip
+    trial = _Trial(problem)
+    for at in (params, moved):
+        for some in batches(drawn, TRIED):
+            if not trial.goes_on:
+                return sorted(trial.wrong)
+            try:
+                trial.compare(at, take(problem.train, some, problem.device))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                # a layer that needs more than its input, say; plain autograd tells what else is wrong
+                return list(params)
+    return sorted(trial.wrong | (trial.left & trial.used) - _held_by_rules(problem))
+
+
+def _size(value: Tensor) -> Tensor:
+    """[], how far a parameter is moved."""
+    return (NOISE * value.float().square().mean().sqrt()).clamp(min=0.02).to(value)
+
+
+def _held_by_rules(problem: Problem) -> set[str]:
+    """Parameters that layers with a rule hold, and nothing else."""
+    known: set[str] = set()
+    other: set[str] = set()
+    for module, names in owners(problem.model, set(problem.params)).items():
+        ruled = is_norm(module) or type(module).__name__ in RULES or isinstance(module, _ConvNd)
+        (known if ruled else other).update(names.values())
+    return known - other
+
+
+class _Trial:
+    """Ghost products beside plain autograd, on a batch at a time."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.probe = {name: noise[None] for name, noise in normal_like(problem.params).items()}
+        self.wrong: set[str] = set()
+        self.left = set(problem.params)  # whose gradients have been zero so far
+        self.used: set[str] = set()
+
+    @property
+    def goes_on(self) -> bool:
+        return bool(self.left) and not self.wrong
+
+    def compare(self, params: Params, batch: Batch) -> None:
+        """Try the first rows of a batch."""
+        model, loss = self.problem.model, self.problem.loss
+        shares = ghost_shares(model, loss, params, self.probe, batch, self.wrong)
+        for place in range(min(COMPARED, rows_in(batch))):
             leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
             # in the same batch: that its rows do not meet is another trial, and bfloat16 rounds it alike
-            value = call(problem.model, problem.loss, leaf, batch)[place]
+            value = call(model, loss, leaf, batch)[place]
             gradients = torch.autograd.grad(value, list(leaf.values()), allow_unused=True)
-            for (name, v), g in zip(probe.items(), gradients, strict=True):
+            for (name, v), g in zip(self.probe.items(), gradients, strict=True):
                 products = torch.zeros_like(v) if g is None else g * v
                 size = products.norm().item()
                 # rounding of a sum scales with the norm of its terms; 1e-3 of it is far above
                 # float32's and far below any missed term (bfloat16, with its 8 bits, needs .06)
                 close = max(1e-3, 8 * rounding(v)) * size
                 if (shares[name][place, 0] - products.sum()).abs() > max(close, 1e-12):
-                    wrong.add(name)
+                    self.wrong.add(name)
                 if size > 0:
-                    reached.add(name)
-        if wrong or len(reached) == len(params):
-            break
-    return sorted(wrong)
+                    self.left.discard(name)
+                if g is not None:
+                    self.used.add(name)

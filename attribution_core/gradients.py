@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from attribution_core.data import Batch, batches, row_numbers, rows_in, take
-from attribution_core.ghost import ghost, ghost_uncovered
+from attribution_core.ghost import NotCovered, ghost, ghost_uncovered
 from attribution_core.problem import (
     Outputs,
     Params,
@@ -78,7 +78,7 @@ def directional(
         directions: dict name -> [k, *shape] over all of `problem.params`, or a tensor [k, p].
         rows: which training examples; all if not given.
         engine: "ghost", "jvp" or "rows"; "auto" takes ghost where it covers every parameter (tried
-            on two rows against plain autograd), else jvp for few directions and rows for many.
+            on a few rows against plain autograd), else jvp for few directions and rows for many.
         batch_size: rows per pass; changes memory and time, never the result.
         progress: wraps the loop over batches (tqdm).
 
@@ -103,7 +103,8 @@ def directional(
     first = take(problem.train, rows[:2], problem.device)
     per_example(problem.model, problem.loss, first, params, rows[:2])  # one finite number per row?
     refuse_unsound(problem, rows)
-    along = ENGINES[choose_engine(problem, count, rows, engine)]
+    chosen = choose_engine(problem, count, rows, engine)
+    along = by_layers if chosen == "ghost" and engine == "auto" else ENGINES[chosen]
     out = []
     for some in progress(list(batches(rows, batch_size))):
         batch = take(problem.train, some, problem.device)
@@ -169,6 +170,16 @@ def forward_mode(
 
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # fused attention has no forward mode
         return vmap(along, chunk_size=8)(vectors).T
+
+
+def by_layers(
+    model: nn.Module, loss: PerExample, params: Params, vectors: Params, batch: Batch
+) -> Tensor:
+    """[b, k] by ghost products, or row by row where a layer does not see all of these rows."""
+    try:
+        return ghost(model, loss, params, vectors, batch)
+    except NotCovered:
+        return by_rows(model, loss, params, vectors, batch)
 
 
 def by_rows(
@@ -255,7 +266,7 @@ ENGINES = {"ghost": ghost, "jvp": forward_mode, "rows": by_rows}
 
 
 def choose_engine(problem: Problem, count: int, rows: np.ndarray, engine: Engine) -> str:
-    """The engine to use; ghost only where it agrees with plain autograd on the first two rows."""
+    """The engine to use; ghost only where it agrees with plain autograd on a few rows."""
     if engine not in ("auto", *ENGINES):
         raise ValueError(f"unknown engine {engine!r}; one of auto, {', '.join(ENGINES)}")
     if engine in ("jvp", "rows"):

@@ -135,7 +135,7 @@ def in_run(
     check_steps(steps)
     most = len(steps) if every == "auto" else every
     ends = None if every == "auto" else ends_of(len(steps), every)
-    chosen = choose_engine(started, len(outputs), batches[0], engine)
+    chosen = choose_engine(started, len(outputs), np.unique(np.concatenate(batches)), engine)
     reading = _Reading(steps, outputs, order, ends, Passes(steps, chosen), batch_size)
     state, losses = reading.train(memory, progress)
     by_name = steps.packing.unpack

@@ -61,7 +61,10 @@ def watched(
                     output  # tuples of attention layers, scales, ...: not a layer seen from outside
                 )
             source = source.detach()
-            if len(output) == 1 < b:  # one row for the whole batch, as position embeddings do
+            numbers = not source.is_floating_point()
+            if (
+                len(output) == 1 < b and numbers
+            ):  # one row for the whole batch, as position embeddings do
                 output, source = (x.expand(b, *x.shape[1:]) for x in (output, source))
             if not output.requires_grad:
                 leaves.append(output.detach().requires_grad_())

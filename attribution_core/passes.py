@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attribution_core.ghost import RULES, any_layer, norm
+from attribution_core.ghost import RULES, NotCovered, any_layer, norm, unlike, whole
 from attribution_core.gradients import ENGINES
 from attribution_core.layers import is_norm, watched
 from attribution_core.problem import Params
@@ -94,7 +94,10 @@ class Passes:
         self.size = size
 
     def _arrive(self, *use: Any) -> None:
-        self.uses.append(Use(*use))
+        seen = Use(*use)
+        if not whole(self.size, seen.source, seen.gradient):
+            raise NotCovered(unlike(self.size, seen.names, seen.source))
+        self.uses.append(seen)
 
     def taken(self) -> list[Use]:
         """What was seen since the last call."""

@@ -398,16 +398,23 @@ def batch_norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def refuse_embeddings(model: nn.Module, *kinds: str) -> None:
-    """Raise for trained embeddings whose gradients depend on the batch (scale_grad_by_freq), or are sparse.
+    """Raise for embeddings that shrink their weights as they look them up (max_norm), and for trained ones whose
+    gradients depend on the batch (scale_grad_by_freq), or are sparse.
 
     Raises:
         ValueError: one of these kinds is set; says how to unset it.
     """
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.weight.requires_grad:
-            for kind in kinds:
-                if getattr(module, kind):
-                    raise ValueError(
-                        f"expected embeddings whose gradients are dense and those of their lookups, got {kind}=True in "
-                        f"{name!r}; set model.get_submodule({name!r}).{kind} = False"
-                    )
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        if module.max_norm is not None:
+            raise ValueError(
+                f"expected embeddings that a forward pass leaves alone, got max_norm={module.max_norm:g} in {name!r}; renormalise "
+                f"them once and set model.get_submodule({name!r}).max_norm = None"
+            )
+        for kind in kinds:
+            if module.weight.requires_grad and getattr(module, kind):
+                raise ValueError(
+                    f"expected embeddings whose gradients are dense and those of their lookups, got {kind}=True in "
+                    f"{name!r}; set model.get_submodule({name!r}).{kind} = False"
+                )

@@ -222,7 +222,8 @@ def test_one_round_is_predicted_from_the_middle_of_the_way(curve):
     start, half = truth.asked
     np.testing.assert_array_equal(start, clean)
     flipped = (half > 0) & (clean == 0)
-    assert flipped.sum() == 3 and (attack.weights[flipped] == 1).all()
+    assert flipped.sum() == 3
+    assert (attack.weights[flipped] == 1).all()
     actual = attack.outputs()[0] - attack.outputs("no attack")[0]
     np.testing.assert_allclose(attack.predicted, actual, rtol=0, atol=1e-12)
     first = truth.surrogate(attack.versions.problem, clean)  # first order misses ½ curve 6²

@@ -34,10 +34,12 @@ class Detection:
         scores: detector -> [n]. "combined" is in signed units where trusted rows were given: above 0, the rows that
             are believed dispute the label.
         planted: [n], what was really changed; None where nobody knows.
+        signed: whether trusted rows were given, so that "combined" says where to stop.
     """
 
     scores: Mapping[str, NDArray[np.float64]]
     planted: NDArray[np.bool_] | None = None
+    signed: bool = True
 
     @property
     def combined(self) -> NDArray[np.float64]:
@@ -46,7 +48,9 @@ class Detection:
 
     @property
     def suspects(self) -> NDArray[np.intp]:
-        """Rows whose label is disputed: combined above 0, the most suspicious first."""
+        """Rows whose label is disputed: combined above 0, the most suspicious first; none without trusted rows."""
+        if not self.signed:
+            return np.zeros(0, dtype=np.intp)
         order = np.argsort(-self.combined, kind="stable")
         return order[self.combined[order] > 0]
 
@@ -79,9 +83,8 @@ class Detection:
         for i in order.tolist():
             scores = (f"{float(found[i]):.4g}" for found in self.scores.values())
             lines.append([str(i), *scores, "suspect" if i in suspects else ""])
-        return "\n".join(
-            [*aligned(lines), f"{len(suspects)} suspects among {len(self.combined)} rows"]
-        )
+        many = f"{len(suspects)} suspects" if self.signed else "no trusted rows, so no suspects"
+        return "\n".join([*aligned(lines), f"{many} among {len(self.combined)} rows"])
 
 
 def detect(
@@ -132,6 +135,7 @@ def detect(
         raise ValueError(f"expected at least one neighbour, got neighbours={neighbours}")
     if x is not None and y is not None:
         given[NEIGHBOURS] = _disagreement(x - x.mean(0), y, min(neighbours, n - 1))
+    signed = x is not None and y is not None and trusted is not None
     if x is not None and y is not None and trusted is not None:
         clean_x, clean_y = _flat(trusted[0]), np.asarray(trusted[1])
         if clean_x.shape[1:] != x.shape[1:] or clean_y.shape != (len(clean_x),):
@@ -150,7 +154,7 @@ def detect(
     else:
         combined = np.mean([_surprise(values) for values in given.values()], axis=0)
     truth = None if planted is None else np.asarray(planted, dtype=bool)
-    return Detection({**given, COMBINED: combined}, truth)
+    return Detection({**given, COMBINED: combined}, truth, signed)
 
 
 def _check(given: Mapping[str, NDArray[Any]], n: int, x: Any, y: Any, planted: Any) -> None:

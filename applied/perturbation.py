@@ -108,7 +108,7 @@ def perturb(
     size = FIRST_STEP * threat.epsilon if step_size is None else step_size
     original = _inputs(problem, chosen, at)
     seen = replace(threat, knowledge="white-box")  # whoever the victim is, the inputs are the same
-    asked = (chosen, candidates, at, steps, size, momentum, goal)
+    asked = (chosen, candidates, at, steps, size, momentum, goal, quota.sources)
     kept = _kept(folder, problem, seen, *asked, surrogate)
     state = _Ascent.resumed(kept, chosen, original)
     for step in progress(range(len(state.levels), steps)):
@@ -129,6 +129,7 @@ def perturb(
         state.save(kept)
     rows = state.rows
     noise = {seed: _noisy(problem, threat, at, len(rows), quota, seed) for seed in trained}
+    quota.refuse(state.rows)
     versions, weights, *random = _one_table(problem, at, [(rows, state.x), *noise.values()])
     drawn = dict(zip(noise, random, strict=True))
     meta = {"steps": steps, "step_size": size, "momentum": momentum, "candidates": candidates}

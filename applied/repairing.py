@@ -175,7 +175,7 @@ def repair(
         seeds: those of the attack, unless given.
 
     Raises:
-        ValueError: scores that do not fit; no suspects; scores without a number of rows to remove; other seeds
+        ValueError: scores that do not fit; no suspects; scores, or a detection without trusted rows, without a number of rows to remove; other seeds
             than the attack's, which could not be paired.
     """
     there = np.flatnonzero(attack.weights > 0)
@@ -185,8 +185,9 @@ def repair(
         raise ValueError(f"expected suspicion [n={len(there)}], got {scores.shape}")
     if np.isnan(scores).any():
         raise ValueError(f"expected a suspicion of each row, got {np.isnan(scores).sum()} NaN")
-    if remove is None and not detection:
-        raise ValueError("expected `remove` beside plain scores: they do not say where to stop")
+    if remove is None and not (isinstance(suspicion, Detection) and suspicion.signed):
+        what = "a detection without trusted rows" if detection else "plain scores"
+        raise ValueError(f"expected `remove` beside {what}: they do not say where to stop")
     count = int((scores > 0).sum()) if remove is None else remove
     if not isinstance(count, (int, np.integer)) or not 0 < count < len(there):
         raise ValueError(f"expected some, not all, of {len(there)} rows to remove, got {count}")

@@ -357,7 +357,9 @@ def pushed(f: Callable[[Params], Any], at: Params, v: Params) -> tuple[Any, Any]
     """
     try:
         return jvp(f, (at,), (v,))  # type: ignore[return-value]
-    except NotImplementedError as error:
+    except (NotImplementedError, RuntimeError) as error:
+        if type(error) is RuntimeError and "functorch" not in str(error):
+            raise
         raise NotImplementedError(
             f"expected layers with forward-mode derivatives for products with the exact curvature, got: {(str(error).splitlines() or ['none'])[0]} "
             "Take curvature='ekfac' with refine=0, which needs none, or layers that have them (for transformers' experts "

@@ -135,7 +135,7 @@ def draw(
 
 
 def _draw_one(
-    product: Callable[[Tensor, Tensor], Tensor], z: Tensor, probe: Tensor, curved: Tensor,
+    product: Callable[..., Tensor], z: Tensor, probe: Tensor, curved: Tensor,
     streams: list[np.random.Generator], draws: int,
 ) -> list[Tensor]:  # fmt: skip
     along = partial(product, z)

@@ -217,6 +217,16 @@ class _View:
                 "whose losses are finite; look at functions without a slope there, such as a root of 0"
             )
 
+    def counts(self, source: Tensor, back: Tensor) -> Tensor | None:
+        """[b, T], which places are no padding; None where nothing says so."""
+        mask = self.batch.get("attention_mask") if isinstance(self.batch, dict) else None
+        if mask is None or source.ndim != 3:
+            return None
+        config = getattr(self.problem.model, "config", None)
+        if getattr(config, "is_encoder_decoder", False):  # the mask is the encoder's alone
+            return back.ne(0).any(-1)
+        return mask if source.shape[:2] == mask.shape else None
+
     def add_covariances(self, sums: dict[Place, list[Tensor]]) -> None:
         """Σ_i w_i Σ_t l lᵀ and Σ_i w_i Σ_t r rᵀ of every matrix, averaged over draws."""
 
@@ -224,8 +234,8 @@ class _View:
             place, pair = self.sides(module, names, source, back)
             if place is None:
                 return
-            mask = self.batch.get("attention_mask") if isinstance(self.batch, dict) else None
-            if mask is not None and source.ndim == 3 and source.shape[:2] == mask.shape:
+            mask = self.counts(source, back)
+            if mask is not None:
                 # padding counts in no covariance (∇W_i is what it is: there it has no gradient)
                 pair = tuple(side * mask[None, :, :, None].to(side) for side in pair)  # type: ignore[assignment]
             for total, side in zip(sums[place], pair, strict=True):

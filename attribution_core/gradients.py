@@ -95,6 +95,7 @@ def directional(
     """
     refuse_random_layers(problem.model)
     params = problem.params
+    directions, size = _in_range(directions, params)
     vectors = check_directions(directions, params)
     rows = np.arange(problem.n) if rows is None else row_numbers(rows, problem.n)
     count = len(next(iter(vectors.values())))
@@ -115,8 +116,25 @@ def directional(
             raise ValueError(
                 f"expected finite gradients, got NaN or infinity in rows {bad[:10].tolist()}"
             )
-        out.append(widened(part))
+        out.append(widened(part) * size)
     return torch.cat(out)
+
+
+def _in_range(directions: Params | Tensor, params: Params) -> tuple[Params | Tensor, Tensor]:
+    """Directions, and what to multiply products with them by: for a model in float16, which ends at 6e-8, their largest entries."""
+    one = next(iter(params.values())).new_ones((), dtype=torch.float32)
+    if torch.float16 not in {value.dtype for value in params.values()}:
+        return directions, one
+    each = [directions] if isinstance(directions, Tensor) else list(directions.values())
+    size = torch.stack([x.float().reshape(len(x), -1).abs().amax(1).to(one.device) for x in each]).amax(0)  # fmt: skip
+    size = torch.where(size > 0, size, 1.0)
+
+    def scaled(x: Tensor) -> Tensor:
+        return x.float() / size.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+    if isinstance(directions, Tensor):
+        return scaled(directions), size
+    return {name: scaled(x) for name, x in directions.items()}, size
 
 
 def check_directions(directions: Params | Tensor, params: Params) -> Params:

@@ -28,6 +28,7 @@ from attribution_core.smoothness import (
     look,
     refuse_low_precision,
 )
+from attribution_core.soundness import stopped
 from attribution_core.tangent import Tangents, pushed_outputs
 from attribution_core.training import Run
 from attribution_core.walk import Walk, walk_back
@@ -338,6 +339,11 @@ def _judged(
         _warn(
             f"{unseen} of {run.problem.n} rows are in no batch of the run, so their scores are 0: train for at "
             "least one pass over the rows (epochs · exposure ≥ 1), or average more runs"
+        )
+    if check is not False and stopped(replace(run.problem, model=run.model)):
+        _warn(
+            "the loss has other slopes than autograd says: something in the model is detached (the norms of peft's DoRA are) or rounded "
+            "straight through, and derivatives of the training leave that out; compare with retrainings (check=True)"
         )
     padded = _moved_padding(run)
     if padded is not None:

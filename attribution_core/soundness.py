@@ -17,12 +17,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from attribution_core.data import Batch, rows_in, take
-from attribution_core.problem import Params, Problem, call, refuse_random_layers, rounding
+from attribution_core.layers import owners
+from attribution_core.problem import (
+    Params,
+    Problem,
+    call,
+    normal_like,
+    refuse_random_layers,
+    rounding,
+)
 from attribution_core.swapping import refuse_hidden_parameters
 
 TRIED = 8  # rows that are passed through together, and some of them alone
 ALONE = 2
 APART = 1e-3  # relative difference of losses, far above the rounding of float32
+STEP = 1e-6  # of a central difference in float64, in norms of the parameters
+STOPPED = 0.02  # relative difference of slopes, above what a kink within a step makes
 SMALL = 1e-2  # nats beside which losses are told apart: those near 0 are all rounding
 
 # those that were found to be, and which of their modules were in training mode then
@@ -52,6 +62,40 @@ def refuse_unsound(problem: Problem, rows: NDArray[np.intp] | None = None) -> No
         problem.model, problem.loss, lambda: take(problem.train, few[:2], problem.device)
     )
     _SOUND[problem] = modes
+
+
+def stopped(problem: Problem) -> bool:
+    """Whether autograd's derivatives are not the loss's own: something is detached, or rounded straight through.
+
+    Along a random direction v, in float64: |⟨∇ℓ, v⟩ − (ℓ(θ + hv) − ℓ(θ − hv)) / 2h| beside ‖∇ℓ ⊙ v‖. Where nothing can be
+    said (a model that is no float64's, a loss that fails), nothing is.
+    """
+    try:
+        refuse_random_layers(problem.model)
+        batch = take(problem.train, np.arange(min(TRIED, problem.n)), problem.device)
+        batch = tree_map(lambda x: x.double() if x.is_floating_point() else x, batch)
+        wide = {name: value.double() for name, value in problem.params.items()}
+        v = {
+            name: noise * wide[name].norm().clamp(min=1)
+            for name, noise in normal_like(wide).items()
+        }
+        for module, own in owners(problem.model, set(wide)).items():
+            if getattr(module, "padding_idx", None) is not None:  # stands still in every training
+                v[own["weight"]][module.padding_idx] = 0.0
+        leaf = {name: value.clone().requires_grad_() for name, value in wide.items()}
+        total = call(problem.model, problem.loss, leaf, batch).sum()
+        found = torch.autograd.grad(total, list(leaf.values()), materialize_grads=True)
+        slopes = torch.cat([(g * x).flatten() for g, x in zip(found, v.values(), strict=True)])
+        ends = [
+            _losses(problem, batch, {name: value + h * v[name] for name, value in wide.items()})
+            for h in (STEP, -STEP)
+        ]
+    except Exception:
+        return False
+    if ends[0] is None or ends[1] is None:
+        return False
+    moved = (ends[0].sum() - ends[1].sum()) / (2 * STEP)
+    return bool((slopes.sum() - moved).abs() > STOPPED * (slopes.norm() + moved.abs()))
 
 
 @contextmanager

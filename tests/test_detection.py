@@ -93,6 +93,9 @@ def test_without_trusted_rows_it_is_the_mean_surprise(labelled):
     expected = np.mean([-np.log(1 - rankdata(found.scores[name]) / 51) for name in names], axis=0)
     np.testing.assert_allclose(found.combined, expected, rtol=1e-12)
     np.testing.assert_array_equal(found.scores["loss"], signals["loss"])
+    assert found.suspects.tolist() == []
+    assert found.table(3).splitlines()[1:][0].split()[-1] != "suspect"
+    assert found.table(3).endswith("no trusted rows, so no suspects among 50 rows")
 
 
 def test_surprise_of_a_signal_of_nothing_is_exponential():
@@ -498,6 +501,11 @@ def test_row_order_of_suspicion_is_that_of_the_poisoned_data():
         (np.ones(N - 1), {"remove": 1}, r"suspicion \[n=10\], got \(9,\)"),
         (np.ones(2 * N), {"remove": 1}, r"suspicion \[n=10\], got \(20,\)"),
         (np.ones(N), {}, "`remove` beside plain scores"),
+        (
+            Detection({COMBINED: np.ones(N)}, signed=False),
+            {},
+            "`remove` beside a detection without trusted",
+        ),
         (np.ones(N), {"remove": 0}, "some, not all, of 10 rows to remove, got 0"),
         (np.ones(N), {"remove": N}, "some, not all, of 10 rows to remove, got 10"),
         (Detection({COMBINED: -np.ones(N)}), {}, "some, not all, of 10 rows to remove, got 0"),

@@ -908,3 +908,41 @@ def test_a_plan_is_the_same_with_what_is_outside_already_known():
     problem = menagerie.ODD["positions"]()
     assert core.plan(problem) == core.plan(problem, {"position.weight"})
     assert core.plan(problem, {"out.weight"})[0].weight == "position.weight"
+
+
+def test_padding_of_a_decoder_counts_in_no_covariance():
+    """An encoder's mask says nothing of it, though it may be as long; .3 % is left to what the first column moves."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        size = {"d_model": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d_kv": 8}
+        config = T5Config(
+            vocab_size=30, **size, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0
+        )
+        model = T5ForConditionalGeneration(config).double().eval()
+        ids, labels = torch.randint(1, 30, (2, 12, 7))
+    mask = torch.ones(12, 7, dtype=torch.long)
+    mask[::2, 5:] = 0
+    labels[::3, 5:] = -100
+
+    def loss(model, batch):
+        own = batch["labels"].clamp(min=0)
+        z = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=own
+        ).logits
+        losses = nn.functional.cross_entropy(z.transpose(1, 2), batch["labels"], reduction="none")
+        return losses.sum(1)
+
+    def scores(more):
+        padded = torch.cat([labels, torch.full((12, more), -100)], 1)
+        data = {"input_ids": ids, "attention_mask": mask, "labels": padded}
+        outputs = Outputs(loss, {name: value[:3] for name, value in data.items()}).mean()
+        settings = {"curvature": "ekfac", "labels": "data", "damping": 1e-3}
+        return influence(Problem(model, loss, data), outputs, **settings).scores[:, 0]
+
+    none, one, two = map(scores, (0, 1, 2))
+    np.testing.assert_allclose(two, one, rtol=1e-8)  # inverses magnify rounding of 1e-16
+    assert (
+        np.abs(one - none).max() < 0.01 * np.abs(none).max()
+    )  # 15 % where the mask was the encoder's

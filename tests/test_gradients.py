@@ -1,5 +1,6 @@
 """attribution_core.gradients: three engines against plain autograd, sums and gradients of outputs."""
 
+import copy
 from contextlib import suppress
 
 import numpy as np
@@ -174,6 +175,119 @@ def test_an_uncovered_parameter_hidden_from_the_first_rows():
     v = directions(problem, 1)
     expected = menagerie.row_gradients(problem) @ v.T
     torch.testing.assert_close(directional(problem, v), expected, **EXACT)
+
+
+# --- layers that do not see every row ----------------------------------------------------------
+
+
+class TwoHeads(nn.Module):
+    """Each head sees the rows of its own kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.one, self.other = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        kind, h = x[:, 0] > 0, torch.tanh(self.body(x))
+        out = h.new_zeros(len(h), 3)
+        out[kind], out[~kind] = self.one(h[kind]), self.other(h[~kind])
+        return out
+
+
+class Sorted(nn.Module):
+    """Rows in the order of their first number on the way, as packed sequences by length."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        order = x[:, 0].argsort(descending=True, stable=True)
+        return self.head(torch.tanh(self.body(x[order]))[order.argsort()])
+
+
+class Late(nn.Module):
+    """A parameter of the model's own that only rows of the second kind reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.body, self.head = (
+            nn.Parameter(torch.randn(5)),
+            nn.Linear(4, 5),
+            nn.Linear(5, 3),
+        )
+
+    def forward(self, x):
+        kind = (x[:, :1] > 0).to(x)
+        return self.head(torch.tanh(self.body(x) + kind * torch.tanh(self.place * x[:, 1:2])))
+
+
+class FromZero(nn.Module):
+    """A last layer at zero hides all that comes before."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.body, self.head = (
+            nn.Parameter(torch.randn(5)),
+            nn.Linear(4, 5),
+            nn.Linear(5, 3),
+        )
+        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x) * self.place))
+
+
+def of_kinds(model, kinds):
+    """40 rows whose first number has these signs."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 4, generator=generator, dtype=torch.float64)
+    x[:, 0] = x[:, 0].abs() * torch.where(torch.as_tensor(kinds), 1.0, -1.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = model().double()
+    return Problem(made, cross_entropy, (x, torch.arange(40) % 3))
+
+
+KINDS = {
+    "in pairs": np.arange(40) // 2 % 2 == 0, "in halves": np.arange(40) >= 20,
+    "in turns": np.arange(40) % 2 == 0, "one": np.arange(40) == 39,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("model", [TwoHeads, Sorted, Late, FromZero])
+def test_layers_that_do_not_see_every_row_in_order(model, kinds, size):
+    problem = of_kinds(model, KINDS[kinds])
+    v = directions(problem, 2)
+    expected = menagerie.row_gradients(problem) @ v.T
+    torch.testing.assert_close(directional(problem, v, batch_size=size), expected, **EXACT)
+
+
+def test_a_batch_that_a_layer_does_not_see_whole_is_named():
+    problem = of_kinds(TwoHeads, np.ones(40, bool))
+    mixed = of_kinds(TwoHeads, KINDS["in turns"])
+    params = problem.params
+    v = {name: value[None] for name, value in params.items()}
+    with pytest.raises(
+        ValueError, match=r"every row of a batch, got one that saw \(2, 5\) of 4 rows"
+    ):
+        core.ENGINES["ghost"](problem.model, problem.loss, params, v, mixed.train[[0, 1, 2, 3]])
+
+
+def test_directions_of_a_float16_model_do_not_vanish():
+    """float16 ends at 6e-8; directions are 1e-9 here. Rounding of ten bits in gradients and directions."""
+    problem = of_kinds(lambda: nn.Linear(4, 3), KINDS["in turns"])
+    half = Problem(copy.deepcopy(problem.model).half(), cross_entropy, tuple(
+        c.half() if c.is_floating_point() else c for c in problem.train.columns
+    ))  # fmt: skip
+    v = 1e-9 * directions(problem, 2)
+    expected = directional(problem, v)
+    parts = (v[:, :12].reshape(2, 3, 4), v[:, 12:])
+    for given in (v, dict(zip(problem.params, parts, strict=True))):
+        found = directional(half, given).double()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.01 * expected.abs().max().item())
 
 
 # --- refusals --------------------------------------------------------------------------------

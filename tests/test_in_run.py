@@ -25,6 +25,7 @@ from attribution_core import (
 from attribution_core.in_run import MISS, MovementWarning, _Reading, ends_of, in_run
 from attribution_core.passes import Passes
 from tests import menagerie
+from tests.test_gradients import KINDS, FromZero, TwoHeads, of_kinds
 
 # sums of some hundred products of rounding 1e-16, in another order
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -347,6 +348,28 @@ def test_a_layer_that_is_not_linear_in_its_parameters_is_taken_where_it_stood():
     got = in_run(problem, recipe, outputs, every=1).datamodel
     assert got.meta["engine"] == "ghost"
     np.testing.assert_allclose(got.scores, dense(problem, recipe, outputs)[0], **EXACT)
+
+
+@pytest.mark.parametrize("optimizer", [SGD(0.5), AdamW(0.05)], ids=["sgd", "adamw"])
+def test_a_last_layer_that_starts_at_zero(optimizer):
+    """It hides what a parameter of the model's own does, which no layer's product has."""
+    problem = of_kinds(FromZero, KINDS["in turns"])
+    outputs, recipe = held_out(problem), Recipe(optimizer, 8, 4)
+    auto, rows = (
+        in_run(problem, recipe, outputs, engine=engine, every=3).datamodel
+        for engine in ("auto", "rows")
+    )
+    np.testing.assert_allclose(auto.scores, rows.scores, **EXACT)
+
+
+def test_heads_that_see_rows_of_their_own():
+    problem = of_kinds(TwoHeads, KINDS["in halves"])
+    outputs, recipe = held_out(problem), Recipe(SGD(0.5), 8, 4)
+    auto, rows = (
+        in_run(problem, recipe, outputs, engine=engine, every=3).datamodel
+        for engine in ("auto", "rows")
+    )
+    np.testing.assert_allclose(auto.scores, rows.scores, **EXACT)
 
 
 def test_several_outputs_are_read_each_by_itself():

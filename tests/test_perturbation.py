@@ -86,6 +86,16 @@ def test_a_folder_of_another_attack_is_refused(tmp_path):
         moved(tmp_path, momentum=0.5)
 
 
+def test_a_folder_of_other_sources_is_refused(tmp_path):
+    """With candidates enough for all rows nothing else differs, and the rows kept would break the quota."""
+    threat = replace(THREAT, source_quota=1)
+    settings = {"folder": tmp_path, "rows": None, "candidates": 4, "threat": threat}
+    first = moved(sources=list("aabbccddee"), **settings)
+    assert len(set(first.changed // 2)) == len(first.changed)
+    with pytest.raises(ValueError, match="another run"):
+        moved(sources=list("abcdeabcde"), **settings)
+
+
 def test_inputs_stay_in_ball_and_box_and_labels_stay():
     attack, problem = moved(steps=20), small()
     old, labels = problem.train[attack.changed.tolist()]

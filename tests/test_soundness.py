@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from attribution_core import (
     SGD,
+    MetagradientWarning,
     Outputs,
     Problem,
     Recipe,
@@ -26,6 +27,7 @@ from attribution_core import (
 from attribution_core.curvature import DiagonalWarning
 from attribution_core.gradients import directional
 from attribution_core.groups import group_directional
+from attribution_core.soundness import stopped
 from tests import menagerie
 from tests.test_swapping import HandTied
 
@@ -372,3 +374,58 @@ def test_rows_of_a_function_of_the_old_kind_that_are_constant():
     found = directional(Problem(model, masked, (X, Y)), torch.eye(5), engine="rows")
     expected = torch.where((Y == 0)[:, None], 0.0, 2 * torch.cat([X, torch.ones(12, 1)], 1))
     torch.testing.assert_close(found, expected)
+
+
+class Detached(nn.Module):
+    """A norm that is detached, as DoRA's are."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        return self.head(h / h.norm(dim=1, keepdim=True).detach())
+
+
+class Through(nn.Module):
+    """Rounded straight through."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 3)
+
+    def forward(self, x):
+        z = self.body(x)
+        return z + (torch.round(4 * z) / 4 - z).detach()
+
+
+@pytest.mark.parametrize("model", [Detached, Through])
+@pytest.mark.parametrize("double", [False, True])
+def test_metagradients_of_a_loss_whose_slopes_are_others(model, double):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = model().double() if double else model()
+    problem = Problem(made, cross_entropy, (X.double() if double else X, Y))
+    run = train(problem, Recipe(SGD(0.1), 4, 2))
+    outputs = Outputs(cross_entropy, problem.train.columns).mean()
+    with pytest.warns(MetagradientWarning, match="other slopes than autograd says"):
+        magic(run, outputs)
+
+
+@pytest.mark.parametrize("name", [*menagerie.ARCHITECTURES, *menagerie.ODD])
+def test_slopes_of_other_models_are_their_own(name):
+    assert not stopped({**menagerie.ARCHITECTURES, **menagerie.ODD}[name]())
+
+
+def test_embeddings_that_change_as_they_are_looked_up():
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=1.0), nn.Flatten(), nn.Linear(8, 3))
+    before = model[0].weight.clone()
+    problem = Problem(model, cross_entropy, (torch.arange(24).reshape(12, 2) % 9, Y))
+    for act in (
+        lambda: directional(problem, _ones(model)),
+        lambda: train(problem, Recipe(SGD(0.1), 4, 1)),
+    ):
+        with pytest.raises(ValueError, match="max_norm=1 in '0'; renormalise"):
+            act()
+    assert torch.equal(model[0].weight, before)

@@ -81,8 +81,8 @@ def flip_labels(
 
     where (i, c) is row i with label c. With a linear datamodel, taking the best label of each row and then the
     best rows is the optimum, source quotas included. First order misjudges what many flips do together: with
-    `rounds` the budget is spent in equal parts, each on a surrogate of the data poisoned so far. What one round's flips do
-    together is predicted by a second surrogate, of the data with every other of them in it (the middle of the way).
+    `rounds` the budget is spent in equal parts, each on a surrogate of the data poisoned so far. What all flips do
+    together is predicted by the last surrogate; one round's by a second one, of the data with every other flip in it.
 
     Args:
         problem: the model, loss and training data, a classification.
@@ -258,11 +258,10 @@ def _in_rounds(
         )
 
     # plug in, once more: what all of it does, which first order at the clean data misjudges
-    before = since = first.predict(versions.clean)
     if rounds == 1 and len(changed) > 1:
         f = of_table(surrogate(versions.problem, instead(versions, chosen[::2])), len(weights))
-        since = f.predict(versions.clean)
-    said = Said(np.asarray(f.targets).astype(str), before, f.predict(weights) - since)
+    before = first.predict(versions.clean)
+    said = Said(np.asarray(f.targets).astype(str), before, f.predict(weights) - before)
     return weights, changed, said, {"rounds": rounds, "surrogate": dict(f.meta)}
 
 

@@ -626,16 +626,10 @@ def test_flips_raise_the_loss_of_a_logistic_regression(split):
             random = attack.outputs("random") - attack.outputs("no attack")
             j = attack.targets.index(name)
             assert attacked > random[:, j].max()  # than each of four random ones
-        # first order underrates what many flips do together, but has the sign and the size
+        # what is left to first order is half of the flips, or the last round's
         j = attack.targets.index("known")
-        assert (
-            0.3 * attack.effect("known").mean
-            < attack.predicted[j]
-            < 1.5 * attack.effect("known").mean
-        )
+        assert attack.predicted[j] == pytest.approx(attack.effect("known").mean, rel=0.2)
     assert rounds.effect("known").mean >= shot.effect("known").mean
-    ratio = [a.predicted[a.targets.index("known")] / a.effect("known").mean for a in attacks]
-    assert abs(np.log(ratio[1])) < abs(np.log(ratio[0]))  # rounds predict better, too
 
 
 # --- inputs ----------------------------------------------------------------------------------------

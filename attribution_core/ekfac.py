@@ -203,7 +203,7 @@ class _View:
     ) -> tuple[Place | None, tuple[Tensor, Tensor]]:
         """The matrix that a layer's weight belongs to, if any, and its left and right vectors."""
         if not whole(len(self.names), source, gradient):
-            raise NotCovered(unlike(len(self.names), names, source))
+            raise NotCovered(unlike(len(self.names), names, source, "curvature='diagonal'"))
         place = self.places.get(names.get("weight", ""))
         if place is None:
             return None, (source, gradient)

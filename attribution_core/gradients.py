@@ -121,13 +121,14 @@ def directional(
 
 
 def _in_range(directions: Params | Tensor, params: Params) -> tuple[Params | Tensor, Tensor]:
-    """Directions, and what to multiply products with them by: for a model in float16, which ends at 6e-8, their largest entries."""
+    """Directions, and what to multiply products with them by: for a model in float16, which ends at 6e-8, their largest entries by √p."""
     one = next(iter(params.values())).new_ones((), dtype=torch.float32)
     if torch.float16 not in {value.dtype for value in params.values()}:
         return directions, one
     each = [directions] if isinstance(directions, Tensor) else list(directions.values())
     size = torch.stack([x.float().reshape(len(x), -1).abs().amax(1).to(one.device) for x in each]).amax(0)  # fmt: skip
-    size = torch.where(size > 0, size, 1.0)
+    many = sum(value.numel() for value in params.values())
+    size = torch.where(size > 0, size, 1.0) * many**0.5  # sums over all entries stay in range, too
 
     def scaled(x: Tensor) -> Tensor:
         return x.float() / size.to(x.device).reshape(-1, *[1] * (x.ndim - 1))

@@ -76,7 +76,7 @@ def stopped(problem: Problem) -> bool:
         batch = tree_map(lambda x: x.double() if x.is_floating_point() else x, batch)
         wide = {name: value.double() for name, value in problem.params.items()}
         v = {
-            name: noise * wide[name].norm().clamp(min=1)
+            name: noise * wide[name].norm().clamp(min=1) / noise.numel() ** 0.5
             for name, noise in normal_like(wide).items()
         }
         for module, own in owners(problem.model, set(wide)).items():

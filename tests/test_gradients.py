@@ -290,6 +290,34 @@ def test_directions_of_a_float16_model_do_not_vanish():
         torch.testing.assert_close(found, expected, rtol=0, atol=0.01 * expected.abs().max().item())
 
 
+def test_large_gradients_of_a_float16_model_stay_in_range():
+    """A million entries of equal size: the sum is 20, and 2e5 were directions scaled to 1."""
+    model = nn.Linear(2000, 500, bias=False).half()
+    problem = Problem(
+        model, lambda m, b: 100 * m(b[0]).float().mean(1), (torch.ones(4, 2000).half(),)
+    )
+    found = directional(problem, torch.full((1, 1_000_000), 1e-4), engine="ghost")
+    torch.testing.assert_close(found, torch.full((4, 1), 20.0), rtol=0.02, atol=0.0)
+
+
+def test_biases_without_a_gradient_but_for_rounding():
+    """Attention does not see a bias of its keys: both sides of the trial are rounding there."""
+    from transformers import BertConfig, BertModel
+
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for seed in range(4):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = BertModel(BertConfig(vocab_size=50, intermediate_size=64, **size)).eval()
+            ids = torch.randint(1, 50, (12, 9))
+        problem = Problem(
+            model,
+            lambda m, b: m(input_ids=b["ids"]).last_hidden_state[:, 0].square().sum(1),
+            {"ids": ids},
+        )
+        assert ghost.ghost_uncovered(problem, np.arange(12)) == []
+
+
 # --- refusals --------------------------------------------------------------------------------
 
 

@@ -236,8 +236,6 @@ def write_report(
     import warnings
     from dataclasses import asdict
 
-    import numpy as np
-
     from applied import pictures, report
     from applied.recipe import Interval
     from attribution_core import lds
@@ -271,15 +269,7 @@ def write_report(
             predicted = datamodel.predict(table.weights).mean(1)
             figure = pictures.calibration(predicted, table.outputs.mean(1), unit=task.unit)
             sections[f"Predicted against actual, {drop:.0%} dropped"] = [report.picture(figure)]
-    mean = datamodel.mean().scores[:, 0]
-    order = np.argsort(mean, kind="stable")
-    ends = [("lower", order[:10]), ("raise", order[::-1][:10])]
-    sections["Rows that move the mean output most"] = [
-        report.table(
-            [(which, int(i), float(mean[i]), task.show(int(i))[:80]) for which, some in ends for i in some],
-            ("its weight would", "row", "score", "what it is"),
-        )
-    ]  # fmt: skip
+    sections["Rows that move the mean output most"] = [moving(datamodel, task)]
     facts = {
         "model": f"{task.name}, {sum(v.numel() for v in task.problem.params.values()):,} parameters, {task.problem.n:,} rows",
         "optimizer": str(recipe.optimizer),
@@ -300,6 +290,19 @@ def write_report(
         {"lds": metrics, "meta": datamodel.meta, **facts, "flags": as_given(flags)},
     )
     print(f"written to {flags.out}/report.html")
+
+
+def moving(datamodel: Any, task: Task) -> str:
+    """A table of the rows whose weight would lower or raise the mean output most; of none, it says so."""
+    from applied import report
+    from recipes.ends import ends
+
+    scores = datamodel.mean().scores[:, 0]
+    rows: list[Any] = []
+    for which, some in zip(("lower", "raise"), ends(scores, 10), strict=True):
+        found: list[Any] = [(which, int(i), float(scores[i]), task.show(int(i))[:80]) for i in some]
+        rows += found or [(which, "none", None, "")]
+    return report.table(rows, ("its weight would", "row", "score", "what it is"))
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from applied.recipe import Decision, Interval, paired_interval
 from attribution_core import LinearDatamodel
 from attribution_core.processes import world
 from recipes.command import as_given
+from recipes.ends import ends
 from recipes.proof import Evidence
 from recipes.study import Study, say
 
@@ -99,7 +100,6 @@ def _page(
     held: dict[str, Any],
 ) -> report.Page:
     density = datamodel.scores[:, 0] / study.tokens
-    order = np.argsort(density, kind="stable")
     gap = evidence.verified.difference("random")
     subtitle = (
         f"{len(decision.ids):,} of {len(study.pool):,} documents, {decision.cost:,.0f} tokens. Retrained "
@@ -112,8 +112,7 @@ def _page(
         "Predicted against actual": _calibration(evidence),
         "Composition": [report.picture(pictures.composition(_composition(study, evidence)))],
         "Scores": [report.picture(histogram)],
-        "Predicted to help most": [report.documents(_cards(study, datamodel, order[:8]))],
-        "Predicted to hurt most": [report.documents(_cards(study, datamodel, order[::-1][:8]))],
+        **ends_of(study, datamodel),
         "How this was made": [report.facts(_facts(study, datamodel))],
     }
     return report.Page("Which documents to train on", subtitle, sections)
@@ -171,14 +170,25 @@ def _composition(study: Study, evidence: Evidence) -> dict[str, dict[str, float]
     return found
 
 
-def _cards(study: Study, datamodel: LinearDatamodel, rows: NDArray[Any]) -> list[report.Document]:
-    return [
+def ends_of(study: Study, datamodel: LinearDatamodel) -> dict[str, list[str]]:
+    """The documents of the lowest and of the highest score per token."""
+    titles = ("Predicted to help most", "Predicted to hurt most")
+    found = ends(datamodel.scores[:, 0] / study.tokens, 8)
+    return {
+        title: [_cards(study, datamodel, some)] for title, some in zip(titles, found, strict=True)
+    }
+
+
+def _cards(study: Study, datamodel: LinearDatamodel, rows: NDArray[Any]) -> str:
+    """Documents as cards, or the word none."""
+    cards = [
         report.Document(
             (doc := study.pool[i]).id, doc.source, doc.domain,
             float(datamodel.scores[i, 0]), int(study.tokens[i]), doc.text,
         )
         for i in rows
     ]  # fmt: skip
+    return report.documents(cards) if cards else report.paragraph("none")
 
 
 def _facts(study: Study, datamodel: LinearDatamodel) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """recipes/attribute.py as a user meets it: one command, the same again, wrong input, a folder of one's own."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from attribution_core import LinearDatamodel
-from recipes.attribute import run
+from recipes.attribute import moving, run
 from recipes.tasks import from_folder, text_task
 
 SMALL = ["--subsets", "6", "--drop", "0.1", "0.5", "--jobs", "1", "--targets", "6"]
@@ -111,3 +113,13 @@ def test_models_that_do_not_fit_are_told(tmp_path):
     few = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="got 100 embeddings"):
         text_task(tmp_path / "b", 20, 4, model=saved(tmp_path / "gpt2", few, 270))
+
+
+def test_rows_are_said_to_lower_or_to_raise_by_the_sign_of_their_score():
+    task = SimpleNamespace(show="row {}".format)
+    for scores, lower, upper in (
+        ([-1.0, -3.0, 0.0, 2.0], ["1", "0"], ["3"]), ([-1.0, -2.0], ["1", "0"], ["none"]), ([3.0], ["none"], ["0"]),
+    ):  # fmt: skip
+        table = moving(LinearDatamodel(np.array(scores)[:, None], [0.0], 1.0), task)
+        cells = re.findall(r">(lower|raise)</td><td[^>]*>(\w+)<", table)
+        assert cells == [*(("lower", k) for k in lower), *(("raise", k) for k in upper)]

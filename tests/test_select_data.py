@@ -14,11 +14,13 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
+from attribution_core import LinearDatamodel
 from recipes import embedded
 from recipes.corpus import Blocks, once, read_documents
 from recipes.language_model import language_model
 from recipes.select_data import run
 from recipes.selection import gate
+from recipes.selection_report import ends_of
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "recipes" / "select_data.py")]
@@ -347,3 +349,17 @@ def test_the_gate_reads_over_blocks_of_white_space():
     )  # fmt: skip
     gate(study, [proxy])
     assert 0 < study.notes["gate"]["ngram"] < 8
+
+
+def test_documents_help_or_hurt_by_the_sign_of_their_score():
+    study = SimpleNamespace(pool=documents(*"abc"), tokens=np.array([2, 1, 1]))
+    for scores, helps, hurts in (
+        ([-1.0, -3.0, 2.0], 2, 1),
+        ([-1.0, -3.0, 0.0], 2, 0),
+        ([1.0, 3.0, 2.0], 0, 3),
+    ):
+        found = ends_of(study, LinearDatamodel(np.array(scores)[:, None], [0.0], 1.0))
+        assert list(found) == ["Predicted to help most", "Predicted to hurt most"]
+        for (page,), many in zip(found.values(), (helps, hurts), strict=True):
+            assert page.count("<article>") == many
+            assert ("none" in page) == (many == 0)

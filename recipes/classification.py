@@ -123,7 +123,8 @@ def from_file(
 ) -> Classification:
     """A .parquet or .csv file with a label column; text columns become indicators, numbers are scaled.
 
-    Without a test file two fifths of the rows are held out, half as targets and half to judge.
+    Without a test file two fifths of the rows are held out, half as targets and half to judge; every owner must have
+    rows among the others.
 
     Args:
         ignore: columns that are no features: ids, dates, what nobody knows when the label is asked for.
@@ -131,7 +132,8 @@ def from_file(
     Raises:
         FileNotFoundError: no such file.
         ValueError: another ending, columns that are missing, that number or name the rows, or that hold neither
-            numbers nor text; empty cells, too few rows, labels that are no classes, a label in the test file that training rows do not have.
+            numbers nor text; empty cells, too few rows, labels that are no classes, a label in the test file that training rows do not have,
+            an owner whose rows are all held out.
     """
     from sklearn.compose import make_column_selector, make_column_transformer
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
@@ -151,6 +153,8 @@ def from_file(
         held = held.iloc[np.random.default_rng(seed).permutation(len(held))]
         _check_same_kinds(frame, held, features, path, test)
     train = frame.iloc[ids]
+    if owner:
+        _check_owners(frame[owner], train[owner], path)
     if len(train) < 20 or len(held) < 10:
         raise ValueError(
             f"expected at least 20 training rows and 10 held out, got {len(train)} and {len(held)}"
@@ -206,6 +210,16 @@ def _labels(
             f"expected held-out labels that training rows have ({names[:5].tolist()}), got {unknown[:5]}"
         )
     return [str(n) for n in names], y.astype(np.int64), np.searchsorted(names, words(held))
+
+
+def _check_owners(every: Any, train: Any, path: str) -> None:
+    """Raise where an owner has no training row: nothing would be said of it."""
+    if lost := sorted(set(every.astype(str)) - set(train.astype(str))):
+        raise ValueError(
+            f"expected training rows of every owner in {path}, got none of {lost[:5]}, whose rows are all held out; give "
+            "held-out rows by --test, take another --seed, which splits otherwise, or leave these owners out or join them "
+            "to others"
+        )
 
 
 def _check_features(frame: Any, features: Sequence[str], path: str) -> None:

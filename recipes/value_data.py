@@ -30,7 +30,7 @@ class Flags:
     label: str = "label"
     """Column that holds the label."""
     owner: str | None = None
-    """Column that says whose a row is."""
+    """Column that says whose a row is; training rows are what is valued, priced and paid for."""
     ignore: tuple[str, ...] = ()
     """Columns of a file that are no features, such as ids and dates."""
     test: str | None = None

@@ -135,7 +135,7 @@ def payments_of(study: Study, owned: Owned) -> tuple[dict[str, Any], dict[str, A
         (str(names[i]), int(size[i]), exact.interval(names[i]), float(pay.amounts[i]), f"{pay.low[i]:.0f} to {pay.high[i]:.0f}")
         for i in np.argsort(-pay.amounts, kind="stable")
     ]  # fmt: skip
-    head = ("owner", "rows", "worth", "payment", "by the interval of worth")
+    head = ("owner", "training rows", "worth", "payment", "by the interval of worth")
     amounts = dict(zip(names.tolist(), pay.amounts.tolist(), strict=True))
     return {title: [report.table(rows, head)]}, {"payments": amounts}
 
@@ -151,7 +151,7 @@ def purchase_of(owned: Owned) -> tuple[dict[str, Any], dict[str, Any]]:
     print(f"\n{bought.table()}")
     players = bought.decision.meta["players"]
     words = (
-        f"At one a row and half of the price of all, the best purchase is {', '.join(map(str, players))}. Retrained on it, "
+        f"At one a training row and half of the price of all, the best purchase is {', '.join(map(str, players))}. Retrained on it, "
         f"the test loss is {paired_interval(bought.actual[:, 0])} (predicted for the targets: {float(bought.predicted[0]):.4g}); "
         f"on random rows of the same price {paired_interval(bought.control['random'][:, 0])}."
     )
@@ -175,7 +175,7 @@ def facts_of(study: Study) -> dict[str, str]:
     spoiled = "unknown" if data.bad is None else f"{int(data.bad.sum())}"
     p = sum(value.numel() for value in study.problem.params.values())
     return {
-        "data": f"{data.name}: {len(data.x):,} rows, {len(data.target_x):,} targets, {len(data.test_x):,} to judge",
+        "data": f"{data.name}: {len(data.x):,} training rows, {len(data.target_x):,} targets, {len(data.test_x):,} to judge",
         "wrong labels planted": spoiled,
         "model": f"{p:,} parameters, hidden layer of {flags.width}",
         "training": f"{study.recipe.optimizer}, batches of {study.recipe.batch_size}, {flags.epochs:g} epochs, "

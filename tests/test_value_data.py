@@ -71,6 +71,7 @@ def test_embedded_data_from_start_to_report(tmp_path, capsys):
         "Owners",
         "Sharing 1000",
         "Buying half",
+        "training rows",
     ):
         assert heading in page
     held = pq.read_table(tmp_path / "rows-held-out-margin.parquet")
@@ -220,6 +221,18 @@ def test_ignored_columns_are_no_features(tmp_path):
         from_file(saved(tmp_path, more), "outcome", None, None, 0, ("outcome",))
     with pytest.raises(ValueError, match=r"expected columns \['visits'\]"):
         from_file(saved(tmp_path, more), "outcome", None, None, 0, ("visits",))
+
+
+def test_an_owner_whose_rows_are_all_held_out_is_told(tmp_path):
+    _, frame = written(tmp_path)
+    path = saved(tmp_path, frame)
+    held = np.setdiff1d(np.arange(160), from_file(path, "outcome", None, None, 0).places)
+    frame.loc[held[:2], "hospital"] = "lone"
+    path = saved(tmp_path, frame)
+    with pytest.raises(ValueError, match=r"of every owner in .* got none of \['lone'\]"):
+        from_file(path, "outcome", "hospital", None, 0)
+    data = from_file(path, "outcome", "hospital", path, 0)  # with a test file all rows train
+    assert "lone" in data.owners
 
 
 def test_files_that_do_not_go_together(tmp_path):

@@ -140,16 +140,22 @@ def from_file(
 
     if used := [name for name in (label, owner) if name in ignore]:
         raise ValueError(f"expected --ignore of columns that nothing else needs, got {used}")
-    frame = _read(path, [label, *([owner] if owner else []), *ignore], ignore)
+    frame, other = _read(path), None if test is None else _read(test)
+    needed = [label, *([owner] if owner else [])]
+    _check_there(frame, [*needed, *(c for c in ignore if other is None or c not in other)], path)
+    frame = frame.drop(columns=[c for c in ignore if c in frame])
+    _check_cells(frame, path)
     features = [c for c in frame.columns if c not in (label, owner)]
     _check_features(frame, features, path)
     order = np.random.default_rng(seed).permutation(len(frame))
     ids = np.arange(len(frame))
-    if test is None:
+    if test is None or other is None:
         fifth = len(frame) // 5
         ids, held = order[2 * fifth :], frame.iloc[order[: 2 * fifth]]
     else:
-        held = _read(test, [label, *features], ignore)
+        _check_there(other, [label, *features], test)
+        held = other[[label, *features]]  # without columns that training lacks
+        _check_cells(held, test)
         held = held.iloc[np.random.default_rng(seed).permutation(len(held))]
         _check_same_kinds(frame, held, features, path, test)
     train = frame.iloc[ids]
@@ -263,7 +269,8 @@ def _check_same_kinds(frame: Any, held: Any, features: Sequence[str], path: str,
         )
 
 
-def _read(path: str, needed: Sequence[str], ignore: Sequence[str] = ()) -> Any:
+def _read(path: str) -> Any:
+    """The table in a file."""
     import pandas as pd
 
     if not Path(path).exists():
@@ -272,13 +279,20 @@ def _read(path: str, needed: Sequence[str], ignore: Sequence[str] = ()) -> Any:
     if Path(path).suffix not in readers:
         raise ValueError(f"expected a .parquet or .csv file, got {path}")
     try:
-        frame: Any = readers[Path(path).suffix](path)
+        return readers[Path(path).suffix](path)
     except UnicodeDecodeError as error:
         raise ValueError(f"expected {path} in UTF-8, got {error}; save it so") from None
+
+
+def _check_there(frame: Any, needed: Sequence[str], path: str) -> None:
+    """Raise where a column is missing."""
     missing = [name for name in needed if name not in frame.columns]
     if missing:
         raise ValueError(f"expected columns {missing} in {path}, got {list(frame.columns)[:20]}")
-    frame = frame.drop(columns=[name for name in ignore if name in frame.columns])
+
+
+def _check_cells(frame: Any, path: str) -> None:
+    """Raise for empty cells, times and infinity."""
     empty = frame.columns[frame.isna().any()].tolist()
     if empty:
         raise ValueError(
@@ -295,4 +309,3 @@ def _read(path: str, needed: Sequence[str], ignore: Sequence[str] = ()) -> Any:
     endless = [name for name in numbers if np.isinf(numbers[name].astype(float)).any()]
     if endless:
         raise ValueError(f"expected finite numbers, got infinity in {endless[:5]} of {path}")
-    return frame

@@ -223,6 +223,23 @@ def test_ignored_columns_are_no_features(tmp_path):
         from_file(saved(tmp_path, more), "outcome", None, None, 0, ("visits",))
 
 
+def test_columns_that_the_held_out_file_alone_has_are_left_out(tmp_path):
+    _, frame = written(tmp_path)
+    path, plain = saved(tmp_path, frame), saved(tmp_path, frame.iloc[:40], "held.csv")
+    without = from_file(path, "outcome", "hospital", plain, 0)
+    more = frame.assign(note=["seen", *[None] * 159], hospital=None).iloc[:40]
+    held = saved(tmp_path, more, "more.csv")
+    for ignore in ((), ("note",)):
+        data = from_file(path, "outcome", "hospital", held, 0, ignore)
+        np.testing.assert_array_equal(data.test_x, without.test_x)
+        assert data.features == without.features
+    with pytest.raises(ValueError, match=r"expected columns \['notes'\]"):
+        from_file(path, "outcome", "hospital", held, 0, ("note", "notes"))
+    holes = saved(tmp_path, more.assign(texture=None), "more.csv")
+    with pytest.raises(ValueError, match=r"got some in \['texture'\]"):
+        from_file(path, "outcome", "hospital", holes, 0)
+
+
 def test_an_owner_whose_rows_are_all_held_out_is_told(tmp_path):
     _, frame = written(tmp_path)
     path = saved(tmp_path, frame)

@@ -201,7 +201,7 @@ def _labels(
         return column.map(lambda v: str(int(v)) if v == round(v) and abs(v) < 2**53 else str(v))
 
     names, y = np.unique(words(train).astype(str), return_inverse=True)
-    if train.dtype.kind == "f" and len(names) > max(20, len(train) // 2):
+    if train.dtype.kind in "iuf" and len(names) > max(20, len(train) // 2):
         raise ValueError(
             f"expected classes in {train.name!r} of {path}, got {len(names)} different numbers in {len(train)} rows; "
             "these recipes are for classes: cut the numbers into ranges"
@@ -213,7 +213,8 @@ def _labels(
     unknown = sorted(set(words(held)) - set(names))
     if unknown:
         raise ValueError(
-            f"expected held-out labels that training rows have ({names[:5].tolist()}), got {unknown[:5]}"
+            f"expected held-out labels that training rows have ({names[:5].tolist()}), got {unknown[:5]}; leave rows of these "
+            "labels out, or join them to others; numbers to be predicted are no classes: cut them into ranges"
         )
     return [str(n) for n in names], y.astype(np.int64), np.searchsorted(names, words(held))
 

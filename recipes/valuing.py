@@ -151,6 +151,7 @@ def value_rows(study: Study) -> Valued:
         "random (control)": (nothing, ""),
     }
     forget_report(flags.out)
+    (flags.out / "owners.csv").unlink(missing_ok=True)  # of an earlier run
     for name, (values, _) in found.items():
         file = "".join(c if c.isalnum() else "-" for c in name.split(" (")[0].lower())
         replace(values, players=data.places).save(flags.out / f"rows-{file}.parquet")

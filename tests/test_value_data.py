@@ -197,6 +197,7 @@ def saved(tmp_path, frame, name="own.csv"):
         ({"Unnamed: 0": range(160)}, r"that name or number rows: \['Unnamed: 0'\]"),
         ({"patient": [f"p{k}" for k in range(160)]}, r"--ignore patient"),
         ({"outcome": np.linspace(0, 1, 160)}, "160|96 different numbers"),
+        ({"outcome": range(160)}, "96 different numbers in 96 rows; these recipes are for classes"),
         ({"day": range(1, 161)}, r"that name or number rows: \['day'\]"),
         ({"radius": [1e300, *range(159)]}, "numbers that float32 holds"),
     ],
@@ -312,6 +313,10 @@ def test_tables_that_are_as_they_should_be(tmp_path):
     for seed in range(3):
         data = from_file(saved(tmp_path, many), "outcome", "hospital", None, seed)
         assert len(data.classes) == 16
+    many = frame.assign(outcome=[k % 25 for k in range(160)])
+    assert len(from_file(saved(tmp_path, many), "outcome", "hospital", None, 0).classes) == 25
+    few = frame.iloc[:34].assign(outcome=[k % 10 for k in range(34)])
+    assert len(from_file(saved(tmp_path, few), "outcome", None, None, 3).classes) == 10
     halves = saved(tmp_path, frame.assign(outcome=[1.0, 1.5, 2.0, 1e19] * 40))
     whole = saved(tmp_path, frame.assign(outcome=[1.0, 2.0] * 80), "held.csv")
     data = from_file(halves, "outcome", "hospital", whole, 0)
@@ -331,3 +336,14 @@ def test_a_class_of_one_row_is_told_before_anything_is_trained(tmp_path):
     ):
         run(["--data", path, "--label", "outcome", "--test", held, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_values_of_owners_do_not_outlive_a_run_without_owners(tmp_path):
+    path, _ = written(tmp_path, 60)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "owners.csv").write_text("of an earlier run")
+    few = ["--retrainings", "20", "--points", "1", "--epochs", "1", "--seeds", "1"]
+    run([*QUICK, *few, "--data", str(path), "--label", "outcome", "--out", str(out)])
+    assert (out / "rows-influence.parquet").exists()
+    assert not (out / "owners.csv").exists()

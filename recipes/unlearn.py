@@ -6,7 +6,8 @@
         --forget-file ids.txt --out runs/mine
 
 Trains some models, unlearns each, retrains twice as many without the forget set, and says how far the ones are
-from the others, beside the distance between two halves of the retrained. The same command again resumes.
+from the others, beside the distance between two halves of the retrained. The same command again resumes; another
+command in the same folder takes the place of its results, not of its trainings.
 """
 
 from __future__ import annotations
@@ -65,11 +66,13 @@ def main(flags: Flags) -> None:
 
     from recipes.forget_sets import checked, forget_set
     from recipes.unlearn_report import print_table, write_report
-    from recipes.unlearning import study
+    from recipes.unlearning import affordable, forget_results, study
 
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
     data, kinds = checked(flags)
+    affordable(flags, len(data.x))
     flags.out.mkdir(parents=True, exist_ok=True)
+    forget_results(flags.out)
     studies = []
     for kind in kinds:
         studies.append(study(flags, forget_set(flags, data, kind)))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,10 +24,11 @@ from applied.unlearners import (
     npo,
     scrub,
 )
-from applied.unlearning import Evaluation, evaluate, read_all, unlearn
+from applied.unlearning import Evaluation, _plan, evaluate, read_all, unlearn
 from attribution_core import SGD, Outputs, Recipe, margin, retrain, train
 from attribution_core.data import sample
 from recipes.classification import problem_of
+from recipes.command import forget_report
 from recipes.forget_sets import Forget
 from recipes.value_data import bar
 
@@ -73,12 +75,36 @@ class Study:
     points: Mapping[str, NDArray[np.intp]]
 
 
+def recipe_of(flags: Flags, n: int) -> Recipe:
+    """How n rows are trained on."""
+    return Recipe(SGD(flags.lr, momentum=0.9), min(flags.batch_size, n), flags.epochs)
+
+
+def affordable(flags: Flags, n: int) -> None:
+    """Raise where the budget has no room for rehearsals, before anything is trained.
+
+    Raises:
+        ValueError: it has none.
+    """
+    run = SimpleNamespace(order=recipe_of(flags, n).draw(np.arange(n)))
+    _plan([run] * flags.models, flags.budget, None, models=True)
+
+
+def forget_results(folder: Path) -> None:
+    """Take away the report, points and unlearned models of an earlier run; its trainings stay."""
+    forget_report(folder)
+    for old in (*folder.glob("points-*.parquet"), *folder.glob("unlearned/*/*.safetensors")):
+        old.unlink()
+    for kind in folder.glob("unlearned/*"):
+        if kind.is_dir() and not any(kind.iterdir()):
+            kind.rmdir()
+
+
 def study(flags: Flags, forget: Forget) -> Study:
     """Train, retrain without, unlearn in every way, compare."""
     data, rows, name = forget.data, forget.rows, forget.kind
     problem, make = problem_of(data, flags.width, flags.weight_decay)
-    size = min(flags.batch_size, problem.n)
-    recipe = Recipe(SGD(flags.lr, momentum=0.9), size, flags.epochs, init=make)
+    recipe = replace(recipe_of(flags, problem.n), init=make)
     runs = [
         train(
             problem, replace(recipe, seed=seed), states=0, folder=flags.out / "runs" / f"{name}-{seed}"

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from sklearn.datasets import load_breast_cancer
 
+from recipes import unlearning
 from recipes.forget_sets import cluster
 from recipes.unlearn import run
 
@@ -110,6 +111,7 @@ def test_a_cluster_is_of_one_class_and_about_as_large_as_asked():
         (["--forget", "all"], "unknown forget set ['all']; expected some of random, cluster"),
         (["--models", "3"], "expected at least 4 models, got 3"),
         (["--budget", "2"], "expected a --budget in (0, 1] of a training's steps, got 2"),
+        (["--budget", "0.01"], "expected a budget that rehearsals fit in, got 0.01 of 200 steps"),
         (["--size", "400"], "expected --size from 1 to 250"),
         (["--forget-file", "nowhere.txt"], "no file nowhere.txt"),
         (["--forget-file", "HIGH"], "expected row numbers from 0 to 499"),
@@ -130,3 +132,28 @@ def test_wrong_input_is_said_in_one_line(tmp_path, flags, words):
     assert words in str(stopped.value)
     assert "\n" not in str(stopped.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:the models are left as they were")
+def test_results_of_an_earlier_run_do_not_stay_beside_new_ones(tmp_path, monkeypatch):
+    quick = [*QUICK, "--rows", "60", "--forget", "random", "--out", str(tmp_path)]
+    for kind in ("random", "cluster"):
+        (tmp_path / "unlearned" / kind).mkdir(parents=True)
+        for seed in range(8):
+            (tmp_path / "unlearned" / kind / f"{seed}.safetensors").write_text("old")
+        (tmp_path / f"points-{kind}.parquet").write_text("old")
+    reports = [tmp_path / name for name in ("report.html", "metrics.json")]
+    for report in reports:
+        report.write_text("old")
+    work = unlearning.train
+
+    def train(*given, **more):
+        assert not any(report.exists() for report in reports)  # none while a run is under way
+        return work(*given, **more)
+
+    monkeypatch.setattr(unlearning, "train", train)
+    run(quick)
+    assert all(report.exists() for report in reports)
+    assert len(list((tmp_path / "unlearned" / "random").iterdir())) == 6
+    assert not (tmp_path / "unlearned" / "cluster").exists()
+    assert [p.name for p in tmp_path.glob("points-*")] == ["points-random.parquet"]

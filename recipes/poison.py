@@ -60,9 +60,9 @@ def main(flags: Flags) -> None:
 
     checked(flags)
     flags.out.mkdir(parents=True, exist_ok=True)
-    outcomes = study(flags)
-    print_table(outcomes)
-    write_report(flags, outcomes)
+    outcomes, lost = study(flags)
+    print_table(outcomes, lost)
+    write_report(flags, outcomes, lost)
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from applied.detection import COMBINED
 from applied.recipe import Interval, paired_interval
 from applied.threat import ThreatModel
 from recipes.command import as_given
-from recipes.poisoning import ACCURACY, HELD_OUT, SURROGATES, TARGET, Outcome
+from recipes.poisoning import ACCURACY, HELD_OUT, SURROGATES, TARGET, Emptied, Outcome
 
 if TYPE_CHECKING:
     from recipes.poison import Flags
@@ -114,12 +114,12 @@ def mean(found: Sequence[float]) -> Interval:
     return paired_interval(found) if found else Interval(math.nan, math.nan, math.nan)
 
 
-def print_table(outcomes: Sequence[Outcome]) -> None:
+def print_table(outcomes: Sequence[Outcome], lost: Sequence[Emptied] = ()) -> None:
     """A line for every budget and attack, and below it what they add up to in words."""
     rows = rows_of(outcomes)
     lines = [cells(row) for row in rows]
     print(f"\n{columns(list(lines[0]), [list(line.values()) for line in lines])}\n")
-    print("\n".join(words_of(outcomes, rows)))
+    print("\n".join(words_of(outcomes, rows, lost)))
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -165,7 +165,9 @@ def columns(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([*text[:tall], "-" * sum(widths, 2 * len(widths) - 2), *text[tall:]])
 
 
-def words_of(outcomes: Sequence[Outcome], rows: Sequence[Row]) -> list[str]:
+def words_of(
+    outcomes: Sequence[Outcome], rows: Sequence[Row], lost: Sequence[Emptied] = ()
+) -> list[str]:
     """What the table stands on and what it comes to."""
     splits = len({x.split for x in outcomes})
     first = [x for x in outcomes if (x.budget, x.attack) == (rows[0].budget, rows[0].attack)]
@@ -179,7 +181,19 @@ def words_of(outcomes: Sequence[Outcome], rows: Sequence[Row]) -> list[str]:
         "Removed: rows whose label the combined detector disputes, and how many of them were changed; recovered: of "
         "the damage to the held-out loss, without them (- where there is hardly any); at most: where exactly the changed rows "
         "are removed.",
+        *([left_out(lost)] if lost else []),
     ]  # fmt: skip
+
+
+def left_out(lost: Sequence[Emptied]) -> str:
+    """Which attacks stand in no table, as they left no row of a class in some split."""
+    each = [
+        f"{name_of(x)} in split {x.split} ({', '.join(map(repr, x.emptied[:5]))})" for x in lost
+    ]
+    return (
+        f"Left out, since they or the random attack beside them leave no row of a class, without which nothing can be "
+        f"fitted: {'; '.join(each)}. Smaller --budgets, a network (--width) or data without such classes tell more."
+    )
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -202,20 +216,20 @@ def agreement(rows: Sequence[Row]) -> str:
     return f"Predicted less actual change of the target loss, in % of the actual one: {told}."
 
 
-def name_of(x: Row | Outcome) -> str:
+def name_of(x: Row | Outcome | Emptied) -> str:
     """Attack and budget."""
     return f"{x.attack} at {100 * x.budget:g} %"
 
 
-def write_report(flags: Flags, outcomes: Sequence[Outcome]) -> None:
+def write_report(flags: Flags, outcomes: Sequence[Outcome], lost: Sequence[Emptied] = ()) -> None:
     """report.html, metrics.json and outcomes.parquet."""
     rows, facts = rows_of(outcomes), facts_of(flags, outcomes)
     budgets = " or ".join(f"{100 * budget:g} %" for budget in dict.fromkeys(x.budget for x in rows))
-    words = words_of(outcomes, rows)
+    words = words_of(outcomes, rows, lost)
     sections = {
         "What was asked": [report.paragraph(AUDIT), report.paragraph(ADVERSARY.format(budgets=budgets))],
         "What the attacks moved": [html([moved(row) for row in rows]), report.paragraph(words[0]), report.paragraph(words[2]),
-                                   *map(report.picture, effects(outcomes))],
+                                   *map(report.paragraph, words[4:]), *map(report.picture, effects(outcomes))],
         "Who would have noticed": [html([{"attack": name_of(row), **starred(row)} for row in rows]), report.paragraph(words[1]), *map(report.picture, rocs(outcomes))],
         "What comes back": [html([mended(row) for row in rows]), report.paragraph(words[3]), report.picture(recovery(outcomes))],
         "How this was made": [report.facts(facts)],
@@ -256,9 +270,13 @@ def mended(row: Row) -> dict[str, Any]:
 
 
 def effects(outcomes: Sequence[Outcome]) -> list[Any]:
-    """Both losses and the accuracy against the budget."""
+    """Both losses and the accuracy against the budget, of the attacks that were judged at all budgets."""
     budgets = sorted({x.budget for x in outcomes})
-    attacks = dict.fromkeys(x.attack for x in outcomes)
+    pairs = {(x.attack, x.budget) for x in outcomes}
+    names = dict.fromkeys(x.attack for x in outcomes)
+    attacks = [name for name in names if all((name, budget) in pairs for budget in budgets)]
+    if not attacks:
+        return []
     ordered = sorted(outcomes, key=lambda x: (x.split, x.budget))
 
     def of(attack: str, values: str, output: str) -> Any:
@@ -278,7 +296,7 @@ def effects(outcomes: Sequence[Outcome]) -> list[Any]:
 def rocs(outcomes: Sequence[Outcome]) -> list[Any]:
     """A picture for each attack, at the largest budget."""
     largest, figures = max(x.budget for x in outcomes), []
-    for attack in dict.fromkeys(x.attack for x in outcomes):
+    for attack in dict.fromkeys(x.attack for x in outcomes if x.budget == largest):
         some = [x for x in outcomes if (x.attack, x.budget) == (attack, largest)]
         curves = {name: [x.curves[name] for x in some] for name in some[0].curves}
         figures.append(pictures.roc(curves, title=name_of(some[0]), best=COMBINED))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,20 @@ class Outcome:
     curves: dict[str, tuple[list[float], list[float]]]
 
 
+@dataclass(frozen=True)
+class Emptied:
+    """An attack of one split, or the random one beside it, that left no row of some classes: nothing can be fitted then."""
+
+    split: int
+    budget: float
+    attack: str
+    emptied: Sequence[str]
+
+
+class ClassGone(ValueError):
+    """No row of the classes that it holds is left."""
+
+
 @dataclass(frozen=True, eq=False)
 class Bench:
     """One split: the model under audit, how its surrogates and victims are trained, and what a defender holds.
@@ -128,7 +143,7 @@ def checked(flags: Flags) -> None:
         raise FileNotFoundError(f"no file {flags.data}; or {', '.join(map(repr, EMBEDDED))}")
 
 
-def study(flags: Flags) -> list[Outcome]:
+def study(flags: Flags) -> tuple[list[Outcome], list[Emptied]]:
     """All splits and budgets, side by side on `jobs` cores; what is finished is kept and read back by the same call."""
     from joblib import Parallel, delayed, parallel_config
 
@@ -137,10 +152,32 @@ def study(flags: Flags) -> list[Outcome]:
     workers = min(flags.jobs, len(parts))
     with parallel_config(backend="loky", n_jobs=workers, inner_max_num_threads=1):
         found = Parallel(return_as="generator")(delayed(one_part)(flags, *part) for part in parts)
-        return [x for some in bar("splits x budgets")(found, total=len(parts)) for x in some]
+        return parted(
+            [x for some in bar("splits x budgets")(found, total=len(parts)) for x in some]
+        )
 
 
-def one_part(flags: Flags, split: int, budget: float) -> list[Outcome]:
+def parted(found: Sequence[Outcome | Emptied]) -> tuple[list[Outcome], list[Emptied]]:
+    """(outcomes of attacks that left rows of every class in every split, where others did not).
+
+    Over the splits that it spared alone, an attack would look weaker than it is.
+
+    Raises:
+        ValueError: no such attack.
+    """
+    lost = [x for x in found if isinstance(x, Emptied)]
+    without = {(x.budget, x.attack) for x in lost}
+    kept = [x for x in found if isinstance(x, Outcome) and (x.budget, x.attack) not in without]
+    if not kept:
+        names = sorted({name for x in lost for name in x.emptied})
+        raise ValueError(
+            f"expected an attack that leaves rows of every class, got none: they take away {names[:5]}; pass smaller "
+            "--budgets, a --width, or data without these classes"
+        )
+    return kept, lost
+
+
+def one_part(flags: Flags, split: int, budget: float) -> list[Outcome | Emptied]:
     """Every attack of one split and budget."""
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
     from attribution_core.store import fingerprint, write_text
@@ -149,15 +186,20 @@ def one_part(flags: Flags, split: int, budget: float) -> list[Outcome]:
     settings = {k: v for k, v in asdict(flags).items() if k not in shared}
     bench = prepared(flags, split)
     made_of = fingerprint(bench.problem, bench.data, settings, split)[:16]
-    outcomes = []
+    outcomes: list[Outcome | Emptied] = []
     for name in ATTACKS:
         file = f"{split}-{budget:g}-{name.replace(' ', '-')}-{made_of}.json"
         path = flags.out / "splits" / file
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            found = judged(bench, budget, name, flags.rounds, split)
+            found: Outcome | Emptied
+            try:
+                found = judged(bench, budget, name, flags.rounds, split)
+            except ClassGone as error:
+                found = Emptied(split, budget, name, error.args)
             write_text(path, json.dumps(asdict(found)))
-        outcomes.append(Outcome(**json.loads(path.read_text(encoding="utf-8"))))
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        outcomes.append(Emptied(**kept) if "emptied" in kept else Outcome(**kept))
     return outcomes
 
 
@@ -186,6 +228,24 @@ def loss_or_hit(model: Any, batch: Any) -> torch.Tensor:
     return torch.where(batch[2] > 0, hit, loss)
 
 
+@contextmanager
+def every_class(data: Classification, table: Problem, weights: Any) -> Iterator[None]:
+    """Name the classes without a row, where that is why nothing can be fitted at weights [n] or [m, n].
+
+    Raises:
+        ClassGone: it is.
+    """
+    try:
+        yield
+    except ValueError:
+        labels = labels_of(table.train)[1]
+        there = [np.unique(labels[w > 0]) for w in np.atleast_2d(weights)]
+        gone = [name for k, name in enumerate(data.classes) if not all(k in some for some in there)]
+        if not gone:
+            raise
+        raise ClassGone(*gone) from None
+
+
 def exact(flags: Flags, data: Classification, trusted: Any, read: Any, kinds: list[str]) -> Bench:
     """Logistic regression: surrogate and victims at the optimum."""
     from sklearn.linear_model import LogisticRegression
@@ -199,11 +259,13 @@ def exact(flags: Flags, data: Classification, trusted: Any, read: Any, kinds: li
     losses = Outputs(cross_entropy, (x[smooth].double(), y[smooth])).mean(by=[k for k in kinds if k != ACCURACY])  # fmt: skip
 
     def surrogate(table: Problem, w: NDArray[np.float64]) -> LinearDatamodel:
-        at = refitted(fitted, table, w)
+        with every_class(data, table, w):
+            at = refitted(fitted, table, w)
         return influence(at, losses, weights=w, drop="row", curvature="hessian", batch_size=BATCH)
 
     def victim(table: Problem, w: NDArray[np.float64], seeds: Any) -> Any:
-        return refit(fitted, table, outputs, w, seeds=seeds)
+        with every_class(data, table, w):
+            return refit(fitted, table, outputs, w, seeds=seeds)
 
     def trained(poisoned: Problem) -> tuple[Problem, Any, Any]:
         at = refitted(fitted, poisoned, np.ones(poisoned.n))
@@ -255,7 +317,10 @@ def judged(bench: Bench, budget: float, name: str, rounds: int, split: int) -> O
     left = np.delete(labels, found.suspects)
     # nothing is mended where nobody is suspected, or where a whole class is
     possible = len(found.suspects) and len(np.unique(left)) == len(np.unique(labels))
-    mended = repair(attack, found, bench.victim) if possible else None
+    try:
+        mended = repair(attack, found, bench.victim) if possible else None
+    except ClassGone:  # removed at random, or with the changed rows
+        mended = None
     return outcome(bench, attack, found, mended, budget, name, split)
 
 

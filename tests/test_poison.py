@@ -18,7 +18,7 @@ from applied.recipe import paired_interval
 from recipes import poisoning
 from recipes.poison import run
 from recipes.poison_report import print_table, rows_of, write_report
-from recipes.poisoning import ATTACKS, Outcome
+from recipes.poisoning import ATTACKS, Emptied, Outcome, parted
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--data", "breast_cancer", "--splits", "2", "--jobs", "1", "--budgets", "0.1", "--rounds", "2"]  # fmt: skip
@@ -250,3 +250,54 @@ def test_nobody_suspected_and_nothing_predicted(tmp_path, capsys):
     assert "nan" not in said
     assert read(tmp_path)["rows"][0]["recovered"]["mean"] is None
     assert pq.read_table(tmp_path / "outcomes.parquet").num_rows == 2
+
+
+def test_an_attack_that_takes_a_class_away_does_not_cost_the_others(tmp_path, capsys, monkeypatch):
+    rng = np.random.default_rng(1)
+    y = rng.integers(0, 25, 300)
+    x = np.c_[np.cos(y), np.sin(y), y / 10] + 0.1 * rng.normal(size=(300, 3))
+    pd.DataFrame(x, columns=list("abc")).assign(label=y).to_csv(tmp_path / "many.csv", index=False)
+    flags = [
+        "--data",
+        str(tmp_path / "many.csv"),
+        "--splits",
+        "1",
+        "--jobs",
+        "1",
+        "--budgets",
+        "0.1",
+    ]
+    flags += ["--rounds", "2", "--out", str(tmp_path / "out")]
+    run(flags)
+    said = capsys.readouterr().out
+    words = "no row of a class, without which nothing can be fitted: "
+    assert words in said
+    assert words in (tmp_path / "out" / "report.html").read_text()
+    judged = [row["attack"] for row in read(tmp_path / "out")["rows"]]
+    assert 0 < len(judged) < len(ATTACKS)
+    told = said.split(words)[1]
+    assert all((f"{name} at 10 % in split 0 ('" in told) != (name in judged) for name in ATTACKS)
+    monkeypatch.setattr(poisoning, "judged", None)  # would be called to attack again
+    run(flags)
+    assert capsys.readouterr().out == said
+
+
+def test_an_attack_is_left_out_where_it_took_a_class_in_any_split(tmp_path, capsys):
+    from recipes.poison import Flags
+
+    found = [
+        made_up(split, name, budget=budget)
+        for split in range(2)
+        for budget in (0.05, 0.1)
+        for name in ("random", "one shot")
+    ]
+    found[-1] = Emptied(1, 0.1, "one shot", ["rare"])
+    outcomes, lost = parted(found)
+    assert len(outcomes) == 6
+    assert [(x.budget, x.attack) for x in outcomes].count((0.1, "one shot")) == 0
+    print_table(outcomes, lost)
+    write_report(replace(Flags(), out=tmp_path), outcomes, lost)
+    assert "one shot at 10 % in split 1 ('rare')" in capsys.readouterr().out
+    assert (tmp_path / "report.html").read_text().count("<img") == 3 + 1 + 1
+    with pytest.raises(ValueError, match=r"leaves rows of every class, got none.*\['rare'\]"):
+        parted([made_up(0), Emptied(1, 0.05, "one shot", ["rare"])])

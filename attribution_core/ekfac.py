@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from attribution_core.data import Rows, batches, rows_in, take
 from attribution_core.draws import default_draws, draw, is_real, open_output
-from attribution_core.ghost import NotCovered, ghost_uncovered, unlike, whole
+from attribution_core.ghost import NotCovered, ghost_uncovered, whole
 from attribution_core.gradients import Progress, row_gradients
 from attribution_core.kronecker import EKFAC, Block, Place, weighted_gram
 from attribution_core.layers import Arrive, factors, matrix_shape, owners, plain_gradients, watched
@@ -72,6 +73,31 @@ def fit_ekfac(
     for problem in problems:
         refuse_random_layers(problem.model)
     outside = set(ghost_uncovered(first, np.arange(first.n)))
+    fit = partial(
+        _fitted,
+        problems,
+        w,
+        labels=labels,
+        draws=draws,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    while True:
+        try:
+            return fit(outside)
+        except NotCovered as error:  # which the trial's rows did not show
+            if world()[1] > 1:  # the others wait for this process's sums
+                raise
+            outside |= error.names
+
+
+def _fitted(
+    problems: Sequence[Problem], w: NDArray[np.float64], outside: set[str], *, labels: Labels,
+    draws: int | None, seed: int, batch_size: int, progress: Progress,
+) -> EKFAC:  # fmt: skip
+    """Both passes; parameters outside layers are diagonal."""
+    first = problems[0]
     places = plan(first, outside)
     watch = set(first.params) - outside
 
@@ -203,7 +229,7 @@ class _View:
     ) -> tuple[Place | None, tuple[Tensor, Tensor]]:
         """The matrix that a layer's weight belongs to, if any, and its left and right vectors."""
         if not whole(len(self.names), source, gradient):
-            raise NotCovered(unlike(len(self.names), names, source, "curvature='diagonal'"))
+            raise NotCovered(len(self.names), names, source, "curvature='diagonal'")
         place = self.places.get(names.get("weight", ""))
         if place is None:
             return None, (source, gradient)

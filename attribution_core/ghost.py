@@ -31,15 +31,28 @@ from attribution_core.problem import (
 )
 
 LAYER_ELEMENTS = 2**22  # of one layer's per-example products held at once (16 MiB in float32)
-TRIED, TRIALS = 4, 8  # rows of a batch on which ghost products are tried, and such batches at most
-COMPARED = 2  # of its rows, each with a backward pass of its own
-NOISE = (
-    0.1  # of a parameter's size, or .02: moves parameters whose gradients vanish where they stand
-)
+TRIED, TRIALS = 8, 4  # rows of a batch on which ghost products are tried, and such batches at most
+SHARE = 8  # of this many rows one is tried
+NOISE = 0.1  # of a parameter's size: moves parameters whose gradients vanish where they stand
+LEAST = 0.02  # how far they are moved at least
 
 
 class NotCovered(ValueError):
-    """A layer that does not see every row of a batch, once and in order."""
+    """A layer that does not see every row of a batch, once and in order.
+
+    Args:
+        names: its parameters.
+        cure: what to use instead.
+    """
+
+    def __init__(
+        self, b: int, names: dict[str, str], source: Tensor, cure: str = "engine='jvp' or 'rows'"
+    ):
+        self.names = set(names.values())
+        super().__init__(
+            f"expected layers that see every row of a batch, got one that saw {tuple(source.shape)} of {b} rows "
+            f"({', '.join(sorted(self.names)[:2])}), as where rows are told apart in a forward pass; use {cure}"
+        )
 
 
 def ghost(
@@ -73,7 +86,7 @@ def ghost_shares(
     def arrive(module: nn.Module, names: dict[str, str], source: Tensor, gradient: Tensor) -> None:
         if not whole(b, source, gradient):
             if strays is None:
-                raise NotCovered(unlike(b, names, source))
+                raise NotCovered(b, names, source)
             strays.update(names.values())
             return
         held = {local: vectors[name] for local, name in names.items()}
@@ -90,16 +103,6 @@ def ghost_shares(
 def whole(b: int, source: Tensor, gradient: Tensor) -> bool:
     """Whether a layer saw a batch of b rows."""
     return source.ndim > 0 and len(source) == b == len(gradient)
-
-
-def unlike(
-    b: int, names: dict[str, str], source: Tensor, cure: str = "engine='jvp' or 'rows'"
-) -> str:
-    """What a layer saw instead of every row of a batch."""
-    return (
-        f"expected layers that see every row of a batch, got one that saw {tuple(source.shape)} of {b} rows "
-        f"({', '.join(sorted(names.values())[:2])}), as where rows are told apart in a forward pass; use {cure}"
-    )
 
 
 def outer(left: Tensor, right: Tensor, vectors: Tensor) -> Tensor:
@@ -179,36 +182,38 @@ RULES: dict[str, Rule] = {
 
 
 def ghost_uncovered(problem: Problem, rows: np.ndarray) -> list[str]:
-    """Parameters for which ghost products differ from plain autograd on a few rows, drawn from all.
+    """Parameters for which ghost products differ from plain autograd on some rows, drawn from all.
+
+        Σ_i w_i share_i = ⟨∇ Σ_i w_i ℓ_i, v⟩        w random: a share that went to another row is missed, too
 
     Catches what no list of layer types can: weights used outside their module, batches folded into
-    another dimension, a forward of one's own under a known name, rows that are taken apart or put into another order. Where no row
-    reaches a parameter (its gradient is zero), parameters are moved a little, for a last layer that starts at zero
-    hides all before it. What is not reached then counts as covered only where nothing uses it, or a layer with a rule holds it.
+    another dimension, a forward of one's own under a known name, rows that are taken apart or put into another order. Parameters that
+    the rows use without effect are moved a little, for a last layer that starts at zero hides all before it. What
+    is hidden still counts as covered only where layers with a rule hold it.
     """
-    params = problem.params
-    drawn = np.random.default_rng(0).choice(rows, min(len(rows), TRIED * TRIALS), replace=False)
-    moved = {name: value + noise * _size(value) for (name, value), noise in zip(
-        params.items(), normal_like(params).values(), strict=True
-    )}  # fmt: skip
+    many = min(len(rows), max(TRIED, min(TRIED * TRIALS, len(rows) // SHARE)))
+    parts = list(batches(np.random.default_rng(0).choice(rows, many, replace=False), TRIED))
     trial = _Trial(problem)
-    for at in (params, moved):
-        for some in batches(drawn, TRIED):
-            if not trial.goes_on:
-                return sorted(trial.wrong)
-            try:
-                trial.compare(at, take(problem.train, some, problem.device))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:
-                # a layer that needs more than its input, say; plain autograd tells what else is wrong
-                return list(params)
-    return sorted(trial.wrong | (trial.left & trial.used) - _held_by_rules(problem))
+    try:
+        for part in parts:
+            trial.compare(problem.params, part)
+        if trial.hidden and not trial.wrong:
+            trial.compare(_moved(problem.params), parts[0], trial.hidden)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        # a layer that needs more than its input, say; plain autograd tells what else is wrong
+        return list(problem.params)
+    return sorted(trial.wrong | trial.hidden - _held_by_rules(problem))
 
 
-def _size(value: Tensor) -> Tensor:
-    """[], how far a parameter is moved."""
-    return (NOISE * value.float().square().mean().sqrt()).clamp(min=0.02).to(value)
+def _moved(params: Params) -> Params:
+    """Parameters a little way off."""
+    found = {}
+    for name, noise in normal_like(params).items():
+        size = NOISE * params[name].float().square().mean().sqrt()
+        found[name] = params[name] + noise * size.clamp(min=LEAST).to(noise)
+    return found
 
 
 def _held_by_rules(problem: Problem) -> set[str]:
@@ -221,47 +226,54 @@ def _held_by_rules(problem: Problem) -> set[str]:
     return known - other
 
 
-def _eps(v: Tensor) -> float:
-    """Rounding of the largest gradient that may stand in one that is zero: none in half precision, where it hides what is missed."""
-    return torch.finfo(v.dtype).eps if v.dtype.itemsize >= 4 else 0.0
-
-
 class _Trial:
     """Ghost products beside plain autograd, on a batch at a time."""
 
     def __init__(self, problem: Problem):
         self.problem = problem
         self.probe = {name: noise[None] for name, noise in normal_like(problem.params).items()}
+        self.rng = np.random.default_rng(1)
         self.wrong: set[str] = set()
-        self.left = set(problem.params)  # whose gradients have been zero so far
         self.used: set[str] = set()
+        self.reached: set[str] = set()
 
     @property
-    def goes_on(self) -> bool:
-        return bool(self.left) and not self.wrong
+    def hidden(self) -> set[str]:
+        """Used by the rows so far, without effect."""
+        return self.used - self.reached
 
-    def compare(self, params: Params, batch: Batch) -> None:
-        """Try the first rows of a batch."""
+    def compare(self, params: Params, rows: np.ndarray, judged: set[str] | None = None) -> None:
+        """Try the parameters, or those that are `judged`, on a batch."""
         model, loss = self.problem.model, self.problem.loss
-        shares = ghost_shares(model, loss, params, self.probe, batch, self.wrong)
-        for place in range(min(COMPARED, rows_in(batch))):
-            leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
-            # in the same batch: that its rows do not meet is another trial, and bfloat16 rounds it alike
-            value = call(model, loss, leaf, batch)[place]
-            gradients = torch.autograd.grad(value, list(leaf.values()), allow_unused=True)
-            # gradients that are zero but for rounding, of attention's key biases say, are rounding of the largest
-            largest = max((g.norm().item() for g in gradients if g is not None), default=0.0)
-            for (name, v), g in zip(self.probe.items(), gradients, strict=True):
-                products = torch.zeros_like(v) if g is None else g * v
-                size = products.norm().item()
-                # rounding of a sum scales with the norm of its terms; 1e-3 of it is far above
-                # float32's and far below any missed term (bfloat16, with its 8 bits, needs .06)
-                close = max(1e-3, 8 * rounding(v)) * size
-                if (shares[name][place, 0] - products.sum()).abs() > max(
-                    close, 1e-12, 8 * _eps(v) * largest * v.norm().item()
-                ):
-                    self.wrong.add(name)
-                if size > 0:
-                    self.left.discard(name)
-                if g is not None:
-                    self.used.add(name)
+        batch, strays = take(self.problem.train, rows, self.problem.device), set[str]()
+        shares = ghost_shares(model, loss, params, self.probe, batch, strays)
+        leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
+        values = call(model, loss, leaf, batch)
+        # powers of two, which rounding does not see
+        drawn = self.rng.choice([-2, -1, -0.5, 0.5, 1, 2], len(values))
+        w = torch.from_numpy(drawn).to(values)
+        found = torch.autograd.grad((w * values).sum(), list(leaf.values()), allow_unused=True)
+        gradients = {name: g for name, g in zip(leaf, found, strict=True) if g is not None}
+        largest = max((g.norm().item() for g in gradients.values()), default=0.0)
+        for name, v in self.probe.items():
+            if judged is not None and name not in judged:
+                continue
+            products = gradients.get(name, torch.zeros_like(v)) * v
+            apart = (w.to(shares[name]) @ shares[name][:, 0] - products.sum()).abs()
+            if name in strays or apart > _rounding(products, v, largest):
+                self.wrong.add(name)
+            if products.any():
+                self.reached.add(name)
+        self.used |= set(gradients)
+
+
+def _rounding(products: Tensor, v: Tensor, largest: float) -> float:
+    """How far a sum of products of gradients and v may be off.
+
+    It scales with the norm of its terms; 1e-3 of it is far above float32's rounding and far below any missed term
+    (bfloat16, with its 8 bits, needs .06). Gradients that are zero but for rounding, of attention's key biases say, err by
+    rounding of the largest one, which in half precision would hide what is missed.
+    """
+    off = max(1e-3, 8 * rounding(v)) * products.norm().item()
+    eps = torch.finfo(v.dtype).eps if v.dtype.itemsize >= 4 else 0.0
+    return max(off, 1e-12, 8 * eps * largest * v.norm().item())

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attribution_core.ghost import RULES, NotCovered, any_layer, norm, unlike, whole
+from attribution_core.ghost import RULES, NotCovered, any_layer, norm, whole
 from attribution_core.gradients import ENGINES
 from attribution_core.layers import is_norm, watched
 from attribution_core.problem import Params
@@ -96,7 +96,7 @@ class Passes:
     def _arrive(self, *use: Any) -> None:
         seen = Use(*use)
         if not whole(self.size, seen.source, seen.gradient):
-            raise NotCovered(unlike(self.size, seen.names, seen.source))
+            raise NotCovered(self.size, seen.names, seen.source)
         self.uses.append(seen)
 
     def taken(self) -> list[Use]:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from attribution_core.data import Batch, Data, batches, row_numbers, rows_in, take
 from attribution_core.ekfac import plan
-from attribution_core.ghost import NotCovered, ghost_uncovered, unlike, whole
+from attribution_core.ghost import NotCovered, ghost_uncovered, whole
 from attribution_core.gradients import Progress, flatten, row_gradients
 from attribution_core.kronecker import Place
 from attribution_core.layers import (
@@ -274,7 +274,7 @@ class Projection:
             module: nn.Module, names: dict[str, str], source: Tensor, gradient: Tensor
         ) -> None:
             if not whole(len(rows), source, gradient):
-                raise NotCovered(unlike(len(rows), names, source, 'kind="rademacher"'))
+                raise NotCovered(len(rows), names, source, "kind='rademacher'")
             place = places.get(names.get("weight", ""))
             if place is not None:
                 pair = factors(module, source, gradient, place.bias is not None)

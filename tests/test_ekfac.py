@@ -23,6 +23,7 @@ from attribution_core import ekfac as core
 from attribution_core.curvature import DiagonalWarning, fit_curvature, spectrum
 from attribution_core.data import Rows
 from attribution_core.ekfac import fit_ekfac
+from attribution_core.ghost import ghost_uncovered
 from attribution_core.problem import precision_of
 from tests import menagerie
 from tests.menagerie import seeded
@@ -908,6 +909,37 @@ def test_a_plan_is_the_same_with_what_is_outside_already_known():
     problem = menagerie.ODD["positions"]()
     assert core.plan(problem) == core.plan(problem, {"position.weight"})
     assert core.plan(problem, {"out.weight"})[0].weight == "position.weight"
+
+
+class Seldom(nn.Module):
+    """A head that sees one row in 400, which a few rows do not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.own, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        seldom = torch.nonzero(x[:, 0] > 50)[:, 0]
+        return self.head(h.index_add(0, seldom, self.own(h[seldom])) if len(seldom) else h)
+
+
+@pytest.mark.filterwarnings("ignore::attribution_core.curvature.DiagonalWarning")
+def test_a_layer_that_seldom_sees_rows_is_diagonal():
+    """As where it is found at once; whatever the batches, to the rounding of sums in another order."""
+    x = torch.randn(400, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[7, 0] = 60.0
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        problem = Problem(Seldom().double(), cross_entropy, (x, torch.arange(400) % 3))
+    assert "own.weight" not in ghost_uncovered(problem, np.arange(400))
+    outputs = Outputs(cross_entropy, (x[:9], torch.arange(9) % 3)).mean()
+    found = [
+        influence(problem, outputs, curvature="ekfac", damping=0.1, batch_size=size).scores
+        for size in (1, 64)
+    ]
+    np.testing.assert_allclose(*found, rtol=1e-9, atol=1e-14)
+    assert set(fit_ekfac([problem]).diagonal) == {"own.weight", "own.bias"}
 
 
 def test_padding_of_a_decoder_counts_in_no_covariance():

@@ -211,27 +211,19 @@ class Late(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.place, self.body, self.head = (
-            nn.Parameter(torch.randn(5)),
-            nn.Linear(4, 5),
-            nn.Linear(5, 3),
-        )
+        self.place = nn.Parameter(torch.randn(5))
+        self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
 
     def forward(self, x):
         kind = (x[:, :1] > 0).to(x)
         return self.head(torch.tanh(self.body(x) + kind * torch.tanh(self.place * x[:, 1:2])))
 
 
-class FromZero(nn.Module):
+class FromZero(Late):
     """A last layer at zero hides all that comes before."""
 
     def __init__(self):
         super().__init__()
-        self.place, self.body, self.head = (
-            nn.Parameter(torch.randn(5)),
-            nn.Linear(4, 5),
-            nn.Linear(5, 3),
-        )
         nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
 
     def forward(self, x):
@@ -239,14 +231,14 @@ class FromZero(nn.Module):
 
 
 def of_kinds(model, kinds):
-    """40 rows whose first number has these signs."""
+    """Rows whose first number has these signs."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(40, 4, generator=generator, dtype=torch.float64)
+    x = torch.randn(len(kinds), 4, generator=generator, dtype=torch.float64)
     x[:, 0] = x[:, 0].abs() * torch.where(torch.as_tensor(kinds), 1.0, -1.0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = model().double()
-    return Problem(made, cross_entropy, (x, torch.arange(40) % 3))
+    return Problem(made, cross_entropy, (x, torch.arange(len(kinds)) % 3))
 
 
 KINDS = {
@@ -263,6 +255,79 @@ def test_layers_that_do_not_see_every_row_in_order(model, kinds, size):
     v = directions(problem, 2)
     expected = menagerie.row_gradients(problem) @ v.T
     torch.testing.assert_close(directional(problem, v, batch_size=size), expected, **EXACT)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_rows_of_two_lengths_that_are_sorted_on_the_way(sign, seed):
+    """Most are alike, as texts that are cut to one length: among few rows they may be in order already."""
+    rng = np.random.default_rng(seed)
+    problem = of_kinds(Sorted, np.ones(200, bool))
+    problem.train.columns[0][:, 0] = torch.from_numpy(sign * np.where(rng.random(200) < 0.3, -1, 1))
+    v = directions(problem, 2)
+    expected = menagerie.row_gradients(problem) @ v.T
+    torch.testing.assert_close(directional(problem, v), expected, **EXACT)
+
+
+class Hidden(nn.Module):
+    """A last layer at zero before which all is hidden: a body used outside its module, and a layer without a rule."""
+
+    def __init__(self, twice=False, unused=False):
+        super().__init__()
+        self.body, self.scale, self.head = nn.Linear(4, 4), Exponential(), nn.Linear(4, 3)
+        self.unused, self.twice = nn.Linear(2, 2) if unused else None, twice
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        return self.head(self.scale(h @ self.body.weight if self.twice else h))
+
+
+class Exponential(nn.Module):
+    """Not linear in its parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return x * self.size.exp()
+
+
+class Silent(nn.Module):
+    """A layer that is used without effect, wherever parameters stand."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.silent = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.body(x) + 0 * self.silent(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "uncovered"),
+    [
+        (lambda: Hidden(twice=True), {"body.weight"}),
+        (lambda: Hidden(twice=True, unused=True), {"body.weight"}),
+        (Silent, set()),
+    ],
+)
+def test_what_no_row_reaches_is_tried_where_it_would_be(model, uncovered):
+    found = set(ghost.ghost_uncovered(of_kinds(model, KINDS["in turns"]), np.arange(40)))
+    assert found & {"body.weight", "body.bias", "silent.weight", "silent.bias"} == uncovered
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_a_trial_takes_two_passes_a_batch(unused, monkeypatch):
+    """Of 40 rows one batch is tried, and not again for a parameter that nothing uses."""
+    problem, passes = of_kinds(lambda: Hidden(unused=unused), KINDS["in turns"]), []
+    with torch.no_grad():
+        problem.model.head.weight.normal_()
+    real = ghost.call
+    monkeypatch.setattr(ghost, "call", lambda *a: passes.append(0) or real(*a))
+    assert ghost.ghost_uncovered(problem, np.arange(40)) == []
+    assert len(passes) == 2
 
 
 def test_a_batch_that_a_layer_does_not_see_whole_is_named():

@@ -299,7 +299,7 @@ class _Said:
 
 
 def _says_else(was: _Said | None, model: nn.Module, forget: Any) -> str:
-    """Why an input whose tensors are as they were is another function now: a rate, a scale, its forward; empty if it is not."""
+    """Why an input with its tensors as they were is another function now (a rate, its forward); empty if it is not."""
     now = _Said.by(model, forget)
     if was is None or (now is not None and was.same(now)):
         return ""

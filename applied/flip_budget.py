@@ -140,7 +140,8 @@ def budget_to_flip(
         seeds: of victims.
 
     Raises:
-        ValueError: outputs that are wrong already (names them); inputs, which have no fewest; no rounds; see `flip_labels`.
+        ValueError: outputs that are wrong already (names them); inputs, which have no fewest; no rounds; see
+            `flip_labels`.
         RuntimeError: the solver found no optimum.
 
     Source: Yang et al. 2023 (arXiv 2305.12809) for removals; the program in cvxpy is this project's.

@@ -27,7 +27,8 @@ class GaussNewton:
     Args:
         steps: how many; each goes an equal part of the way.
         rows: of each step, half of them of the forget set at most.
-        damping: of the last step, in mean eigenvalues of the step's JᵀJ; with a share s of the steps done it is 10^(1 − s) times that.
+        damping: of the last step, in mean eigenvalues of the step's JᵀJ; with a share s of the steps done it is
+            10^(1 − s) times that.
         seed: of the rows.
     """
 
@@ -42,7 +43,7 @@ class GaussNewton:
 
 
 def row_cost(contrasts: int) -> float:
-    """What a row's Jacobian costs, in rows of training: one pass forward, and one backward, twice as dear, a contrast."""
+    """What a row's Jacobian costs, in rows of training: a pass forward and, twice as dear, one backward a contrast."""
     return (1 + 2 * contrasts) / 3
 
 
@@ -65,8 +66,9 @@ def match_by_gauss_newton(
         θ ← θ + Jᵀ (J Jᵀ + damping · tr(JᵀJ)/p · I)⁻¹ (z* − z(θ)) / steps left
 
     z are the logits of a step's rows in an orthonormal basis of what softmax sees (Helmert's contrasts of the c
-    classes), J [rows · (c − 1), p] their Jacobian: the smallest move that reaches z* to first order. Outputs that are no
-    classes' stand for themselves, c of them. The goal is that of `match`; a step costs (2c − 1)/3 training steps on as many rows.
+    classes), J [rows · (c − 1), p] their Jacobian: the smallest move that reaches z* to first order. Outputs that
+    are no classes' stand for themselves, c of them. The goal is that of `match`; a step costs (2c − 1)/3 training
+    steps on as many rows.
 
     Args:
         forget_logits, retain_logits: z*, [rows, c], in the rows' order.

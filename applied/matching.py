@@ -66,9 +66,9 @@ class Goal:
     ) -> tuple[list[nn.Module], How, float]:
         """(the models matched, how, what that cost each run in training steps), within what is left for each.
 
-        Gauss–Newton steps for a model of single rows whose Jacobian can be held: the least damping that brings the first run nearer, since
-        damping moves all models short of the goal the same way. Else gradient steps, at the learning rate that brings it
-        nearest. Where nothing does, all models are left alone.
+        Gauss–Newton steps for a model of single rows whose Jacobian can be held: the least damping that brings the
+        first run nearer, since damping moves all models short of the goal the same way. Else gradient steps, at the
+        learning rate that brings it nearest. Where nothing does, all models are left alone.
 
         Raises:
             ValueError: changes that are not finite or not of the logits' shape; no step left.
@@ -129,7 +129,7 @@ class Goal:
         return like, list(RATES)
 
     def own(self, name: str, change: Tensor) -> Tensor:
-        """Of changed logits [k, rows, ..., c] those of the labels, [k, rows, ...]; all of them where labels are no classes."""
+        """Of changed logits [k, rows, ..., c] the labels' own [k, rows, ...]; all where labels are no classes."""
         data = self.forget if name == KINDS[0] else self.retain
         parts = [take(data, some, change.device) for some in batches(len(data), 256)]
         those = change

@@ -282,10 +282,11 @@ def _best(
 def _sure(
     gain: NDArray[Any], price: NDArray[Any], budget: float
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """(who is in every best choice, who may be): fixed by reduced costs, so that a program of a few players is left of many.
+    """(who is in every best choice, who may be), by reduced costs: a program of few players is left of many.
 
-    With λ the gain per price at which the budget runs out, no choice that goes against the sign of gain − λ price gains
-    more than the bound (fractions allowed) less |gain − λ price|; where that is less than a choice at hand, it is settled.
+    With λ the gain per price at which the budget runs out, no choice that goes against the sign of gain − λ price
+    gains more than the bound (fractions allowed) less |gain − λ price|; where that is less than a choice at hand,
+    it is settled.
     """
     most = budget * (1 + SLACK)
     good = np.flatnonzero(gain > 0)

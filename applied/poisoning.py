@@ -232,7 +232,7 @@ def _in_rounds(
     versions: Versions, k: int, rounds: int, quota: Quota, surrogate: Surrogate, goal: Any, what: str,
     progress: Progress,
 ) -> tuple[NDArray[np.float64], NDArray[np.intp], Said, dict[str, Any]]:  # fmt: skip
-    """(weights, changed rows, what was predicted, meta): the budget in equal parts, each on a datamodel of the data by then."""
+    """(weights, changed rows, what was predicted, meta): equal parts, each on a datamodel of the data by then."""
     if not isinstance(rounds, (int, np.integer)) or not 1 <= rounds <= k:
         raise ValueError(f"expected 1 to {k} rounds for {k} {what.split()[0]}s, got {rounds}")
     weights, row = versions.clean.copy(), versions.row

@@ -175,8 +175,8 @@ def repair(
         seeds: those of the attack, unless given.
 
     Raises:
-        ValueError: scores that do not fit; no suspects; scores, or a detection without trusted rows, without a number of rows to remove; other seeds
-            than the attack's, which could not be paired.
+        ValueError: scores that do not fit; no suspects; scores, or a detection without trusted rows, without a
+            number of rows to remove; other seeds than the attack's, which could not be paired.
     """
     there = np.flatnonzero(attack.weights > 0)
     detection = isinstance(suspicion, Detection)

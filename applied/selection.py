@@ -253,9 +253,9 @@ def _snap(weights: NDArray[Any], limits: _Limits) -> NDArray[Any]:
 def _whole(best: NDArray[Any], gains: NDArray[Any], limits: _Limits, linear: bool) -> NDArray[Any]:
     """Fractional weights rounded down; then whatever fits into what is left, missed quotas first.
 
-    The examples that were taken in part come first, the others by gain per cost: one that is longer than what is left must
-    not keep the budget from shorter ones behind it. Where the budget need not be spent, they are those that help, which gains tell
-    of linear goals alone.
+    The examples that were taken in part come first, the others by gain per cost: one that is longer than what is
+    left must not keep the budget from shorter ones behind it. Where the budget need not be spent, they are those
+    that help, which gains tell of linear goals alone.
     """
     weights = np.floor(best)
     spent, slack = limits.spent(weights), SLACK * limits.budget

@@ -163,18 +163,19 @@ def to_unseen(
     share: float = 1 / 3,
     how: Steps = Steps(),
 ) -> nn.Module:
-    """Say of the forget rows what is said of rows like them that were never seen, and of the others what was said before.
+    """Say of the forget rows what is said of unseen rows like them, and of the others what was said before.
 
         min E_R KL(π₀(x) ‖ π(x)) + weight · E_{i in F} KL(π̄(c_i) ‖ π(x_i)),      c_i: the counterpart of row i
 
-    π̄ is the model as it is by then, held fixed: what the forget set taught about its counterparts goes as it is forgotten.
-    It forgets what was learned by heart, and whole distributions, not the truth alone. Nothing but the retained rows holds the
-    counterparts where they are.
+    π̄ is the model as it is by then, held fixed: what the forget set taught about its counterparts goes as it is
+    forgotten. It forgets what was learned by heart, and whole distributions, not the truth alone. Nothing but the
+    retained rows holds the counterparts where they are.
 
     Args:
         like: counterparts, one for each forget row or several rounds of them (see `Counterparts`): the same question
             about somebody else, with the same answer. Of several rounds the most typical is taken.
-        weight: of the forget set; with more of it forgotten rows come nearer to their goal and the rest is moved further.
+        weight: of the forget set; with more of it forgotten rows come nearer to their goal and the rest is moved
+            further.
         share: of a batch that the forget set takes, at most; each of its rows comes equally often.
 
     Raises:
@@ -264,7 +265,7 @@ def match(
 
 
 def centred_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(logits less their mean over classes [b, ..., c], which positions count [b, ...]); outputs that are no classes' as they are."""
+    """(logits of `centred` [b, ..., c], which positions count [b, ...])."""
     z = logits_of(model, batch)
     z = z[:, None] if z.ndim == 1 else z
     ones = torch.ones(z.shape[:-1], dtype=z.dtype, device=z.device)
@@ -275,12 +276,12 @@ def centred_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def centred(z: Tensor, batch: Batch) -> Tensor:
-    """Logits [b, ..., c] less their mean over classes, which softmax does not see; regressions, separate yeses and noes as they are."""
+    """Logits [b, ..., c] less their mean over classes, which softmax does not see; other outputs as they are."""
     return z - z.mean(-1, keepdim=True) if of_classes(z, batch) else z
 
 
 def of_classes(z: Tensor, batch: Batch) -> bool:
-    """Whether outputs [b, ..., c] are the logits of one softmax: labels are whole numbers [b, ...], or shares of c classes."""
+    """Whether outputs [b, ..., c] are one softmax's logits: labels are whole numbers [b, ...] or c shares."""
     labels = labels_in(batch)
     if z.shape[-1] == 1:
         return False

@@ -115,12 +115,12 @@ def unlearn(
 
         outputs:  f_z + trust · (f̂_z(w − w_F) − f̂_z(w))     models:  matched to logits that moved alike
 
-    w: what the runs were trained at. "auto" predicts by rehearsals (`rehearse`): pairs of trainings with and without
-    F, on half of a batch's rows or on as many as the budget of all runs allows for two of them, and then as many
-    pairs as it allows; never the whole training without F. Changes are averaged over runs, corrected by what trainings learn of F beyond
-    rehearsals (`Rehearsal.corrected`) and shrunk by their noise (`Rehearsal.trust`), each kind of output by itself. Seven tenths
-    of the budget go into rehearsals, the rest into matching each model: by Gauss–Newton steps where it is a
-    classifier of few classes, else by gradient steps.
+    w: what the runs were trained at. "auto" predicts by rehearsals (`rehearse`): pairs of trainings with and
+    without F, on half of a batch's rows or on as many as the budget of all runs allows for two of them, and then as
+    many pairs as it allows; never the whole training without F. Changes are averaged over runs, corrected by what
+    trainings learn of F beyond rehearsals (`Rehearsal.corrected`) and shrunk by their noise (`Rehearsal.trust`),
+    each kind of output by itself. Seven tenths of the budget go into rehearsals, the rest into matching each model:
+    by Gauss–Newton steps where it is a classifier of few classes, else by gradient steps.
 
     Args:
         runs: a trained `Run`, or several of the same problem (the more, the less noise).
@@ -131,9 +131,9 @@ def unlearn(
         datamodel: predicts outputs in the place of rehearsals: anything with `.predict(weights)`, by the names
             of `outputs` where those have names.
         like: counterparts of the forget rows, on which no run was trained: for each row as listed one with the same
-            answer about somebody never seen, or several rounds of them. With them "auto" rehearses and predicts nothing:
-            it brings what is said of the forget set to what is said of these rows (`to_unseen`). For what is
-            learned by heart, late in training, as facts are by language models: rehearsals learn too little of that.
+            answer about somebody never seen, or several rounds of them. With them "auto" rehearses and predicts
+            nothing: it brings what is said of the forget set to what is said of these rows (`to_unseen`). For what
+            is learned by heart, late in training, as facts are: rehearsals learn too little of that.
         change: predicted changes of the logits to match, from any datamodel, in the place of rehearsals:
             (of the forget rows [F, ..., c], of the rows `retained(run, forget)` [R, ..., c]).
         budget: training steps for each model, in those of its training; by default a fifth, and a third with `like`:
@@ -178,7 +178,7 @@ def unlearn(
     spent, meta = 0.0, {}
     wanted = {} if datamodel is not None else named
     if (change is None and goal is not None) or wanted:
-        plan, pairs = _plan(several, budget, pace, goal is not None)
+        plan, pairs = plan_rehearsals(several, budget, pace, goal is not None)
         reader = _Reader(wanted, goal if change is None else None)
         found = rehearse(several[:pairs], without, reader, pace=plan, progress=progress)
         parts = reader.cut(found)
@@ -269,8 +269,15 @@ def _checked(runs: list[Any], forget: Iterable[int], budget: float) -> NDArray[n
     return rows
 
 
-def _plan(runs: list[Any], budget: float, pace: Pace | None, models: bool) -> tuple[Pace, int]:
-    """(how rehearsals are taken, of how many runs), within the budget of all runs together.
+def plan_rehearsals(
+    runs: Sequence[Any], budget: float, pace: Pace | None = None, models: bool = True
+) -> tuple[Pace, int]:
+    """(how rehearsals are taken, of how many runs), within the budget of all runs together; see `unlearn`.
+
+    Args:
+        runs: whatever has the `order` of a training's batches.
+        pace: the one that is asked for; by default the largest batches that the budget has room for.
+        models: whether models are to be matched afterwards, for which a part of the budget is kept.
 
     Raises:
         ValueError: batches of one row; the smallest rehearsals, or those asked for, cost more, or leave no step

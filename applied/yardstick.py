@@ -124,7 +124,7 @@ class Evaluation:
         return float((overshoot > BEYOND * error).mean())
 
     def over(self, method: str) -> bool:
-        """Does it push outputs so far that this gives the forgetting away: `beyond` the oracles', or apart (`scatter` > 3)?"""
+        """Does it push outputs so far that this gives it away: `beyond` the oracles', or apart (`scatter` > 3)?"""
         return self.beyond(method) or self.scatter(method) > SCATTERED
 
     def beyond(self, method: str) -> bool:

@@ -186,10 +186,10 @@ def ghost_uncovered(problem: Problem, rows: np.ndarray) -> list[str]:
 
         Σ_i w_i share_i = ⟨∇ Σ_i w_i ℓ_i, v⟩        w random: a share that went to another row is missed, too
 
-    Catches what no list of layer types can: weights used outside their module, batches folded into
-    another dimension, a forward of one's own under a known name, rows that are taken apart or put into another order. Parameters that
-    the rows use without effect are moved a little, for a last layer that starts at zero hides all before it. What
-    is hidden still counts as covered only where layers with a rule hold it.
+    Catches what no list of layer types can: weights used outside their module, batches folded into another
+    dimension, a forward of one's own under a known name, rows that are taken apart or put into another order.
+    Parameters that the rows use without effect are moved a little, for a last layer that starts at zero hides all
+    before it. What is hidden still counts as covered only where layers with a rule hold it.
     """
     many = min(len(rows), max(TRIED, min(TRIED * TRIALS, len(rows) // SHARE)))
     parts = list(batches(np.random.default_rng(0).choice(rows, many, replace=False), TRIED))
@@ -271,8 +271,8 @@ def _rounding(products: Tensor, v: Tensor, largest: float) -> float:
     """How far a sum of products of gradients and v may be off.
 
     It scales with the norm of its terms; 1e-3 of it is far above float32's rounding and far below any missed term
-    (bfloat16, with its 8 bits, needs .06). Gradients that are zero but for rounding, of attention's key biases say, err by
-    rounding of the largest one, which in half precision would hide what is missed.
+    (bfloat16, with its 8 bits, needs .06). Gradients that are zero but for rounding, of attention's key biases say,
+    err by rounding of the largest one, which in half precision would hide what is missed.
     """
     off = max(1e-3, 8 * rounding(v)) * products.norm().item()
     eps = torch.finfo(v.dtype).eps if v.dtype.itemsize >= 4 else 0.0

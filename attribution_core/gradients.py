@@ -121,7 +121,9 @@ def directional(
 
 
 def _in_range(directions: Params | Tensor, params: Params) -> tuple[Params | Tensor, Tensor]:
-    """Directions, and what to multiply products with them by: for a model in float16, which ends at 6e-8, their largest entries by √p."""
+    """Directions, and what to multiply products with them by: for a model in float16, which ends at 6e-8, their
+    largest entries by √p.
+    """
     one = next(iter(params.values())).new_ones((), dtype=torch.float32)
     if torch.float16 not in {value.dtype for value in params.values()}:
         return directions, one

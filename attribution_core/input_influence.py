@@ -83,7 +83,7 @@ def input_influence(
 def gradient_matching(
     source: Problem | Run, goal: Outputs, *, rows: ArrayLike, column: Column | None = None
 ) -> LinearDatamodel:
-    """Alignment of what training on some rows does with what the adversary wants: cos(−∇ goal, Σ_i ∇ℓ_i), and its slope.
+    """cos(−∇ goal, Σ_i ∇ℓ_i): whether training on some rows does what the adversary wants, and its slope.
 
     The baseline of data poisoning: rows whose gradient points where descent would raise the goal. It looks at one
     model and no curvature. The output is a cosine, not a prediction of the goal.

@@ -47,9 +47,9 @@ def watched(
     """While open, forward passes of b rows are watched; yields the list of leaves to differentiate by.
 
     Run the model inside, then `torch.autograd.grad(total, leaves, allow_unused=True)`, inside or after,
-    as often as you like: for every use of a layer that holds one of the named parameters, `arrive(module, {local name: name}, source,
-    gradient)` gets its input and the gradient of its output. `called` gets its input and output as
-    they pass forwards. No weight gradient is formed where the parameters themselves need none.
+    as often as you like: for every use of a layer that holds one of the named parameters, `arrive(module, {local
+    name: name}, source, gradient)` gets its input and the gradient of its output. `called` gets its input and
+    output as they pass forwards. No weight gradient is formed where the parameters themselves need none.
     """
     leaves: list[Tensor] = []
 
@@ -57,14 +57,10 @@ def watched(
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             source = next(iter((*args, *kwargs.values())), None)
             if not (isinstance(source, Tensor) and isinstance(output, Tensor) and output.ndim > 0):
-                return (
-                    output  # tuples of attention layers, scales, ...: not a layer seen from outside
-                )
+                return output  # of attention, a scale, ...: not a layer seen from outside
             source = source.detach()
-            numbers = not source.is_floating_point()
-            if (
-                len(output) == 1 < b and numbers
-            ):  # one row for the whole batch, as position embeddings do
+            if len(output) == 1 < b and not source.is_floating_point():
+                # one row for the whole batch, as position embeddings have
                 output, source = (x.expand(b, *x.shape[1:]) for x in (output, source))
             if not output.requires_grad:
                 leaves.append(output.detach().requires_grad_())

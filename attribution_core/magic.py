@@ -360,7 +360,7 @@ def _judged(
 
 
 def _moved_padding(run: Run) -> str | None:
-    """An embedding whose padding row, which it trains not itself, was moved: by a layer that shares its weights, or by decay."""
+    """An embedding whose padding row was moved all the same: by a layer that shares its weights, or by decay."""
     after = dict(run.model.named_modules())
     for name, module in run.problem.model.named_modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:

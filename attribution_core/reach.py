@@ -24,9 +24,7 @@ from attribution_core.passes import Pass
 from attribution_core.problem import Params
 from attribution_core.steps import Steps
 
-ALIKE = (
-    2  # neighbouring steps that share a D: more would lose how D and the gradients vary together
-)
+ALIKE = 2  # neighbouring steps that share a D: more would lose how D and gradients vary together
 AHEAD = 0.03  # of a gradient's movements that may still be unknown when it is read
 
 

@@ -25,7 +25,8 @@ from attribution_core.seeds import listed
 def refitted(fitted: Any, problem: Problem, weights: ArrayLike) -> Problem:
     """The problem with the model that the estimator would be, had it been fitted at these weights.
 
-    Its weight decay is that of the rows of positive weight alone: pass it on as `influence(..., weights=w, drop="row")`.
+    Its weight decay is that of the rows of positive weight alone: pass it on as
+    `influence(..., weights=w, drop="row")`.
 
     Args:
         fitted: the estimator that `problem` was made of; a copy is fitted.
@@ -70,7 +71,8 @@ def refitted(fitted: Any, problem: Problem, weights: ArrayLike) -> Problem:
 def _refuse_weights_without_classes(fitted: Any, problem: Problem, w: NDArray[np.float64]) -> None:
     """Raise for weights that treat all rows alike where the estimator's class weights do not.
 
-    Weights hold the class weights of all rows, see `from_sklearn`; those of an attack or a selection, 0 and 1, do not. A table
+    Weights hold the class weights of all rows, see `from_sklearn`; those of an attack or a selection, 0 and 1, do
+    not. A table
     with every row under every label is balanced by itself: there those of the rows that are taken count.
     """
     from sklearn.utils.class_weight import compute_sample_weight

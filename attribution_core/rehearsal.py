@@ -1,11 +1,11 @@
 """Rehearsals: pairs of trainings on smaller batches, whose difference is what other training weights do.
 
 A rehearsal is the run's training on smaller batches: from the same start, as many steps, a share of the rows, the
-same learning rates (Adam's over the root of the share). It is taken twice in the same order, once at the run's own weights and once at others;
-what smaller batches get wrong is wrong in both and drops out of their difference, which is then added to the
-outputs of the run (a control variate). But a run is ahead of its rehearsals also by what it learned of the left-out rows by
-heart, and that is not to be kept (`Rehearsal.carried`). Unlike a linear datamodel it follows large and coherent changes, where the
-model comes to see the rows otherwise.
+same learning rates (Adam's over the root of the share). It is taken twice in the same order, once at the run's own
+weights and once at others; what smaller batches get wrong is wrong in both and drops out of their difference, which
+is then added to the outputs of the run (a control variate). But a run is ahead of its rehearsals also by what it
+learned of the left-out rows by heart, and that is not to be kept (`Rehearsal.carried`). Unlike a linear datamodel
+it follows large and coherent changes, where the model comes to see the rows otherwise.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Rehearsal:
     def corrected(self) -> Tensor:
         """The mean change from the runs' own readings: mean − (1 − carried) · mean ahead, [*shape].
 
-        Added to a mean reading of the runs: the rehearsals' at the new weights and `carried` of what the runs are ahead.
+        Added to a mean reading of the runs: the rehearsals' at the new weights and `carried` of what the runs are
+        ahead.
         """
         return self.mean - (1 - self.carried) * self.ahead.mean(0)
 
@@ -100,13 +101,13 @@ class Rehearsal:
 
     @property
     def carried(self) -> float:
-        """How much of what the runs are ahead of their rehearsals they would be at the new weights too, between 0 and 1.
+        """How much of what the runs are ahead of their rehearsals stays at the new weights, between 0 and 1.
 
             1 − .1² Σ mean change² / Σ mean ahead²
 
-        Runs are ahead by having come further with all rows, which is kept, and by an effect of the rows that is larger in them than in
-        rehearsals, by a tenth or so, which goes with the rows. Both are taken as independent and pooled over readings. 1
-        where nothing is ahead.
+        Runs are ahead by having come further with all rows, which is kept, and by an effect of the rows that is
+        larger in them than in rehearsals, by a tenth or so, which goes with the rows. Both are taken as independent
+        and pooled over readings. 1 where nothing is ahead.
         """
         signal = float(self.ahead.mean(0).square().sum())
         effect = MISSED**2 * float(self.mean.square().sum())
@@ -160,7 +161,7 @@ def rehearse(
 
 
 def _rehearsed(run: Run, w: NDArray[np.float64], read: Read, pace: Pace) -> tuple[Tensor, Tensor]:
-    """(reading after a rehearsal at w, less that after one at the run's weights; reading of the run, less the latter)."""
+    """(reading after a rehearsal at w, reading of the run), each less that after one at the run's weights."""
     recipe = _smaller(run, pace.size(run))
     steps = steps_of(run.problem, recipe, recipe.draw(run.pool), run.weights, run.since)
     models = [_averaged(replace(steps, weights=at), pace.tail) for at in (run.weights, w)]
@@ -172,7 +173,8 @@ def _rehearsed(run: Run, w: NDArray[np.float64], read: Read, pace: Pace) -> tupl
 def _smaller(run: Run, size: int) -> Recipe:
     """The run's recipe on smaller batches, on which it gets as far.
 
-    Adam divides by the size of gradients, which is mostly their noise and grows as 1 / √batch; its learning rate makes up for it.
+    Adam divides by the size of gradients, which is mostly their noise and grows as 1 / √batch; its learning rate
+    makes up for it.
     """
     share, optimizer = size / len(run.order[0]), run.recipe.optimizer
     parts = math.ceil(run.recipe.accumulate * share)

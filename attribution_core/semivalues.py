@@ -22,9 +22,9 @@ def semivalues(
 ) -> tuple[Estimate, str]:
     """((values [n, t], standard errors [n, t], degrees of freedom), how) from subsets that were trained on.
 
-    Exact where the table holds all subsets (the error is then that over seeds, 0 for one seed, whose game
-    is known exactly, or tells by rows that repeat); marginal contributions where it is made of permutations; differences to everyone for
-    "leave_one_out"; else `by_size`.
+    Exact where the table holds all subsets (the error is then that over seeds, 0 for one seed, whose game is known
+    exactly, or tells by rows that repeat); marginal contributions where it is made of permutations; differences to
+    everyone for "leave_one_out"; else `by_size`.
 
     Args:
         inside: [m, n], who is in each row.
@@ -172,8 +172,9 @@ def _levels(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Σ_s q_s (μ_{s+1} − μ_s), [t], and its variance.
 
-    μ is interpolated between the sizes there are, and goes on beyond them as it does between them on average. noise is the
-    variance of a row over seeds; where one seed does not tell it, that among sets of one size stands in for it.
+    μ is interpolated between the sizes there are, and goes on beyond them as it does between them on average. noise
+    is the variance of a row over seeds; where one seed does not tell it, that among sets of one size stands in for
+    it.
     """
     known, where, count = np.unique(size, return_inverse=True, return_counts=True)
     between = np.zeros_like(q)

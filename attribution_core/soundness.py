@@ -1,4 +1,4 @@
-"""Whether a loss is what per-example attribution takes it to be: a function of the parameters by name and of its own row.
+"""Whether a loss is what attribution takes it to be: a function of the parameters by name and of its own row.
 
 Layers are looked at first (`refuse_random_layers`); what no list of layers can tell, noise drawn in a forward pass,
 buffers that it changes, rows that see one another, is found by passing a few rows through.
@@ -40,7 +40,7 @@ _SOUND: WeakKeyDictionary[Problem, tuple[bool, ...]] = WeakKeyDictionary()
 
 
 def refuse_unsound(problem: Problem, rows: NDArray[np.intp] | None = None) -> None:
-    """Raise where losses, at the problem's model as it stands, are no functions of parameters and rows; tried once for each problem.
+    """Raise where losses are no functions of parameters and rows, at the model as it stands; tried once a problem.
 
     Raises:
         ValueError: dropout or batch norm in training mode; a forward pass that draws random numbers or changes
@@ -67,8 +67,8 @@ def refuse_unsound(problem: Problem, rows: NDArray[np.intp] | None = None) -> No
 def stopped(problem: Problem) -> bool:
     """Whether autograd's derivatives are not the loss's own: something is detached, or rounded straight through.
 
-    Along a random direction v, in float64: |⟨∇ℓ, v⟩ − (ℓ(θ + hv) − ℓ(θ − hv)) / 2h| beside ‖∇ℓ ⊙ v‖. Where nothing can be
-    said (a model that is no float64's, a loss that fails), nothing is.
+    Along a random direction v, in float64: |⟨∇ℓ, v⟩ − (ℓ(θ + hv) − ℓ(θ − hv)) / 2h| beside ‖∇ℓ ⊙ v‖. Where nothing
+    can be said (a model that is no float64's, a loss that fails), nothing is.
     """
     try:
         refuse_random_layers(problem.model)
@@ -100,7 +100,7 @@ def stopped(problem: Problem) -> bool:
 
 @contextmanager
 def nothing_else_changes(model: nn.Module, cure: str) -> Iterator[None]:
-    """Raise where passes through a model draw random numbers or change its buffers; batch norm's are looked after elsewhere."""
+    """Raise where passes through a model draw random numbers or change its buffers, but for batch norm's."""
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     buffers = {name: value.clone() for name, value in model.named_buffers()}

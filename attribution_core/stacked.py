@@ -122,9 +122,9 @@ class Stack:
         """Outputs [k, t] of the trained models.
 
         Raises:
-            ValueError: weights that `train` refuses; initial models that differ in more than their trainable parameters; a loss or an
-                output that vmap cannot stack, or computes otherwise than a training by itself would;
-                losses that are not finite (names the training and the step).
+            ValueError: weights that `train` refuses; initial models that differ in more than their trainable
+                parameters; a loss or an output that vmap cannot stack, or computes otherwise than a training by
+                itself would; losses that are not finite (names the training and the step).
         """
         length = np.array([len(order) for order in self.orders])
         if (np.diff(length) > 0).any():

@@ -303,7 +303,7 @@ def train(
 
 
 def removed_rows(recipe: Recipe, weights: NDArray[np.float64], drop: Drop) -> NDArray[np.intp]:
-    """Rows of weight 0 that batches are drawn without; of batches that somebody gave, all such rows if they hold none of them."""
+    """Rows of weight 0 that batches are drawn without; all such rows of given batches that hold none of them."""
     out = weights == 0
     if recipe.order is None:
         gone = drop == "row"

@@ -5,7 +5,8 @@
 
 Nothing is tuned here: `unlearn` runs with its defaults, at most a fifth of a training's steps for each model.
 Baselines take as many steps at the best of three learning rates, **chosen with the oracles**: a flattering choice
-that no user has. Mean KLoM (20 bins) over points; gap closed = (nothing − method) / (nothing − floor) on the forget set.
+that no user has. Mean KLoM (20 bins) over points; gap closed = (nothing − method) / (nothing − floor) on the forget
+set.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Flags:
     text: str = "text"
     """Column that holds the text."""
     model: str = "gpt2"
-    """Of a text task: 'gpt2' (130,000 parameters), or a transformers folder: its weights, or fresh ones from its config."""
+    """Of a text task: 'gpt2' (130,000 parameters), or a transformers folder (its weights, else its config)."""
     rows: int | None = None
     """Training rows; by default 1,500 digits or 1,000 blocks of text."""
     targets: int = 20

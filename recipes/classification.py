@@ -132,8 +132,8 @@ def from_file(
     Raises:
         FileNotFoundError: no such file.
         ValueError: another ending, columns that are missing, that number or name the rows, or that hold neither
-            numbers nor text; empty cells, too few rows, labels that are no classes, a label in the test file that training rows do not have,
-            an owner whose rows are all held out.
+            numbers nor text; empty cells, too few rows, labels that are no classes, a label in the test file that
+            training rows do not have, an owner whose rows are all held out.
     """
     from sklearn.compose import make_column_selector, make_column_transformer
     from sklearn.preprocessing import OneHotEncoder, StandardScaler

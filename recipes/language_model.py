@@ -176,7 +176,7 @@ def refuse_missing(model: str) -> None:
 
 
 def refuse_unfit(model: Any, tokenizer: Any, name: str) -> None:
-    """Raise for a tokeniser of nothing, a model that does not know all tokens, or that sees the tokens it is to predict.
+    """Raise for a tokeniser of nothing, a model that lacks tokens, or that sees the tokens it is to predict.
 
     Raises:
         ValueError: one of these.

@@ -32,7 +32,7 @@ class Flags:
     rounds: int = 10
     """In which the strongest attack spends its budget, each on a retrained surrogate."""
     splits: int = 3
-    """Times that everything is done, each with other training, target, trusted and test rows (with --test the same training rows)."""
+    """Repetitions, each with other training, target, trusted and test rows (the same training rows with --test)."""
     width: int = 0
     """Of the network's hidden layer; 0 for logistic regression, whose victims are fitted exactly."""
     decay: float = 0.001

@@ -93,7 +93,7 @@ def row_of(some: Sequence[Outcome]) -> Row:
 
 
 def comes_back(some: Sequence[Outcome], arm: str) -> list[float]:
-    """Shares of the damage to the held-out loss, one a split, whose mean is what came back in all over the damage in all.
+    """Shares of held-out damage, one a split, whose mean is what came back in all over the damage in all.
 
         r + (g_s − r d_s) / d̄,    r = Σ g / Σ d
 

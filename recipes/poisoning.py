@@ -89,7 +89,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Emptied:
-    """An attack of one split, or the random one beside it, that left no row of some classes: nothing can be fitted then."""
+    """An attack of one split, or the random one beside it, that left some classes no row: nothing can be fitted."""
 
     split: int
     budget: float

@@ -24,7 +24,7 @@ from applied.unlearners import (
     npo,
     scrub,
 )
-from applied.unlearning import Evaluation, _plan, evaluate, read_all, unlearn
+from applied.unlearning import Evaluation, evaluate, plan_rehearsals, read_all, unlearn
 from attribution_core import SGD, Outputs, Recipe, margin, retrain, train
 from attribution_core.data import sample
 from recipes.classification import problem_of
@@ -87,7 +87,7 @@ def affordable(flags: Flags, n: int) -> None:
         ValueError: it has none.
     """
     run = SimpleNamespace(order=recipe_of(flags, n).draw(np.arange(n)))
-    _plan([run] * flags.models, flags.budget, None, models=True)
+    plan_rehearsals([run] * flags.models, flags.budget)
 
 
 def forget_results(folder: Path) -> None:

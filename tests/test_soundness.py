@@ -1,4 +1,4 @@
-"""attribution_core.soundness: losses that are no functions of parameters and of their own row are refused, by every method."""
+"""attribution_core.soundness: losses that are no functions of parameters and own row are refused by every method."""
 
 import numpy as np
 import pytest

@@ -218,7 +218,7 @@ def test_clean_rows_gain_what_wrong_labels_took_without_overshoot():
 def test_the_forget_set_is_never_retrained_in_full(trained, runs, models, budget):
     """Whatever the budget: pairs on half batches, which cost a training each, and more of them."""
     several = [trained[2][0]] * runs
-    pace, pairs = unlearning._plan(several, budget, None, models)
+    pace, pairs = unlearning.plan_rehearsals(several, budget, None, models)
     assert pace.share <= 0.5
     assert min(2, runs) <= pairs <= runs
     assert pairs * pace.cost(several[0]) <= runs * budget * len(several[0].order) * (

@@ -16,23 +16,32 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
+from attribution_core.coverage import coverage_of
 from attribution_core.data import Rows, batches, rows_in, take
 from attribution_core.draws import default_draws, draw, is_real, open_output
-from attribution_core.ghost import NotCovered, ghost_uncovered, whole
 from attribution_core.gradients import Progress, row_gradients
 from attribution_core.kronecker import EKFAC, Block, Place, weighted_gram
-from attribution_core.layers import Arrive, factors, matrix_shape, owners, plain_gradients, watched
+from attribution_core.layers import (
+    Arrive,
+    Coverage,
+    factors,
+    matrix_shape,
+    owners,
+    plain_gradients,
+    watched,
+)
 from attribution_core.problem import Params, PerExample, Problem, per_example, refuse_random_layers
-from attribution_core.processes import from_first, my_rows, sum_over_processes, world
+from attribution_core.processes import from_first, my_rows, sum_over_processes, union, world
 
 Labels = Literal["model", "data"]
 
@@ -72,47 +81,40 @@ def fit_ekfac(
         raise ValueError(f"expected at least 1 draw, got {draws}; labels='data' draws none")
     for problem in problems:
         refuse_random_layers(problem.model)
-    outside = set(ghost_uncovered(first, np.arange(first.n)))
-    fit = partial(
-        _fitted,
-        problems,
-        w,
-        labels=labels,
-        draws=draws,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    while True:
-        try:
-            return fit(outside)
-        except NotCovered as error:  # which the trial's rows did not show
-            if world()[1] > 1:  # the others wait for this process's sums
-                raise
-            outside |= error.names
+    coverage = coverage_of(first, np.arange(first.n))
+    while True:  # until layers see whole batches, but for those that are left out
+        found, strays = _fitted(problems, w, coverage, labels, draws, seed, batch_size, progress)
+        if found is not None:
+            return found
+        coverage = replace(coverage, wrong=coverage.wrong | strays)
 
 
 def _fitted(
-    problems: Sequence[Problem], w: NDArray[np.float64], outside: set[str], *, labels: Labels,
+    problems: Sequence[Problem], w: NDArray[np.float64], coverage: Coverage, labels: Labels,
     draws: int | None, seed: int, batch_size: int, progress: Progress,
-) -> EKFAC:  # fmt: skip
-    """Both passes; parameters outside layers are diagonal."""
+) -> tuple[EKFAC | None, set[str]]:  # fmt: skip
+    """Both passes, where parameters outside layers are diagonal; or the parameters whose layers turned out not to
+    see whole batches.
+    """
     first = problems[0]
-    places = plan(first, outside)
-    watch = set(first.params) - outside
+    places = plan(first, coverage.wrong)
+    strays: set[str] = set()
 
     def views(seed: int) -> Iterator[_View]:
         for problem in problems:
             rows_of = list(batches(my_rows(np.arange(problem.n)), batch_size))
             for rows in progress(rows_of):
                 if w[rows].any():
-                    yield _View(problem, places, watch, rows, w, labels, draws, seed)
+                    yield _View(problem, places, coverage, strays, rows, w, labels, draws, seed)
 
     sums = {place: [_zeros(first, *shape) for shape in place.covariances()] for place in places}
     totals = [total for pair in sums.values() for total in pair]
     for view in views(2 * seed):
         view.add_covariances(sums)
         view.refuse_nan(totals)
+    strays = union(strays)
+    if strays:
+        return None, strays
     _reduce(totals)
     blocks = _in_bases(first, sums)
     inside = {name for place in places for name in (place.weight, place.bias)}
@@ -124,7 +126,7 @@ def _fitted(
     _reduce(values)
     for value in values:
         value /= first.n * len(problems)
-    return EKFAC(first.params, tuple(blocks.values()), diagonal)
+    return EKFAC(first.params, tuple(blocks.values()), diagonal), strays
 
 
 def _zeros(problem: Problem, *shape: int) -> Tensor:
@@ -159,7 +161,7 @@ def _in_bases(problem: Problem, sums: dict[Place, list[Tensor]]) -> dict[str, Bl
 def plan(problem: Problem, outside: Collection[str] | None = None) -> list[Place]:
     """The weight matrices of a model; left out are parameters that do not act in their own layer."""
     if outside is None:
-        outside = set(ghost_uncovered(problem, np.arange(problem.n)))
+        outside = coverage_of(problem, np.arange(problem.n)).wrong
     biases: Counter[str] = Counter()
     held: dict[str, list[tuple[nn.Module, dict[str, str]]]] = {}
     for module, names in owners(problem.model, set(problem.params)).items():
@@ -187,10 +189,13 @@ class _View:
     """Some rows at one model: what every layer sees, and the gradients that come back for drawn labels."""
 
     def __init__(
-        self, problem: Problem, places: list[Place], watch: set[str], rows: NDArray[np.intp],
-        weights: NDArray[np.float64], labels: Labels, draws: int | None, seed: int,
+        self, problem: Problem, places: list[Place], coverage: Coverage, strays: set[str],
+        rows: NDArray[np.intp], weights: NDArray[np.float64], labels: Labels, draws: int | None,
+        seed: int,
     ):  # fmt: skip
-        self.watch = watch  # parameters whose layers' rules hold
+        self.coverage = coverage
+        self.watch = set(problem.params) - coverage.wrong  # parameters whose layers' rules hold
+        self.strays = strays  # those whose layers did not see whole batches, found on the way
         self.problem, self.labels, self.draws, self.seed = problem, labels, draws, seed
         self.places = {place.weight: place for place in places}
         self.names = problem.train.rows[rows] if isinstance(problem.train, Rows) else rows
@@ -206,11 +211,14 @@ class _View:
             self.uses.update(names.values())
 
         self.uses.clear()
-        with watched(model, self.watch, rows_in(self.batch), arrive, called) as leaves:
+        b, shared = rows_in(self.batch), self.coverage.is_shared
+        with watched(model, self.watch, b, arrive, called, shared=shared) as leaves:
             if self.labels == "data":
                 value = per_example(model, loss, self.batch, params, self.names)
             else:
                 output, losses = open_output(model, loss, params, self.batch)
+        # layers that the trial's rows reached and these do not
+        self.strays |= self.watch - self.coverage.unseen - self.uses.keys()
         if self.labels == "data":
             _pull([value], leaves, [torch.ones_like(value)])
             yield None
@@ -228,8 +236,9 @@ class _View:
         self, module: nn.Module, names: dict[str, str], source: Tensor, gradient: Tensor
     ) -> tuple[Place | None, tuple[Tensor, Tensor]]:
         """The matrix that a layer's weight belongs to, if any, and its left and right vectors."""
-        if not whole(len(self.names), source, gradient):
-            raise NotCovered(len(self.names), names, source, "curvature='diagonal'")
+        if not self.coverage.holds(len(self.names), names, source, gradient):
+            self.strays.update(names.values())
+            return None, (source, gradient)
         place = self.places.get(names.get("weight", ""))
         if place is None:
             return None, (source, gradient)
@@ -243,10 +252,10 @@ class _View:
                 "whose losses are finite; look at functions without a slope there, such as a root of 0"
             )
 
-    def counts(self, source: Tensor, back: Tensor) -> Tensor | None:
+    def counts(self, module: nn.Module, source: Tensor, back: Tensor) -> Tensor | None:
         """[b, T], which places are no padding; None where nothing says so."""
         mask = self.batch.get("attention_mask") if isinstance(self.batch, dict) else None
-        if mask is None or source.ndim != 3:
+        if mask is None or source.ndim != 3 or isinstance(module, _ConvNd):
             return None
         config = getattr(self.problem.model, "config", None)
         if getattr(config, "is_encoder_decoder", False):  # the mask is the encoder's alone
@@ -260,7 +269,7 @@ class _View:
             place, pair = self.sides(module, names, source, back)
             if place is None:
                 return
-            mask = self.counts(source, back)
+            mask = self.counts(module, source, back)
             if mask is not None:
                 # padding counts in no covariance (∇W_i is what it is: there it has no gradient)
                 pair = tuple(side * mask[None, :, :, None].to(side) for side in pair)  # type: ignore[assignment]

@@ -3,7 +3,7 @@
 No weight gradient is formed. For a linear layer with inputs a_t and output gradients d_t the share of
 example i along V is Σ_t d_tᵀ V a_t. A layer without a rule here takes the forward-mode derivative of
 the layer alone, times its output gradient. Where parameters act outside their module nothing can be
-taken, and `ghost_uncovered` finds that out by trial.
+taken; `coverage` finds that out by trial.
 """
 
 from __future__ import annotations
@@ -11,98 +11,58 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
 
-from attribution_core.data import Batch, batches, rows_in, take
-from attribution_core.layers import is_norm, norm_gradients, owners, watched
-from attribution_core.problem import (
-    Params,
-    PerExample,
-    Problem,
-    call,
-    normal_like,
-    precision_of,
-    rounding,
-)
+from attribution_core.data import Batch, rows_in
+from attribution_core.layers import UNTRIED, Coverage, Names, is_norm, norm_gradients, watched
+from attribution_core.problem import Params, PerExample, call, precision_of
 
 LAYER_ELEMENTS = 2**22  # of one layer's per-example products held at once (16 MiB in float32)
-TRIED, TRIALS = 8, 4  # rows of a batch on which ghost products are tried, and such batches at most
-SHARE = 8  # of this many rows one is tried
-NOISE = 0.1  # of a parameter's size: moves parameters whose gradients vanish where they stand
-LEAST = 0.02  # how far they are moved at least
-
-
-class NotCovered(ValueError):
-    """A layer that does not see every row of a batch, once and in order.
-
-    Args:
-        names: its parameters.
-        cure: what to use instead.
-    """
-
-    def __init__(
-        self, b: int, names: dict[str, str], source: Tensor, cure: str = "engine='jvp' or 'rows'"
-    ):
-        self.names = set(names.values())
-        super().__init__(
-            f"expected layers that see every row of a batch, got one that saw {tuple(source.shape)} of {b} rows "
-            f"({', '.join(sorted(self.names)[:2])}), as where rows are told apart in a forward pass; use {cure}"
-        )
 
 
 def ghost(
-    model: nn.Module, loss: PerExample, params: Params, vectors: Params, batch: Batch
-) -> Tensor:
-    """[b, k] by hooks; see `ghost_shares`."""
-    return torch.stack(list(ghost_shares(model, loss, params, vectors, batch).values())).sum(0)
-
-
-def ghost_shares(
     model: nn.Module,
     loss: PerExample,
     params: Params,
     vectors: Params,
     batch: Batch,
-    strays: set[str] | None = None,
-) -> dict[str, Tensor]:
-    """Each parameter's share [b, k] of the directional gradients, by one backward pass.
+    coverage: Coverage = UNTRIED,
+) -> Tensor:
+    """Directional gradients [b, k] by one backward pass with hooks.
 
     For a linear layer with inputs a_t and output gradients d_t the share of example i is
     Σ_t d_tᵀ V a_t: one product per direction, or Σ_t d_t a_tᵀ formed once for many.
 
     Raises:
-        NotCovered: a layer that saw other than b rows; with `strays` its parameters are put there instead.
+        NotCovered: a layer that saw other than b rows, or of which the trial knows nothing.
     """
     b = rows_in(batch)
-    count = len(next(iter(vectors.values())))
-    some = next(iter(params.values()))
-    shares = {name: some.new_zeros(b, count) for name in params}
+    some = next(iter(vectors.values()))
+    total = some.new_zeros(b, len(some))
 
-    def arrive(module: nn.Module, names: dict[str, str], source: Tensor, gradient: Tensor) -> None:
-        if not whole(b, source, gradient):
-            if strays is None:
-                raise NotCovered(b, names, source)
-            strays.update(names.values())
-            return
-        held = {local: vectors[name] for local, name in names.items()}
-        rule = norm if is_norm(module) else RULES.get(type(module).__name__, any_layer)
-        for local, share in rule(module, source, gradient, held).items():
-            shares[names[local]] += share
+    def arrive(module: nn.Module, names: Names, source: Tensor, gradient: Tensor) -> None:
+        coverage.check(b, names, source, gradient)
+        total.add_(sum(layer_shares(module, names, source, gradient, vectors).values()))
 
-    with watched(model, set(params), b, arrive) as leaves:
-        total = call(model, loss, params, batch).sum()
-        torch.autograd.grad(total, leaves, allow_unused=True)
-    return shares
+    with watched(model, set(params), b, arrive, shared=coverage.is_shared) as leaves:
+        losses = call(model, loss, params, batch).sum()
+        torch.autograd.grad(losses, leaves, allow_unused=True)
+    return total
 
 
-def whole(b: int, source: Tensor, gradient: Tensor) -> bool:
-    """Whether a layer saw a batch of b rows."""
-    return source.ndim > 0 and len(source) == b == len(gradient)
+def layer_shares(
+    module: nn.Module, names: Names, source: Tensor, gradient: Tensor, vectors: Params
+) -> dict[str, Tensor]:
+    """The shares [b, k] of one use of a layer's parameters, by their local names."""
+    held = {local: vectors[name] for local, name in names.items()}
+    rule = norm if is_norm(module) else RULES.get(type(module).__name__, any_layer)
+    # directions of a model in float16 are wider than it, see `gradients.check_directions`
+    wide = next(iter(held.values())).dtype
+    source, gradient = (x.to(wide) if x.dtype == torch.float16 else x for x in (source, gradient))
+    return rule(module, source, gradient, held)
 
 
 def outer(left: Tensor, right: Tensor, vectors: Tensor) -> Tensor:
@@ -150,8 +110,9 @@ def embedding(
 
 def norm(module: Any, source: Tensor, gradient: Tensor, held: Params) -> dict[str, Tensor]:
     """LayerNorm, RMSNorm and GroupNorm: output = normalised ⊙ weight + bias."""
-    rows = norm_gradients(module, source, gradient)
-    return {local: rows[local].flatten(1) @ v.flatten(1).T for local, v in held.items()}
+    rows = {local: g.flatten(1) for local, g in norm_gradients(module, source, gradient).items()}
+    # RMSNorm computes in float32 whatever the model does
+    return {k: (rows[k] @ v.flatten(1).T.to(rows[k])).to(v) for k, v in held.items()}
 
 
 def any_layer(
@@ -159,6 +120,7 @@ def any_layer(
 ) -> dict[str, Tensor]:
     """Any layer of one input tensor: forward-mode derivative of the layer alone, times its gradient."""
     own = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
+    own = {name: p.to(held[name]) if name in held else p for name, p in own.items()}
 
     def share(name: str, direction: Tensor) -> Tensor:
         def layer(value: Tensor) -> Tensor:
@@ -179,101 +141,3 @@ RULES: dict[str, Rule] = {
     "Conv1D": linear,
     "Embedding": embedding,
 }
-
-
-def ghost_uncovered(problem: Problem, rows: np.ndarray) -> list[str]:
-    """Parameters for which ghost products differ from plain autograd on some rows, drawn from all.
-
-        Σ_i w_i share_i = ⟨∇ Σ_i w_i ℓ_i, v⟩        w random: a share that went to another row is missed, too
-
-    Catches what no list of layer types can: weights used outside their module, batches folded into another
-    dimension, a forward of one's own under a known name, rows that are taken apart or put into another order.
-    Parameters that the rows use without effect are moved a little, for a last layer that starts at zero hides all
-    before it. What is hidden still counts as covered only where layers with a rule hold it.
-    """
-    many = min(len(rows), max(TRIED, min(TRIED * TRIALS, len(rows) // SHARE)))
-    parts = list(batches(np.random.default_rng(0).choice(rows, many, replace=False), TRIED))
-    trial = _Trial(problem)
-    try:
-        for part in parts:
-            trial.compare(problem.params, part)
-        if trial.hidden and not trial.wrong:
-            trial.compare(_moved(problem.params), parts[0], trial.hidden)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
-        # a layer that needs more than its input, say; plain autograd tells what else is wrong
-        return list(problem.params)
-    return sorted(trial.wrong | trial.hidden - _held_by_rules(problem))
-
-
-def _moved(params: Params) -> Params:
-    """Parameters a little way off."""
-    found = {}
-    for name, noise in normal_like(params).items():
-        size = NOISE * params[name].float().square().mean().sqrt()
-        found[name] = params[name] + noise * size.clamp(min=LEAST).to(noise)
-    return found
-
-
-def _held_by_rules(problem: Problem) -> set[str]:
-    """Parameters that layers with a rule hold, and nothing else."""
-    known: set[str] = set()
-    other: set[str] = set()
-    for module, names in owners(problem.model, set(problem.params)).items():
-        ruled = is_norm(module) or type(module).__name__ in RULES or isinstance(module, _ConvNd)
-        (known if ruled else other).update(names.values())
-    return known - other
-
-
-class _Trial:
-    """Ghost products beside plain autograd, on a batch at a time."""
-
-    def __init__(self, problem: Problem):
-        self.problem = problem
-        self.probe = {name: noise[None] for name, noise in normal_like(problem.params).items()}
-        self.rng = np.random.default_rng(1)
-        self.wrong: set[str] = set()
-        self.used: set[str] = set()
-        self.reached: set[str] = set()
-
-    @property
-    def hidden(self) -> set[str]:
-        """Used by the rows so far, without effect."""
-        return self.used - self.reached
-
-    def compare(self, params: Params, rows: np.ndarray, judged: set[str] | None = None) -> None:
-        """Try the parameters, or those that are `judged`, on a batch."""
-        model, loss = self.problem.model, self.problem.loss
-        batch, strays = take(self.problem.train, rows, self.problem.device), set[str]()
-        shares = ghost_shares(model, loss, params, self.probe, batch, strays)
-        leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
-        values = call(model, loss, leaf, batch)
-        # powers of two, which rounding does not see
-        drawn = self.rng.choice([-2, -1, -0.5, 0.5, 1, 2], len(values))
-        w = torch.from_numpy(drawn).to(values)
-        found = torch.autograd.grad((w * values).sum(), list(leaf.values()), allow_unused=True)
-        gradients = {name: g for name, g in zip(leaf, found, strict=True) if g is not None}
-        largest = max((g.norm().item() for g in gradients.values()), default=0.0)
-        for name, v in self.probe.items():
-            if judged is not None and name not in judged:
-                continue
-            products = gradients.get(name, torch.zeros_like(v)) * v
-            apart = (w.to(shares[name]) @ shares[name][:, 0] - products.sum()).abs()
-            if name in strays or apart > _rounding(products, v, largest):
-                self.wrong.add(name)
-            if products.any():
-                self.reached.add(name)
-        self.used |= set(gradients)
-
-
-def _rounding(products: Tensor, v: Tensor, largest: float) -> float:
-    """How far a sum of products of gradients and v may be off.
-
-    It scales with the norm of its terms; 1e-3 of it is far above float32's rounding and far below any missed term
-    (bfloat16, with its 8 bits, needs .06). Gradients that are zero but for rounding, of attention's key biases say,
-    err by rounding of the largest one, which in half precision would hide what is missed.
-    """
-    off = max(1e-3, 8 * rounding(v)) * products.norm().item()
-    eps = torch.finfo(v.dtype).eps if v.dtype.itemsize >= 4 else 0.0
-    return max(off, 1e-12, 8 * eps * largest * v.norm().item())

@@ -26,8 +26,10 @@ from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from attribution_core.coverage import coverage_of
 from attribution_core.data import Batch, batches, row_numbers, rows_in, take
-from attribution_core.ghost import NotCovered, ghost, ghost_uncovered
+from attribution_core.ghost import ghost
+from attribution_core.layers import UNTRIED, Coverage, NotCovered
 from attribution_core.problem import (
     Outputs,
     Params,
@@ -95,7 +97,6 @@ def directional(
     """
     refuse_random_layers(problem.model)
     params = problem.params
-    directions, size = _in_range(directions, params)
     vectors = check_directions(directions, params)
     rows = np.arange(problem.n) if rows is None else row_numbers(rows, problem.n)
     count = len(next(iter(vectors.values())))
@@ -104,44 +105,49 @@ def directional(
     first = take(problem.train, rows[:2], problem.device)
     per_example(problem.model, problem.loss, first, params, rows[:2])  # one finite number per row?
     refuse_unsound(problem, rows)
-    chosen = choose_engine(problem, count, rows, engine)
-    along = by_layers if chosen == "ghost" and engine == "auto" else ENGINES[chosen]
+    products = _products(problem, vectors, rows, engine)
     out = []
     for some in progress(list(batches(rows, batch_size))):
         batch = take(problem.train, some, problem.device)
-        part = along(problem.model, problem.loss, params, vectors, batch).detach()
+        part = products(batch).detach()
         if not torch.isfinite(part).all():
             per_example(problem.model, problem.loss, batch, params, some)  # names rows of NaN loss
             bad = some[~torch.isfinite(part).all(1).cpu().numpy()]
             raise ValueError(
                 f"expected finite gradients, got NaN or infinity in rows {bad[:10].tolist()}"
             )
-        out.append(widened(part) * size)
+        out.append(widened(part))
     return torch.cat(out)
 
 
-def _in_range(directions: Params | Tensor, params: Params) -> tuple[Params | Tensor, Tensor]:
-    """Directions, and what to multiply products with them by: for a model in float16, which ends at 6e-8, their
-    largest entries by √p.
-    """
-    one = next(iter(params.values())).new_ones((), dtype=torch.float32)
-    if torch.float16 not in {value.dtype for value in params.values()}:
-        return directions, one
-    each = [directions] if isinstance(directions, Tensor) else list(directions.values())
-    size = torch.stack([x.float().reshape(len(x), -1).abs().amax(1).to(one.device) for x in each]).amax(0)  # fmt: skip
-    many = sum(value.numel() for value in params.values())
-    size = torch.where(size > 0, size, 1.0) * many**0.5  # sums over all entries stay in range, too
+def _products(
+    problem: Problem, vectors: Params, rows: np.ndarray, engine: Engine
+) -> Callable[[Batch], Tensor]:
+    """Batch -> [b, k], by the engine, and another one for batches that a layer does not see whole."""
+    count = len(next(iter(vectors.values())))
+    chosen, coverage = choose_engine(problem, count, rows, engine)
+    given = (problem.model, problem.loss, problem.params, vectors)
+    other: list[str] = []
 
-    def scaled(x: Tensor) -> Tensor:
-        return x.float() / size.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+    def products(batch: Batch) -> Tensor:
+        if chosen != "ghost":
+            return ENGINES[chosen](*given, batch)
+        try:
+            return ghost(*given, batch, coverage)
+        except NotCovered:
+            if engine == "ghost":
+                raise
+            other[:] = other or [plain_engine(problem, count, rows)]
+            return ENGINES[other[0]](*given, batch)
 
-    if isinstance(directions, Tensor):
-        return scaled(directions), size
-    return {name: scaled(x) for name, x in directions.items()}, size
+    return products
 
 
 def check_directions(directions: Params | Tensor, params: Params) -> Params:
-    """Directions as a dict name -> [k, *shape] in the parameters' order, dtype and device."""
+    """Directions as a dict name -> [k, *shape] in the parameters' order, dtype and device.
+
+    Those of a model in float16, which ends at 6e-8, stay in float32.
+    """
     p = sum(value.numel() for value in params.values())
     if isinstance(directions, Tensor):
         if directions.ndim != 2 or directions.shape[1] != p:
@@ -161,7 +167,8 @@ def check_directions(directions: Params | Tensor, params: Params) -> Params:
         raise ValueError(
             f"expected directions [k, *shape] with one k for all parameters, got {wrong or shapes}"
         )
-    return {name: directions[name].detach().to(value) for name, value in params.items()}
+    dtypes = {k: torch.float32 if v.dtype == torch.float16 else v.dtype for k, v in params.items()}
+    return {k: directions[k].detach().to(v.device, dtypes[k]) for k, v in params.items()}
 
 
 def flatten(directions: Params) -> Tensor:
@@ -189,25 +196,29 @@ def forward_mode(
     def along(direction: Params) -> Tensor:
         return jvp(lambda at: call(model, loss, at, batch), (params,), (direction,))[1]
 
+    tangents, size = _tangents(vectors, params)
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # fused attention has no forward mode
-        return vmap(along, chunk_size=8)(vectors).T
+        return vmap(along, chunk_size=8)(tangents).T * size
 
 
-def by_layers(
-    model: nn.Module, loss: PerExample, params: Params, vectors: Params, batch: Batch
-) -> Tensor:
-    """[b, k] by ghost products, or row by row where a layer does not see all of these rows."""
-    try:
-        return ghost(model, loss, params, vectors, batch)
-    except NotCovered:
-        return by_rows(model, loss, params, vectors, batch)
+def _tangents(vectors: Params, params: Params) -> tuple[Params, Tensor | float]:
+    """Directions in the parameters' dtypes, and what to multiply products with: their norms in float16."""
+    if all(v.dtype == params[name].dtype for name, v in vectors.items()):
+        return vectors, 1.0
+    norms = flatten(vectors).norm(dim=1)
+    size = torch.where(norms > 0, norms, 1.0)
+    return {
+        name: (v / size.reshape(-1, *[1] * (v.ndim - 1))).to(params[name])
+        for name, v in vectors.items()
+    }, size
 
 
 def by_rows(
     model: nn.Module, loss: PerExample, params: Params, vectors: Params, batch: Batch
 ) -> Tensor:
     """[b, k] from per-example gradients."""
-    return flatten(row_gradients(model, loss, params, batch)) @ flatten(vectors).T
+    along = flatten(vectors)
+    return flatten(row_gradients(model, loss, params, batch)).to(along) @ along.T
 
 
 def row_gradients(model: nn.Module, function: PerExample, params: Params, batch: Batch) -> Params:
@@ -286,20 +297,27 @@ def as_batch(example: Any) -> Batch:
 ENGINES = {"ghost": ghost, "jvp": forward_mode, "rows": by_rows}
 
 
-def choose_engine(problem: Problem, count: int, rows: np.ndarray, engine: Engine) -> str:
-    """The engine to use; ghost only where it agrees with plain autograd on a few rows."""
+def choose_engine(
+    problem: Problem, count: int, rows: np.ndarray, engine: Engine
+) -> tuple[str, Coverage]:
+    """(the engine to use, what layers were seen to do): ghost only where it agrees with plain autograd on a few rows."""
     if engine not in ("auto", *ENGINES):
         raise ValueError(f"unknown engine {engine!r}; one of auto, {', '.join(ENGINES)}")
     if engine in ("jvp", "rows"):
-        return engine
-    uncovered = ghost_uncovered(problem, rows)
-    if not uncovered:
-        return "ghost"
+        return engine, UNTRIED
+    coverage = coverage_of(problem, rows)
+    if not coverage.wrong:
+        return "ghost", coverage
     if engine == "ghost":
         raise ValueError(
-            f"expected layers whose parameters act in their own forward, but {uncovered[:5]} do not; "
+            f"expected layers whose parameters act in their own forward, but {sorted(coverage.wrong)[:5]} do not; "
             "use engine='jvp' or 'rows', or 'auto', which does so by itself"
         )
+    return plain_engine(problem, count, rows), coverage
+
+
+def plain_engine(problem: Problem, count: int, rows: np.ndarray) -> str:
+    """The engine for layers that ghost products do not cover: jvp for few directions, where there is one."""
     some = take(problem.train, rows[:2], problem.device)
     return "jvp" if count <= FEW and has_forward_mode(problem, some) else "rows"
 
@@ -309,10 +327,10 @@ def has_forward_mode(problem: Problem, batch: Batch) -> bool:
     params = problem.params
     still = {name: torch.zeros_like(value)[None] for name, value in params.items()}
     try:
-        forward_mode(problem.model, problem.loss, params, still, batch)
+        found = forward_mode(problem.model, problem.loss, params, still, batch)
     except (NotImplementedError, RuntimeError, ValueError):  # a ValueError: types that may not meet
         return False
-    return True
+    return bool(torch.isfinite(found).all())  # attention's masks in float16 may give NaN
 
 
 # --- sums of gradients, gradients of outputs ---------------------------------------------------

@@ -20,7 +20,7 @@ import math
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.gradients import Engine, Progress, choose_engine, output_gradients
+from attribution_core.gradients import (
+    Engine,
+    Progress,
+    choose_engine,
+    output_gradients,
+    plain_engine,
+)
+from attribution_core.layers import UNTRIED, Coverage, NotCovered
 from attribution_core.optimizers import SGD, Adam, AdamW
 from attribution_core.passes import Pass, Passes
 from attribution_core.problem import Outputs, Params, Problem, decay_of, refuse_random_layers
@@ -135,9 +142,21 @@ def in_run(
     check_steps(steps)
     most = len(steps) if every == "auto" else every
     ends = None if every == "auto" else ends_of(len(steps), every)
-    chosen = choose_engine(started, len(outputs), np.unique(np.concatenate(batches)), engine)
-    reading = _Reading(steps, outputs, order, ends, Passes(steps, chosen), batch_size)
-    state, losses = reading.train(memory, progress)
+    rows = np.unique(np.concatenate(batches))
+    chosen, coverage = choose_engine(started, len(outputs), rows, engine)
+
+    def read(engine: str, coverage: Coverage) -> tuple[_Reading, Any, NDArray[np.float64]]:
+        passes = Passes(steps, engine, coverage)
+        reading = _Reading(steps, outputs, order, ends, passes, batch_size)
+        return reading, *reading.train(memory, progress)
+
+    try:
+        reading, state, losses = read(chosen, coverage)
+    except NotCovered:  # what the trial's rows did not show
+        if engine != "auto":
+            raise
+        chosen = plain_engine(started, len(outputs), rows)
+        reading, state, losses = read(chosen, UNTRIED)
     by_name = steps.packing.unpack
     moments = {name: by_name(held) for name, held in state.moments.items()}
     removed = removed_rows(recipe, w, drop)
@@ -205,6 +224,8 @@ class _Reading:
                     act = partial(self.step, state, step, self.stays or mark or not held)
                     # is the first a function of its state and number alone?
                     state, losses[step], kept = act() if step else unchanging(steps, step, act)
+                except NotCovered:
+                    raise
                 except ValueError as error:
                     raise ValueError(
                         f"training stopped at step {step} of {len(steps)}: {error}"

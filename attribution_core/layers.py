@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,66 @@ from torch.nn import functional as F
 from attribution_core.problem import widened
 
 Arrive = Callable[[nn.Module, dict[str, str], Tensor, Tensor], None]
+Names = dict[str, str]  # of a layer's parameters: local name -> name in the model
+CURE = "engine='jvp' or 'rows'"
+
+
+class NotCovered(ValueError):
+    """A layer that does not see every row of a batch.
+
+    Args:
+        names: its parameters.
+        cure: what to use instead.
+    """
+
+    def __init__(self, b: int, names: Names, source: Tensor, cure: str):
+        self.names = set(names.values())
+        super().__init__(
+            f"expected layers that see every row of a batch, got one that saw {tuple(source.shape)} of {b} rows "
+            f"({', '.join(sorted(self.names)[:2])}), as where rows are told apart in a forward pass; use {cure}"
+        )
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which layers see every row of a batch, in order, as far as a trial showed (`coverage.coverage_of`).
+
+    Args:
+        wrong: parameters whose layers do not.
+        unseen: parameters that no tried row reached: of a layer that sees rows later, nothing is known.
+        shared: parameters of layers that see one row for a whole batch, as position embeddings do.
+    """
+
+    wrong: frozenset[str] = frozenset()
+    unseen: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
+
+    def is_shared(self, names: Names, source: Tensor) -> bool:
+        """Whether a layer's one row stands for every row of a batch."""
+        return not self.shared.isdisjoint(names.values())
+
+    def holds(self, b: int, names: Names, source: Tensor, gradient: Tensor) -> bool:
+        """Whether a layer saw a batch of b rows, as layers of these names were seen to do."""
+        return sees_all(b, source, gradient) and self.unseen.isdisjoint(names.values())
+
+    def check(
+        self, b: int, names: Names, source: Tensor, gradient: Tensor, cure: str = CURE
+    ) -> None:
+        """Raise where it does not hold.
+
+        Raises:
+            NotCovered: a layer that saw other than b rows, or of which nothing is known.
+        """
+        if not self.holds(b, names, source, gradient):
+            raise NotCovered(b, names, source, cure)
+
+
+UNTRIED = Coverage()
+
+
+def sees_all(b: int, source: Tensor, gradient: Tensor) -> bool:
+    """Whether a layer saw as many rows as a batch has."""
+    return source.ndim > 0 and len(source) == b == len(gradient)
 
 
 def owners(model: nn.Module, names: set[str]) -> dict[nn.Module, dict[str, str]]:
@@ -42,14 +103,16 @@ def owners(model: nn.Module, names: set[str]) -> dict[nn.Module, dict[str, str]]
 
 @contextmanager
 def watched(
-    model: nn.Module, names: set[str], b: int, arrive: Arrive, called: Arrive | None = None
-) -> Iterator[list[Tensor]]:
+    model: nn.Module, names: set[str], b: int, arrive: Arrive, called: Arrive | None = None,
+    *, shared: Callable[[Names, Tensor], bool] = lambda names, source: True,
+) -> Iterator[list[Tensor]]:  # fmt: skip
     """While open, forward passes of b rows are watched; yields the list of leaves to differentiate by.
 
     Run the model inside, then `torch.autograd.grad(total, leaves, allow_unused=True)`, inside or after,
     as often as you like: for every use of a layer that holds one of the named parameters, `arrive(module, {local
     name: name}, source, gradient)` gets its input and the gradient of its output. `called` gets its input and
-    output as they pass forwards. No weight gradient is formed where the parameters themselves need none.
+    output as they pass forwards. One row that is `shared` by the batch is seen as b rows. No weight gradient is
+    formed where the parameters themselves need none.
     """
     leaves: list[Tensor] = []
 
@@ -59,8 +122,12 @@ def watched(
             if not (isinstance(source, Tensor) and isinstance(output, Tensor) and output.ndim > 0):
                 return output  # of attention, a scale, ...: not a layer seen from outside
             source = source.detach()
-            if len(output) == 1 < b and not source.is_floating_point():
-                # one row for the whole batch, as position embeddings have
+            if (
+                len(output) == 1 < b
+                and source.ndim > 0
+                and len(source) == 1
+                and shared(own, source)
+            ):
                 output, source = (x.expand(b, *x.shape[1:]) for x in (output, source))
             if not output.requires_grad:
                 leaves.append(output.detach().requires_grad_())

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attribution_core.ghost import RULES, NotCovered, any_layer, norm, whole
+from attribution_core.ghost import RULES, any_layer, norm
 from attribution_core.gradients import ENGINES
-from attribution_core.layers import is_norm, watched
+from attribution_core.layers import Coverage, is_norm, watched
 from attribution_core.problem import Params
 from attribution_core.steps import Steps
 
@@ -71,6 +71,7 @@ class Passes:
 
     steps: Steps
     engine: str
+    coverage: Coverage
     uses: list[Use] = field(default_factory=list)  # of the pass that is under way
     hooks: ExitStack = field(default_factory=ExitStack)
     size: int = 0
@@ -90,13 +91,14 @@ class Passes:
             return
         problem = self.steps.problem
         self.hooks.close()
-        self.hooks.enter_context(watched(problem.model, set(problem.params), size, self._arrive))
+        names, shared = set(problem.params), self.coverage.is_shared
+        watching = watched(problem.model, names, size, self._arrive, shared=shared)
+        self.hooks.enter_context(watching)
         self.size = size
 
     def _arrive(self, *use: Any) -> None:
         seen = Use(*use)
-        if not whole(self.size, seen.source, seen.gradient):
-            raise NotCovered(self.size, seen.names, seen.source)
+        self.coverage.check(self.size, seen.names, seen.source, seen.gradient)
         self.uses.append(seen)
 
     def taken(self) -> list[Use]:

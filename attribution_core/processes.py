@@ -56,6 +56,15 @@ def collect(rows: Tensor) -> Tensor:
     return torch.cat([part for part in parts if part is not None])
 
 
+def union(names: set[str]) -> set[str]:
+    """All processes' names, on each."""
+    if world()[1] == 1:
+        return names
+    parts: list[set[str]] = [set()] * world()[1]
+    dist.all_gather_object(parts, names)
+    return set().union(*parts)
+
+
 def from_first(value: T) -> T:
     """The first process's value, on all."""
     if world()[1] == 1:

@@ -31,12 +31,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from attribution_core.coverage import coverage_of
 from attribution_core.data import Batch, Data, batches, row_numbers, rows_in, take
 from attribution_core.ekfac import plan
-from attribution_core.ghost import NotCovered, ghost_uncovered, whole
 from attribution_core.gradients import Progress, flatten, row_gradients
 from attribution_core.kronecker import Place
 from attribution_core.layers import (
+    UNTRIED,
+    Coverage,
     factors,
     is_norm,
     matrix_shape,
@@ -116,13 +118,14 @@ def projection(
         return Projection(problem, p, seed, "exact", scale)
     if kind in ("rademacher", "gaussian"):
         return Projection(problem, dim, seed, kind, scale)
-    places = plan(problem)
+    coverage = coverage_of(problem, np.arange(problem.n))
+    places = plan(problem, coverage.wrong)
     inside = {name for place in places for name in (place.weight, place.bias) if name}
     if kind == "auto" and 2 * sum(problem.params[name].numel() for name in inside) < p:
         return Projection(problem, dim, seed, "rademacher", scale)
-    by_layer = _by_layer(problem, set(problem.params) - inside)
+    by_layer = _by_layer(problem, set(problem.params) - inside) - coverage.wrong
     alone = tuple(name for name in problem.params if name not in inside | by_layer)
-    return Projection(problem, dim, seed, "factored", scale, tuple(places), alone)
+    return Projection(problem, dim, seed, "factored", scale, tuple(places), alone, coverage)
 
 
 def _by_layer(problem: Problem, names: set[str]) -> set[str]:
@@ -132,7 +135,7 @@ def _by_layer(problem: Problem, names: set[str]) -> set[str]:
         norm = is_norm(module)
         if not norm and (set(own) != {"bias"} or matrix_shape(module) is None):
             known -= set(own.values())
-    return known - set(ghost_uncovered(problem, np.arange(problem.n))) if known else known
+    return known
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +149,7 @@ class Projection:
     scale: Params | None = None
     places: tuple[Place, ...] = ()  # of "factored": weight matrices
     alone: tuple[str, ...] = ()  # of "factored": parameters that take per-example gradients
+    coverage: Coverage = UNTRIED  # of "factored": what its layers were seen to do
     kept: dict[str, Any] = field(default_factory=dict)  # pieces of P, while they are few
 
     def parts(
@@ -273,8 +277,7 @@ class Projection:
         def arrive(
             module: nn.Module, names: dict[str, str], source: Tensor, gradient: Tensor
         ) -> None:
-            if not whole(len(rows), source, gradient):
-                raise NotCovered(len(rows), names, source, "kind='rademacher'")
+            self.coverage.check(len(rows), names, source, gradient, "kind='rademacher'")
             place = places.get(names.get("weight", ""))
             if place is not None:
                 pair = factors(module, source, gradient, place.bias is not None)
@@ -287,8 +290,8 @@ class Projection:
             for local, g in plain_gradients(module, source, gradient, rest).items():
                 others[rest[local]] = others.get(rest[local], 0) + g
 
-        names = set(params) - set(self.alone)
-        with watched(model, names, rows_in(batch), arrive) as leaves:
+        names, shared = set(params) - set(self.alone), self.coverage.is_shared
+        with watched(model, names, rows_in(batch), arrive, shared=shared) as leaves:
             values = per_example(model, function, batch, params, rows, what="value")
             if leaves:
                 torch.autograd.grad(values.sum(), leaves, allow_unused=True)

@@ -159,14 +159,14 @@ def main(s: Setting) -> None:
     import numpy as np
     import torch
 
-    from attribution_core.gradients import ghost_uncovered
+    from attribution_core.coverage import coverage_of
 
     memory = peaks(s)
     if s.threads:
         torch.set_num_threads(s.threads)
     problem = build(s)
     parameters = sum(value.numel() for value in problem.params.values())
-    uncovered = ghost_uncovered(problem, np.arange(2))
+    uncovered = sorted(coverage_of(problem, np.arange(2)).wrong)
     print(
         f"{s.arch}: {s.layers} layers, width {s.width}, vocabulary {s.vocab}, {parameters:,} parameters "
         f"({'all' if not uncovered else 'not ' + str(uncovered)} covered); batches of {s.batch} x {s.tokens} "

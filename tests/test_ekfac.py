@@ -20,10 +20,10 @@ from attribution_core import (
     margin,
 )
 from attribution_core import ekfac as core
+from attribution_core.coverage import coverage_of
 from attribution_core.curvature import DiagonalWarning, fit_curvature, spectrum
 from attribution_core.data import Rows
 from attribution_core.ekfac import fit_ekfac
-from attribution_core.ghost import ghost_uncovered
 from attribution_core.problem import precision_of
 from tests import menagerie
 from tests.menagerie import seeded
@@ -924,22 +924,67 @@ class Seldom(nn.Module):
         return self.head(h.index_add(0, seldom, self.own(h[seldom])) if len(seldom) else h)
 
 
-@pytest.mark.filterwarnings("ignore::attribution_core.curvature.DiagonalWarning")
-def test_a_layer_that_seldom_sees_rows_is_diagonal():
-    """Whatever the batches, to the rounding of sums; a batch of one row it would see whole."""
+def seldom(rows):
+    """The problem of `Seldom` whose head sees these rows."""
     x = torch.randn(400, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x[7, 0] = 60.0
+    x[rows, 0] = 60.0
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        problem = Problem(Seldom().double(), cross_entropy, (x, torch.arange(400) % 3))
-    assert "own.weight" not in ghost_uncovered(problem, np.arange(400))
-    outputs = Outputs(cross_entropy, (x[:9], torch.arange(9) % 3)).mean()
+        return Problem(Seldom().double(), cross_entropy, (x, torch.arange(400) % 3))
+
+
+@pytest.mark.filterwarnings("ignore::attribution_core.curvature.DiagonalWarning")
+@pytest.mark.parametrize("rows", [[7], [399], [*range(399)]])
+def test_a_layer_that_does_not_see_some_rows_is_diagonal(rows):
+    """Whatever the batches, those of one row too, to the rounding of sums: that it sees few rows, or misses one."""
+    problem = seldom(rows)
+    x, y = problem.train[list(range(9))]
+    outputs = Outputs(cross_entropy, (x, y)).mean()
     found = [
         influence(problem, outputs, curvature="ekfac", damping=0.1, batch_size=size).scores
-        for size in (7, 64)
+        for size in (1, 7, 57, 400)
     ]
-    np.testing.assert_allclose(*found, rtol=1e-9, atol=1e-14)
+    for other in found[1:]:
+        np.testing.assert_allclose(found[0], other, rtol=1e-9, atol=1e-14)
     assert set(fit_ekfac([problem]).diagonal) == {"own.weight", "own.bias"}
+
+
+def test_layers_that_a_trial_did_not_show_cost_one_pass():
+    passes = []
+    problem = seldom([7])
+    assert "own.weight" in coverage_of(problem, np.arange(400)).unseen
+    fit_ekfac([problem], progress=lambda rows: passes.append(0) or rows)
+    assert len(passes) == 3
+
+
+def test_speech_with_a_mask_of_its_frames():
+    """The mask is of frames, which convolutions see as [b, channels, T]: it is not theirs."""
+    from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
+
+    layers = {f"{part}_layers": 1 for part in ("encoder", "decoder")}
+    heads = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+    wide = {f"{part}_ffn_dim": 8 for part in ("encoder", "decoder")}
+    size = {"vocab_size": 12, "d_model": 8, "conv_channels": 6, "input_feat_per_channel": 4}
+    config = Speech2TextConfig(**layers, **heads, **wide, **size, max_target_positions=8)
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Speech2TextForConditionalGeneration(config).eval()
+    mask = torch.ones(6, 12, dtype=torch.long)
+    mask[:, 9:] = 0
+    ids = torch.randint(3, 12, (6, 4), generator=generator)
+    data = {
+        "input_features": torch.randn(6, 12, 4, generator=generator), "attention_mask": mask,
+        "decoder_input_ids": ids, "labels": ids,
+    }  # fmt: skip
+
+    def loss(m, b):
+        inputs = {name: value for name, value in b.items() if name != "labels"}
+        return F.cross_entropy(m(**inputs).logits.mT, b["labels"], reduction="none").sum(1)
+
+    blocks = {block.place.weight for block in fit_ekfac([Problem(model, loss, data)]).blocks}
+    convolutions = {name for name in blocks if "conv_layers" in name}
+    assert len(convolutions) == 2
 
 
 def test_padding_of_a_decoder_counts_in_no_covariance():

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attribution_core import Outputs, Problem, cross_entropy, ghost, margin
+from attribution_core import (
+    Outputs,
+    Problem,
+    causal_lm_loss,
+    coverage,
+    cross_entropy,
+    ghost,
+    margin,
+)
 from attribution_core import gradients as core
 from attribution_core.gradients import (
     directional,
@@ -67,10 +75,10 @@ def test_auto_takes_ghost_where_it_covers_and_else_an_engine_by_count(case):
     name, problem, _ = case
     rows = np.arange(problem.n)
     if name in menagerie.NOT_BY_LAYERS:
-        assert core.choose_engine(problem, core.FEW, rows, "auto") == "jvp"
-        assert core.choose_engine(problem, core.FEW + 1, rows, "auto") == "rows"
+        assert core.choose_engine(problem, core.FEW, rows, "auto")[0] == "jvp"
+        assert core.choose_engine(problem, core.FEW + 1, rows, "auto")[0] == "rows"
     else:
-        assert core.choose_engine(problem, 1, rows, "auto") == "ghost"
+        assert core.choose_engine(problem, 1, rows, "auto")[0] == "ghost"
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "gpt2"])
@@ -269,6 +277,103 @@ def test_rows_of_two_lengths_that_are_sorted_on_the_way(sign, seed):
     torch.testing.assert_close(directional(problem, v), expected, **EXACT)
 
 
+class RareTokens(nn.Module):
+    """A layer that sees the large numbers of all rows as one list, as an expert its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.rare, self.head = nn.Linear(1, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h, rare = torch.tanh(self.body(x[..., None])), x > 50
+        out = h.clone()
+        if rare.any():
+            out[rare] = torch.tanh(self.rare(h[rare]))
+        return self.head(out.mean(1))
+
+
+class RareRow(nn.Module):
+    """A table that sees the rows of large numbers alone: one row is not one for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.rare, self.head = nn.Linear(4, 5), nn.Embedding(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h, rare = torch.tanh(self.body(x.clamp(max=50))), (x[:, 0] > 50).nonzero()[:, 0]
+        kind = x[rare, 0].long() % 4
+        return self.head(h.index_add(0, rare, self.rare(kind)) if len(rare) else h)
+
+
+@pytest.mark.parametrize("size", [1, 16, 64])
+@pytest.mark.parametrize(("model", "rows"), [(RareTokens, [9, 10, 11, 12]), (RareRow, [10])])
+def test_layers_that_no_tried_row_reached_are_not_believed(model, rows, size):
+    """Sixteen tokens of four rows would pass for a batch of sixteen rows."""
+    problem = of_kinds(model, np.zeros(400, bool))
+    problem.train.columns[0][rows] = 60.0 + torch.arange(4.0, dtype=torch.float64)
+    found = coverage.coverage_of(problem, np.arange(400))
+    assert not found.wrong
+    assert {name.split(".")[0] for name in found.unseen} == {"rare"}
+    v = directions(problem, 2)
+    expected = menagerie.row_gradients(problem) @ v.T
+    torch.testing.assert_close(directional(problem, v, batch_size=size), expected, **EXACT)
+
+
+def test_one_row_that_a_trial_meets_costs_its_own_layer_alone():
+    problem = of_kinds(RareRow, np.zeros(400, bool))
+    tried = np.random.default_rng(0).choice(400, 32, replace=False)
+    problem.train.columns[0][tried[3]] = 60.0
+    assert coverage.coverage_of(problem, np.arange(400)).wrong == {"rare.weight"}
+
+
+class Table(nn.Module):
+    """One row of numbers for all rows, as prompts that are learned through a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.prompt, self.head = nn.Linear(4, 5), nn.Linear(2, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x) + self.prompt(x.new_ones(1, 2))))
+
+
+def test_one_row_for_all_is_covered():
+    problem = of_kinds(Table, KINDS["in turns"])
+    found = coverage.coverage_of(problem, np.arange(40))
+    assert (found.wrong, found.shared) == (set(), {"prompt.weight", "prompt.bias"})
+    v = directions(problem, 2)
+    expected = menagerie.row_gradients(problem) @ v.T
+    torch.testing.assert_close(directional(problem, v, engine="ghost"), expected, **EXACT)
+
+
+class Scaled(nn.Module):
+    """Attention, whose joint weight acts outside any module, behind a small scale."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.body, self.head, self.scale = nn.Linear(1, 64), nn.Linear(64, 3), scale
+        self.attention = nn.MultiheadAttention(64, 2, batch_first=True)
+
+    def forward(self, x):
+        h = self.body(x[..., None])
+        return self.head((h + self.scale * self.attention(h, h, h)[0]).mean(1))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-7])
+def test_small_gradients_are_tried_by_their_own_size(scale):
+    """In float32, beside gradients a million times larger."""
+    double = of_kinds(lambda: Scaled(scale), KINDS["in turns"])
+    x, y = double.train.columns
+    problem = Problem(copy.deepcopy(double.model).float(), cross_entropy, (x.float(), y))
+    names = {name for name in problem.params if name.startswith("attention")}
+    assert coverage.coverage_of(problem, np.arange(40)).wrong == names
+    v = {k: torch.randn(1, *p.shape) * (k in names) for k, p in problem.params.items()}
+    expected = directional(double, v, engine="rows").float()
+    found = directional(problem, v)
+    # float32's rounding of sums over 64 places, beside the largest
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
 class Hidden(nn.Module):
     """A last layer at zero before which all is hidden: a body used outside its module, and a layer without a rule."""
 
@@ -314,7 +419,7 @@ class Silent(nn.Module):
     ],
 )
 def test_what_no_row_reaches_is_tried_where_it_would_be(model, uncovered):
-    found = set(ghost.ghost_uncovered(of_kinds(model, KINDS["in turns"]), np.arange(40)))
+    found = set(coverage.coverage_of(of_kinds(model, KINDS["in turns"]), np.arange(40)).wrong)
     assert found & {"body.weight", "body.bias", "silent.weight", "silent.bias"} == uncovered
 
 
@@ -324,9 +429,9 @@ def test_a_trial_takes_two_passes_a_batch(unused, monkeypatch):
     problem, passes = of_kinds(lambda: Hidden(unused=unused), KINDS["in turns"]), []
     with torch.no_grad():
         problem.model.head.weight.normal_()
-    real = ghost.call
-    monkeypatch.setattr(ghost, "call", lambda *a: passes.append(0) or real(*a))
-    assert ghost.ghost_uncovered(problem, np.arange(40)) == []
+    real = coverage.call
+    monkeypatch.setattr(coverage, "call", lambda *a: passes.append(0) or real(*a))
+    assert not coverage.coverage_of(problem, np.arange(40)).wrong
     assert len(passes) == 2
 
 
@@ -355,6 +460,31 @@ def test_directions_of_a_float16_model_do_not_vanish():
         torch.testing.assert_close(found, expected, rtol=0, atol=0.01 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("engine", ["ghost", "rows"])  # forward mode's tangents are float16
+def test_directions_of_a_float16_model_of_all_sizes(engine):
+    """Rows of an embedding that the batch does not use are ten thousand times larger: they must not scale the rest."""
+    double = menagerie.gpt2()
+    half = Problem(copy.deepcopy(double.model).half(), causal_lm_loss, double.train)
+    v = {k: torch.randn(2, *p.shape, dtype=torch.float64) for k, p in double.params.items()}
+    unused = np.setdiff1d(np.arange(11), double.train[list(range(double.n))]["input_ids"])
+    v["transformer.wte.weight"][:, unused] *= 1e4
+    expected = directional(double, v, engine="rows")
+    found = directional(half, v, engine=engine).double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_llama_in_half_precision_takes_ghost(dtype):
+    """Its norms compute in float32 whatever the model does."""
+    double = menagerie.llama()
+    half = Problem(copy.deepcopy(double.model).to(dtype), causal_lm_loss, double.train)
+    assert core.choose_engine(half, 1, np.arange(half.n), "auto")[0] == "ghost"
+    v = directions(double, 2)
+    expected = directional(double, v, engine="rows")
+    off = (directional(half, v).double() - expected).norm() / expected.norm()
+    assert off < 4 * torch.finfo(dtype).eps  # a few roundings of every product
+
+
 def test_large_gradients_of_a_float16_model_stay_in_range():
     """A million entries of equal size: the sum is 20, and 2e5 were directions scaled to 1."""
     model = nn.Linear(2000, 500, bias=False).half()
@@ -380,7 +510,7 @@ def test_biases_without_a_gradient_but_for_rounding():
             lambda m, b: m(input_ids=b["ids"]).last_hidden_state[:, 0].square().sum(1),
             {"ids": ids},
         )
-        assert ghost.ghost_uncovered(problem, np.arange(12)) == []
+        assert not coverage.coverage_of(problem, np.arange(12)).wrong
 
 
 # --- refusals --------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from attribution_core import (
 from attribution_core.in_run import MISS, MovementWarning, _Reading, ends_of, in_run
 from attribution_core.passes import Passes
 from tests import menagerie
-from tests.test_gradients import KINDS, FromZero, TwoHeads, of_kinds
+from tests.test_gradients import KINDS, FromZero, RareTokens, TwoHeads, of_kinds
 
 # sums of some hundred products of rounding 1e-16, in another order
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -370,6 +370,22 @@ def test_heads_that_see_rows_of_their_own():
         for engine in ("auto", "rows")
     )
     np.testing.assert_allclose(auto.scores, rows.scores, **EXACT)
+
+
+def test_a_layer_that_the_trial_did_not_show_is_read_in_another_way():
+    """The sixteen rare tokens of one batch would pass for its sixteen rows."""
+    problem = of_kinds(RareTokens, np.zeros(400, bool))
+    problem.train.columns[0][[5, 6, 7, 8]] = 60.0 + torch.arange(4.0, dtype=torch.float64)
+    order = [list(range(20, 36)), list(range(16)), list(range(40, 56))]
+    outputs, recipe = held_out(problem), Recipe(SGD(0.5), 16, 1, order=order)
+    auto, rows = (
+        in_run(problem, recipe, outputs, engine=engine, every=3).datamodel
+        for engine in ("auto", "rows")
+    )
+    assert auto.meta["engine"] == "jvp"
+    np.testing.assert_allclose(auto.scores, rows.scores, **EXACT)
+    with pytest.raises(ValueError, match="layers that see every row of a batch"):
+        in_run(problem, recipe, outputs, engine="ghost")
 
 
 def test_several_outputs_are_read_each_by_itself():

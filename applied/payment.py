@@ -1,6 +1,7 @@
 """What to pay for data, and which to buy: values turned into money.
 
-High is good here: of a loss, pass `-values`; values that add up to less than nothing are refused.
+High is good here: of a loss, pass `-values`. Nobody is paid by values that add up to less than nothing; the good players
+among them can be bought.
 """
 
 from __future__ import annotations
@@ -159,18 +160,39 @@ def _refuse_discount(values: Values, discount: float) -> None:
         )
 
 
-def _good_is_high(values: Values) -> None:
-    """Raise where the values look like those of a loss, or are known up to a constant only."""
+def _are_values(values: Values) -> None:
+    """Raise for numbers that are no Values."""
     if not isinstance(values, Values):
         raise ValueError(
             f"expected Values, got {type(values).__name__}; make them by applied.valuation.values"
         )
+
+
+def _good_is_high(values: Values) -> None:
+    """Raise where the values look like those of a loss, or are known up to a constant only."""
+    _are_values(values)
     total, size = float(values.values.sum()), float(np.abs(values.values).sum())
     if total <= 1e-6 * size:
         raise ValueError(
             f"expected values of which high is good, got a sum of {total:.4g}; if the outputs are losses, "
             "data lower them: pass -values. A sum of 0 means values up to a common constant: retrain on "
             "everyone and on nobody, too"
+        )
+
+
+def _someone_is_good(values: Values) -> None:
+    """Raise where no value is positive, or their signs say nothing: then there is nothing to buy."""
+    _are_values(values)
+    total, size = float(values.values.sum()), float(np.abs(values.values).sum())
+    if not (values.values > 0).any():
+        raise ValueError(
+            "expected someone of positive value, got nobody: there is nothing to buy; if the outputs are losses, data "
+            "lower them, and the values of losses want their sign turned: pass -values"
+        )
+    if math.isnan(values.change) and abs(total) <= 1e-6 * size:
+        raise ValueError(
+            "expected values whose sign tells good from bad, got a sum of 0, as of values up to a common constant; "
+            "retrain on everyone and on nobody, too"
         )
 
 
@@ -214,15 +236,16 @@ def buy(
         itself, for the values of a loss. Predicted from f(nobody), or from 0 where that is unknown.
 
     Raises:
-        ValueError: values of the wrong sign; prices that do not fit; a budget that buys nobody.
+        ValueError: nobody of positive value (a loss, whose sign was not turned); values known up to a common
+            constant; prices that do not fit; a budget that buys nobody.
         RuntimeError: the solver found no optimum.
 
     >>> one = Values([3.0, 2.0, 2.0], [0.0] * 3, [0, 1, 2], [[3.0], [2.0], [2.0]])
     >>> buy(one, [3, 2, 2], budget=4).ids.tolist()
     [1, 2]
     """
-    # rewrite: gain of a choice x, in units of the output
-    _good_is_high(values)
+    # rewrite: gain of a choice x, in units of the output; however bad the others are, they are left
+    _someone_is_good(values)
     price = np.asarray(prices, dtype=float)
     if price.shape != values.values.shape or not (price > 0).all() or np.isinf(price).any():
         raise ValueError(

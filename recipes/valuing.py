@@ -234,5 +234,8 @@ def bought(study: Study, worth: Values) -> Verified | str:
             f"the cheapest of them costs {prices[good].min():g}" if good.any() else "there are none"
         )
         return f"nobody whose data made the loss lower is to be had for {half:g}, half of the price of all: {which}"
-    best = valuation.buy(worth, prices, half)
+    try:
+        best = valuation.buy(worth, prices, half)
+    except ValueError as error:
+        return str(error)
     return verify(best, partial(study.retrain, progress=iter), seeds=study.flags.seeds)

@@ -98,9 +98,9 @@ def test_discounts_need_errors():
 def test_purchases_are_best_of_all(seed):
     rng = np.random.default_rng(seed)
     numbers, prices = rng.normal(1, 1, 7), rng.uniform(1, 4, 7)
-    if numbers.sum() <= 0:
-        return
     budget = prices.sum() / 2
+    if not (numbers[prices <= budget] > 0).any():
+        return
     found = buy(worth(numbers), prices, budget)
     choices = np.array(list(itertools.product([0, 1], repeat=7)))
     best = max(choices[choices @ prices <= budget] @ numbers)
@@ -133,6 +133,23 @@ def test_owners_become_weights_of_their_examples():
 def test_what_cannot_be_bought(numbers, prices, budget, message):
     with pytest.raises(ValueError, match=message):
         buy(worth(numbers), prices, budget)
+
+
+def test_the_good_are_bought_however_bad_the_others_are():
+    values = worth([0.59, 0.52, 0.48, -1.7], empty=-2.0)
+    found = buy(values, np.ones(4), 2)
+    assert found.ids.tolist() == ["owner 0", "owner 1"]
+    np.testing.assert_allclose(found.predicted, [2.0 - 1.11])
+    with pytest.raises(ValueError, match=r"got a sum of -0\.11"):
+        pay(values, 2)  # a share of less than nothing is none
+
+
+def test_values_up_to_a_constant_buy_nobody():
+    """Of centred values the sign says nothing; of values that add up to a known change of 0 it does."""
+    centred = [1.0, 2.0, -3.0]
+    with pytest.raises(ValueError, match="whose sign tells good from bad, got a sum of 0"):
+        buy(worth(centred), np.ones(3), 1)
+    assert buy(worth(centred, change=0.0), np.ones(3), 1).ids.tolist() == ["owner 1"]
 
 
 def test_a_worth_of_almost_nothing_gets_the_floor():

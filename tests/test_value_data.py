@@ -288,6 +288,7 @@ def test_owners_who_cannot_be_paid_or_bought_from_do_not_cost_the_report(tmp_pat
     for values, sizes, more, unpaid, unbought in (
         ([-1.0, -2.0], [10, 10], {}, "do not lower the loss (worth -3)", "there are none"),
         ([3.0, -2.0], [80, 20], {"cap": 300.0}, "at most 300", "the cheapest of them costs 80"),
+        ([2.0, -2.0], [10, 10], {}, "do not lower the loss (worth 0)", "tells good from bad"),
     ):
         found = owned(tmp_path, values, sizes, **more)
         assert unpaid in found[1]

@@ -66,16 +66,21 @@ def main(flags: Flags) -> None:
 
     from recipes.forget_sets import checked, forget_set
     from recipes.unlearn_report import print_table, write_report
-    from recipes.unlearning import affordable, forget_results, study
+    from recipes.unlearning import Trainings, affordable, forget_results, study
 
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
     data, kinds = checked(flags)
     affordable(flags, len(data.x))
     flags.out.mkdir(parents=True, exist_ok=True)
+    every = [Trainings.of(flags, forget_set(flags, data, kind)) for kind in kinds]
+    for (
+        trainings
+    ) in every:  # a folder of other settings is refused with the old results still there
+        trainings.begin()
     forget_results(flags.out)
     studies = []
-    for kind in kinds:
-        studies.append(study(flags, forget_set(flags, data, kind)))
+    for trainings in every:
+        studies.append(study(trainings))
         print_table(studies[-1])
     write_report(flags, studies)
 

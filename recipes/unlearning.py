@@ -100,28 +100,71 @@ def forget_results(folder: Path) -> None:
             kind.rmdir()
 
 
-def study(flags: Flags, forget: Forget) -> Study:
+@dataclass(frozen=True, eq=False)
+class Trainings:
+    """The models and oracles of one forget set, kept in the folder, and what is read off them.
+
+    Args:
+        outputs: split -> margins.
+        points: split -> rows of the data that are read.
+    """
+
+    flags: Flags
+    forget: Forget
+    problem: Any
+    recipe: Recipe
+    outputs: dict[str, Outputs]
+    points: dict[str, NDArray[np.intp]]
+
+    @classmethod
+    def of(cls, flags: Flags, forget: Forget) -> Trainings:
+        """As the flags say."""
+        problem, make = problem_of(forget.data, flags.width, flags.weight_decay)
+        recipe = replace(recipe_of(flags, problem.n), init=make)
+        return cls(flags, forget, problem, recipe, *read_at(forget, flags.seed))
+
+    @property
+    def without(self) -> NDArray[np.float64]:
+        """[n], the weights that leave the forget set out."""
+        weights = np.ones(self.problem.n)
+        weights[self.forget.rows] = 0.0
+        return weights
+
+    def model(self, seed: int) -> Any:
+        """A training on all rows."""
+        folder = self.flags.out / "runs" / f"{self.forget.kind}-{seed}"
+        return train(self.problem, replace(self.recipe, seed=seed), states=0, folder=folder)
+
+    def oracles(self, count: int) -> Splits:
+        """Margins [count, z] of trainings without the forget set."""
+        name = self.forget.kind
+        together = Outputs(margin, joined([some.data for some in self.outputs.values()]))
+        table = retrain(
+            self.problem, self.recipe, together, self.without,
+            seeds=range(FIRST_ORACLE, FIRST_ORACLE + count), folder=self.flags.out / "oracles" / name,
+            jobs=self.flags.jobs, progress=bar(f"{name}: retraining"),
+        )  # fmt: skip
+        ends = np.cumsum([len(some) for some in self.outputs.values()])[:-1]
+        return dict(zip(self.outputs, np.split(table.per_seed[0], ends, axis=1), strict=True))
+
+    def begin(self) -> None:
+        """The first model and the first oracle.
+
+        Raises:
+            ValueError: their folders hold trainings by other settings.
+        """
+        self.model(0)
+        self.oracles(1)
+
+
+def study(trainings: Trainings) -> Study:
     """Train, retrain without, unlearn in every way, compare."""
-    data, rows, name = forget.data, forget.rows, forget.kind
-    problem, make = problem_of(data, flags.width, flags.weight_decay)
-    recipe = replace(recipe_of(flags, problem.n), init=make)
-    runs = [
-        train(
-            problem, replace(recipe, seed=seed), states=0, folder=flags.out / "runs" / f"{name}-{seed}"
-        )
-        for seed in bar(f"{name}: training")(range(flags.models))
-    ]  # fmt: skip
-    outputs, points = read_at(forget, flags.seed)
-    without = np.ones(problem.n)
-    without[rows] = 0.0
-    together = Outputs(margin, joined([some.data for some in outputs.values()]))
-    table = retrain(
-        problem, recipe, together, without,
-        seeds=range(FIRST_ORACLE, FIRST_ORACLE + 2 * flags.models),
-        folder=flags.out / "oracles" / name, jobs=flags.jobs, progress=bar(f"{name}: retraining"),
-    )  # fmt: skip
-    ends = np.cumsum([len(some) for some in outputs.values()])[:-1]
-    oracle = dict(zip(outputs, np.split(table.per_seed[0], ends, axis=1), strict=True))
+    flags, forget = trainings.flags, trainings.forget
+    rows, name, without = forget.rows, forget.kind, trainings.without
+    outputs, points = trainings.outputs, trainings.points
+    seeds = bar(f"{name}: training")(range(flags.models))
+    runs = [trainings.model(seed) for seed in seeds]
+    oracle = trainings.oracles(2 * flags.models)
     before = read_all(runs, outputs)
 
     auto = unlearn(runs, rows, outputs, budget=flags.budget, progress=bar(f"{name}: auto"))

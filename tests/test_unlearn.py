@@ -145,15 +145,36 @@ def test_results_of_an_earlier_run_do_not_stay_beside_new_ones(tmp_path, monkeyp
     reports = [tmp_path / name for name in ("report.html", "metrics.json")]
     for report in reports:
         report.write_text("old")
-    work = unlearning.train
+    work, seen = unlearning.train, []
 
     def train(*given, **more):
-        assert not any(report.exists() for report in reports)  # none while a run is under way
+        seen.append(any(report.exists() for report in reports))
         return work(*given, **more)
 
     monkeypatch.setattr(unlearning, "train", train)
     run(quick)
+    assert seen[0]  # the first training is accepted, then the old results go
+    assert len(seen) > 6
+    assert not any(seen[1:])  # none while a run is under way
     assert all(report.exists() for report in reports)
     assert len(list((tmp_path / "unlearned" / "random").iterdir())) == 6
     assert not (tmp_path / "unlearned" / "cluster").exists()
     assert [p.name for p in tmp_path.glob("points-*")] == ["points-random.parquet"]
+
+
+@pytest.mark.filterwarnings("ignore:the models are left as they were")
+@pytest.mark.parametrize("other", [["--epochs", "12"], ["--size", "11"]])
+def test_results_stay_where_another_run_is_refused(tmp_path, other):
+    """Other epochs are told by the models, another forget set of the same data by the oracles."""
+    quick = [*QUICK, "--rows", "60", "--forget", "random", "--out", str(tmp_path)]
+    run(quick)
+    results = (
+        "report.html",
+        "metrics.json",
+        "points-random.parquet",
+        "unlearned/random/5.safetensors",
+    )
+    before = {name: (tmp_path / name).read_bytes() for name in results}
+    with pytest.raises(SystemExit, match="choose another folder or delete this one"):
+        run([*quick, *other])
+    assert {name: (tmp_path / name).read_bytes() for name in results} == before

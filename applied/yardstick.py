@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from applied.divergence import attack, gaussian_klom, klom, sample
 from applied.recipe import aligned
@@ -205,21 +205,39 @@ class Evaluation:
         }
         return found
 
-    def save(self, path: Any) -> None:
-        """Write a parquet or csv file, a line per method, split and point: score, floor, ceiling, means."""
+    def save(self, path: Any, rows: Mapping[str, ArrayLike] | None = None) -> None:
+        """Write a parquet or csv file, a line per method, split and point: score, floor, ceiling, means.
+
+        Args:
+            rows: split -> [z] what its points are called where they come from, for a column of that name.
+
+        Raises:
+            ValueError: rows that are not one for every point of every split.
+        """
         import pyarrow as pa
         from pyarrow import csv, parquet
 
+        named = None if rows is None else self._named(rows)
         parts = []
         for method, split in ((m, s) for m in self.scores for s in self.splits):
             z = len(self.floor[split])
             part = {"method": [method] * z, "split": [split] * z, "point": np.arange(z)}
+            part |= {} if named is None else {"row": named[split]}
             part |= {"score": self.scores[method][split], "floor": self.floor[split]}
             part |= {"ceiling": self.ceiling[split], "mean": self.outputs[method][split].mean(0)}
             part |= {f"mean_{name}": self.outputs[name][split].mean(0) for name in (ORACLE, BEFORE)}
             parts.append(pa.table(part))
         write = csv.write_csv if str(path).endswith(".csv") else parquet.write_table
         write(pa.concat_tables(parts), path)
+
+    def _named(self, rows: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
+        """The names of every split's points, checked."""
+        named = {split: np.asarray(names) for split, names in rows.items()}
+        found = {split: names.shape for split, names in named.items()}
+        if found != {split: (len(self.floor[split]),) for split in self.splits}:
+            many = {split: len(self.floor[split]) for split in self.splits}
+            raise ValueError(f"expected rows for every point, {many}, got {found}")
+        return named
 
 
 def _error(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:

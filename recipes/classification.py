@@ -23,7 +23,8 @@ class Classification:
         target_x, target_y, test_x, test_y: held out.
         classes: names of the labels 0 .. c − 1.
         bad: [n] which labels were spoiled; None where nobody knows.
-        ids: [n] the training rows' places in the file they come from; as they stand, unless given.
+        ids, held_ids: [n] the training rows' places in the file they come from, and those of the held-out rows in theirs,
+            targets first; as they stand, unless given.
         features: names of the columns that x is made of.
         repeated: how many of the held-out rows are also training rows.
     """
@@ -39,6 +40,7 @@ class Classification:
     classes: list[str]
     bad: NDArray[np.bool_] | None
     ids: NDArray[np.intp] | None = None
+    held_ids: NDArray[np.intp] | None = None
     features: Sequence[str] = ()
     repeated: int = 0
 
@@ -46,6 +48,12 @@ class Classification:
     def places(self) -> NDArray[np.intp]:
         """[n] what training rows are called in whatever is written."""
         return np.arange(len(self.x)) if self.ids is None else self.ids
+
+    @property
+    def held_places(self) -> NDArray[np.intp]:
+        """[targets + test] what held-out rows are called, the targets first."""
+        held = len(self.target_x) + len(self.test_x)
+        return np.arange(held) if self.held_ids is None else self.held_ids
 
 
 def facts_of(data: Classification) -> dict[str, str]:
@@ -151,12 +159,14 @@ def from_file(
     ids = np.arange(len(frame))
     if test is None or other is None:
         fifth = len(frame) // 5
-        ids, held = order[2 * fifth :], frame.iloc[order[: 2 * fifth]]
+        held_ids, ids = order[: 2 * fifth], order[2 * fifth :]
+        held = frame.iloc[held_ids]
     else:
         _check_there(other, [label, *features], test)
         held = other[[label, *features]]  # without columns that training lacks
         _check_cells(held, test)
-        held = held.iloc[np.random.default_rng(seed).permutation(len(held))]
+        held_ids = np.random.default_rng(seed).permutation(len(held))
+        held = held.iloc[held_ids]
         _check_same_kinds(frame, held, features, path, test)
     train = frame.iloc[ids]
     if owner:
@@ -186,7 +196,7 @@ def from_file(
     repeated = sum(row.tobytes() in seen for row in np.column_stack([held_x, held_y]))
     return Classification(
         Path(path).name, x, y, owners, held_x[:half], held_y[:half], held_x[half:], held_y[half:], names,
-        None, ids, features, repeated,
+        None, ids, held_ids, features, repeated,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -138,9 +139,7 @@ def histograms(study: Study) -> Any:
         )
         for place in shown:
             chosen.append(start + int(order[place]))
-            row = rows[order[place]]
-            of_file = row if split == "validation" else study.forget.data.places[row]
-            names.append(f"{split}, row {of_file}")
+            names.append(f"{split}, row {rows[order[place]]}")
         start += len(rows)
     old, new, without = (together(x) for x in (before, study.methods[AUTO], oracle))
     return pictures.histograms(old, new, without, chosen, names=names)
@@ -181,5 +180,15 @@ def facts_of(flags: Flags, studies: list[Study]) -> dict[str, str]:
         "budget": f"{flags.budget:.0%} of a training's steps",
         "learning rates tried": ", ".join(f"{rate * flags.lr:g}" for rate in flags.rates),
         "distance": studies[0].evaluation.direction,
+        "rows": rows_are(flags, data),
         **classification.facts_of(data),
     }
+
+
+def rows_are(flags: Flags, data: classification.Classification) -> str:
+    """What the numbers of rows mean, in pictures and in points-*.parquet."""
+    if flags.test is not None:
+        return f"numbered from 0 as in {data.name}, validation rows as in {Path(flags.test).name}"
+    if data.ids is None:
+        return "numbered from 0, training and held-out rows by themselves"
+    return f"numbered from 0 as in {data.name}"

@@ -61,7 +61,7 @@ class Study:
         cost: name -> share of a training's steps.
         rates: name -> learning rate that was chosen.
         trust: kind of reading -> how far auto believed its prediction; 0 leaves outputs as they are.
-        points: split -> rows of the data that were read.
+        points: split -> rows that were read, as the files they come from number them.
     """
 
     forget: Forget
@@ -106,7 +106,7 @@ class Trainings:
 
     Args:
         outputs: split -> margins.
-        points: split -> rows of the data that are read.
+        points: split -> rows that are read, as the files they come from number them.
     """
 
     flags: Flags
@@ -181,26 +181,30 @@ def study(trainings: Trainings) -> Study:
         )
     save(auto.models, flags.out / "unlearned" / name)
     found = evaluate(methods, oracle, before)
-    found.save(flags.out / f"points-{name}.parquet")
+    found.save(flags.out / f"points-{name}.parquet", points)
     return Study(forget, found, before, oracle, methods, cost, rates, auto.meta["trust"], points)
 
 
 def read_at(forget: Forget, seed: int) -> tuple[dict[str, Outputs], dict[str, NDArray[np.intp]]]:
-    """Margins of the forget set, of retained and of validation rows; which rows they are."""
+    """Margins of the forget set, of retained and of validation rows; which rows of the files they are."""
     data = forget.data
     rest = np.setdiff1d(np.arange(len(data.x)), forget.rows)
     rest = rest[sample(len(rest), READ, seed)]
     held = np.arange(min(READ, len(data.target_x)))
-    points = {"forget": forget.rows, "retain": rest, "validation": held}
-    return {
+    rows = {"forget": forget.rows, "retain": rest, "validation": held}
+    outputs = {
         split: Outputs(
             margin,
             (torch.tensor(data.target_x[at]), torch.tensor(data.target_y[at]))
             if split == "validation"
             else (torch.tensor(data.x[at]), torch.tensor(data.y[at])),
         )
-        for split, at in points.items()
-    }, points
+        for split, at in rows.items()
+    }
+    return outputs, {
+        split: (data.held_places if split == "validation" else data.places)[at]
+        for split, at in rows.items()
+    }
 
 
 def joined(parts: list[Any]) -> tuple[torch.Tensor, ...]:

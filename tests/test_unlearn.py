@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_breast_cancer
 
 from recipes import unlearning
+from recipes.classification import from_file
 from recipes.forget_sets import cluster
 from recipes.unlearn import run
 
@@ -90,6 +91,15 @@ def test_rows_of_a_file_of_ones_own(tmp_path, capsys):
     assert set(metrics) == {"file", "facts", "flags"}
     assert metrics["file"]["rows"] == [3, 17, 44]
     assert "file: 3 of 120 rows" in capsys.readouterr().out
+    assert metrics["facts"]["rows"].endswith("as in mine.parquet, validation rows as in held.csv")
+    found = pq.read_table(out / "points-file.parquet").to_pandas()
+    found = found[found["method"] == "SCRUB"]
+    rows = {split: part["row"].tolist() for split, part in found.groupby("split")}
+    assert rows["forget"] == [3, 17, 44]
+    assert rows["retain"] == [k for k in range(120) if k not in rows["forget"]]
+    half = from_file(own[1], "outcome", None, own[-1], 0).held_places[:30]
+    assert rows["validation"] == half.tolist()
+    assert half.tolist() != list(range(30))
 
 
 def test_a_cluster_is_of_one_class_and_about_as_large_as_asked():

@@ -126,6 +126,19 @@ def test_tables_are_made_ready(tmp_path):
     assert (np.array(data.classes)[data.y] == kept["outcome"]).all()
 
 
+def test_held_out_rows_are_called_what_they_are_in_their_file(tmp_path):
+    path, frame = written(tmp_path)
+    other = frame.iloc[::-1].iloc[:60]
+    for test, there in ((None, frame), (saved(tmp_path, other, "held.csv"), other)):
+        data = from_file(str(path), "outcome", "hospital", test, 0)
+        held = there.iloc[data.held_places]
+        y = np.concatenate([data.target_y, data.test_y])
+        x = np.concatenate([data.target_x, data.test_x])[:, 0]
+        assert (np.array(data.classes)[y] == held["outcome"]).all()
+        assert np.corrcoef(x, held["radius"])[0, 1] > 1 - 1e-6
+    assert embedded("digits", 0.0, 1, 0).held_places.tolist() == list(range(797))
+
+
 def test_embedded_owners_are_unequal_and_spoiled():
     data = embedded("digits", 0.0, 10, 0)
     names, size = np.unique(data.owners, return_counts=True)

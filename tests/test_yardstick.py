@@ -331,6 +331,12 @@ def test_files_and_json(tmp_path):
     assert len(held["point"]) == 4 * sum(SIZES.values())
     found.save(tmp_path / "points.csv")
     assert (tmp_path / "points.csv").read_text().startswith('"method","split","point","score"')
+    rows = {split: 100 + np.arange(z) for split, z in SIZES.items()}
+    found.save(tmp_path / "rows.parquet", rows)
+    named = pq.read_table(tmp_path / "rows.parquet").to_pydict()
+    assert named["row"] == [100 + place for place in named["point"]]
+    with pytest.raises(ValueError, match="expected rows for every point"):
+        found.save(tmp_path / "rows.parquet", {**rows, "retain": rows["retain"][1:]})
     told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert told["methods"]["b"]["forget"] == found.mean("b")
     assert told["direction"] == "KL(unlearned || oracle)"

@@ -42,7 +42,7 @@ class Row:
     """A line of the table, over splits: accuracy in points, predicted and random of the target loss.
 
     `recovered`, `by_random` (removal) and `possible` (exactly the changed rows removed) are shares of the damage to the
-    held-out loss, over all splits; nan where nobody was suspected or there was no damage.
+    held-out loss, over all splits; nan where nobody was suspected or no damage can be told.
     """
 
     budget: float
@@ -98,12 +98,16 @@ def comes_back(some: Sequence[Outcome], arm: str) -> list[float]:
         r + (g_s − r d_s) / d̄,    r = Σ g / Σ d
 
     (the ratio estimator and its residuals: Cochran 1977, ch. 6; a mean of ratios is ruled by splits of hardly
-    any damage). Nothing where there is less of it than `DAMAGE` of the clean loss, or nobody was suspected.
+    any damage). Nothing where there is less of it than `DAMAGE` of the clean loss, where its own interval over splits
+    holds 0 (a ratio to it may be anything), or where nobody was suspected.
     """
     pairs = [(x.changed[HELD_OUT], getattr(x, arm).get(HELD_OUT, math.nan)) for x in some]
     known = np.array([(d, d * share) for d, share in pairs if math.isfinite(share)]).reshape(-1, 2)
     clean = np.mean([x.clean[HELD_OUT] for x in some])
-    if not len(known) or known[:, 0].mean() <= DAMAGE * clean:
+    if not len(known):
+        return []
+    damage = paired_interval(known[:, 0])  # of one split there is no interval
+    if damage.mean <= DAMAGE * clean or damage.low <= 0:
         return []
     r = known[:, 1].sum() / known[:, 0].sum()
     return (r + (known[:, 1] - r * known[:, 0]) / known[:, 0].mean()).tolist()
@@ -179,8 +183,8 @@ def words_of(
         f"Detectors by AUC, * the best. {verdict(rows)}",
         agreement(rows),
         "Removed: rows whose label the combined detector disputes, and how many of them were changed; recovered: of "
-        "the damage to the held-out loss, without them (- where there is hardly any); at most: where exactly the changed rows "
-        "are removed.",
+        "the damage to the held-out loss, without them (- where there is hardly any, or none that its interval over splits "
+        "tells from 0); at most: where exactly the changed rows are removed.",
         *([left_out(lost)] if lost else []),
     ]  # fmt: skip
 

@@ -74,11 +74,11 @@ def check_files(folder, said):
 
 
 def assert_recovered(told, kept, page):
-    """What came back of all damage, or a dash where there was hardly any."""
+    """What came back of all damage, or a dash where there was hardly any, or none that can be told."""
     damage = [x["changed"]["held-out loss"] for x in kept]
     back = [d * x["recovered"]["held-out loss"] for d, x in zip(damage, kept, strict=True)]
     clean = np.mean([x["clean"]["held-out loss"] for x in kept])
-    if np.mean(damage) <= 0.01 * clean:
+    if np.mean(damage) <= 0.01 * clean or paired_interval(damage).low <= 0:
         assert told is None
     else:
         assert told == pytest.approx(sum(back) / sum(damage))
@@ -118,14 +118,30 @@ def outcome_of(split, damage, recovered):
 def test_what_came_back_is_not_ruled_by_splits_of_hardly_any_damage():
     from recipes.poison_report import comes_back
 
-    some = [outcome_of(0, 0.2, 0.8), outcome_of(1, 0.1, 0.5), outcome_of(2, 0.0001, 2309.96)]
+    pairs = [(0.2, 0.8), (0.1, 0.5), (0.15, 0.6), (0.18, 0.9), (0.0001, 2309.96)]
+    some = [outcome_of(split, *pair) for split, pair in enumerate(pairs)]
     shares = comes_back(some, "recovered")
-    gains = 0.16 + 0.05 + 0.0001 * 2309.96
-    assert np.mean(shares) == pytest.approx(gains / 0.3001)
+    gains = sum(damage * share for damage, share in pairs)
+    assert np.mean(shares) == pytest.approx(gains / 0.6301)
     assert comes_back(some, "by_random") == []  # nothing was removed
-    more = comes_back([*some, outcome_of(3, -0.01, 0.5)], "recovered")
-    assert np.mean(more) == pytest.approx((gains - 0.005) / 0.2901)
+    more = comes_back([*some, outcome_of(5, -0.01, 0.5)], "recovered")
+    assert np.mean(more) == pytest.approx((gains - 0.005) / 0.6201)
     assert comes_back([outcome_of(0, 0.004, 0.5)], "recovered") == []  # under a hundredth of .5
+
+
+def test_nothing_is_said_to_come_back_of_damage_that_is_not_told_from_none():
+    from recipes.poison_report import comes_back, spread
+
+    some = [outcome_of(split, damage, 0.5) for split, damage in enumerate((0.3, -0.2, -0.05))]
+    assert comes_back(some, "recovered") == []  # a mean above the limit, whose interval holds 0
+    held = "held-out loss"
+    several = [
+        made_up(split, changed={**made_up().changed, held: damage})
+        for split, damage in enumerate((0.3, -0.2, -0.05))
+    ]
+    row = rows_of(several)[0]
+    assert spread(row.recovered, ".2f") == spread(row.possible, ".2f") == "-"
+    assert comes_back([outcome_of(0, 0.3, 0.5)], "recovered") == [0.5]  # one split has no interval
 
 
 def test_a_network_is_judged_on_fresh_victims(tmp_path, capsys):

@@ -66,6 +66,11 @@ class Attack:
     predicted: NDArray[np.float64]
     meta: dict[str, Any]
 
+    def __repr__(self) -> str:
+        """A line: a generated one prints every row."""
+        many = len(self.verified.seeds)
+        return f"Attack({self.name}: {len(self.changed)} rows changed, {many} victim{'s'[: many != 1]})"
+
     @property
     def weights(self) -> NDArray[np.float64]:
         """[N], which version of every row is trained on."""

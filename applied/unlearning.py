@@ -65,6 +65,14 @@ class Unlearned:
     share: float
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """A line: a generated one prints every output."""
+        many, said = len(self.models), ", ".join(self.predicted) or "nothing"
+        return (
+            f"Unlearned({len(self.forget)} rows, {many} model{'s'[: many != 1]}, predicted {said}, "
+            f"{self.share:.2g} of a training each)"
+        )
+
     @property
     def model(self) -> nn.Module:
         """The only model.

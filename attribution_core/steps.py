@@ -83,6 +83,12 @@ class TrainingState:
     moments: State  # of the optimizer, packed
     buffers: Params  # running statistics of norm layers, by name
 
+    def __repr__(self) -> str:
+        """A line: a generated one prints every tensor."""
+        count = sum(value.numel() for value in self.params.values())
+        held = ", ".join(self.moments) or "no moments"
+        return f"TrainingState({count:,} parameters, {held}, {self.bytes:,} bytes)"
+
     def tensors(self) -> list[Tensor]:
         """All of it, in a fixed order."""
         moments = [value for held in self.moments.values() for value in held.values()]

@@ -145,6 +145,11 @@ class Run:
     shards: int = 1  # processes that shared the rows of each batch
     removed: NDArray[np.intp] = field(default_factory=lambda: np.zeros(0, int))  # never drawn from
 
+    def __repr__(self) -> str:
+        """A line: a generated one prints every tensor."""
+        last = f", last loss {self.losses[-1]:.4g}" if len(self.losses) else ""
+        return f"Run(n={len(self.weights)} rows, {len(self.order)} steps, seed {self.recipe.seed}{last})"
+
     @property
     def model(self) -> nn.Module:
         """A copy of the problem's model with the trained parameters, in eval mode."""

@@ -138,6 +138,7 @@ def test_a_linear_victim_does_what_was_predicted():
     text = attack.table()
     assert text.splitlines()[0].startswith("flip_labels: may change labels of 0.5 of the rows")
     assert "3 rows changed; 4 victims" in text
+    assert repr(attack) == "Attack(flip_labels: 3 rows changed, 4 victims)"
     assert f"{attack.predicted[0]:+.4g}" in text
     assert str(attack.effect(1, "random")) in text
 

@@ -552,6 +552,15 @@ def test_a_run_keeps_its_weights_to_itself():
     assert run.anchor.min() == 1.0
 
 
+def test_a_run_and_its_states_are_told_in_a_line():
+    problem = menagerie.softmax()
+    run = train(problem, replace(RECIPE, seed=3))
+    assert repr(run) == f"Run(n=20 rows, 10 steps, seed 3, last loss {run.losses[-1]:.4g})"
+    count = sum(value.numel() for value in run.params.values())
+    told = f"TrainingState({count:,} parameters, momentum, {16 * count:,} bytes)"
+    assert repr(run.last) == told
+
+
 def test_how_many_shared_a_run_is_kept_with_it(tmp_path):
     problem = menagerie.mlp(12)
     run = train(problem, RECIPE, folder=tmp_path)

@@ -265,6 +265,8 @@ def test_outputs_alone_cost_no_models(trained):
     found = unlearning.unlearn(runs, rows, outputs["forget"], method="outputs")
     assert not found.models
     assert found.share <= 0.2 + 1e-9
+    said = f"predicted outputs, {found.share:.2g} of a training each"
+    assert repr(found) == f"Unlearned({len(rows)} rows, 0 models, {said})"
     with pytest.raises(ValueError, match="expected one model"):
         _ = found.model
     shift = found.predicted["outputs"] - unlearning.read_all(runs, outputs["forget"])["outputs"]

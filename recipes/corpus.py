@@ -30,8 +30,8 @@ def read_documents(
 
     Raises:
         FileNotFoundError: no file matches.
-        ValueError: an unknown file type; a missing column (lists those there are); no documents;
-            ids that repeat.
+        ValueError: an unknown file type; a missing column (lists those there are); domains or ids that are empty or
+            nested; no documents; ids that repeat.
     """
     files = sorted(glob(where, recursive=True))
     if len(files) == 1 and Path(files[0]).is_dir():
@@ -125,14 +125,34 @@ def _from_table(
         )
     texts = [value if isinstance(value, str) else "" for value in table.column(text).to_pylist()]
     n = len(texts)
-    domains = [default] * n if domain is None else map(str, table.column(domain).to_pylist())
-    ids = (
-        [f"{source}#{k}" for k in range(n)]
-        if id is None
-        else map(str, table.column(id).to_pylist())
-    )
+    domains = [default] * n if domain is None else _names(table, domain, source, "domain")
+    ids = [f"{source}#{k}" for k in range(n)] if id is None else _names(table, id, source, "id")
     rows = zip(ids, texts, domains, strict=True)
     return [Document(i, t, d, f"{source}:{k}") for k, (i, t, d) in enumerate(rows)]
+
+
+def _names(table: Any, column: str, source: str, flag: str) -> list[str]:
+    """A column in words.
+
+    Raises:
+        ValueError: empty cells, which would be one domain of all that nobody named; objects and lists.
+    """
+    from pyarrow import types
+
+    kind = table.column(column).type
+    if types.is_nested(kind):
+        raise ValueError(
+            f"expected words or numbers in column {column!r} of {source!r}, got {kind}; name another column with "
+            f"--{flag}, or leave it out"
+        )
+    values = table.column(column).to_pylist()
+    empty = sum(value is None or value != value for value in values)
+    if empty:
+        raise ValueError(
+            f"expected no empty cells in column {column!r} of {source!r}, got {empty} of {len(values)} empty; name them, "
+            f"or leave --{flag} out"
+        )
+    return list(map(str, values))
 
 
 def without_text(documents: Sequence[Document]) -> list[str]:

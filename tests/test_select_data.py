@@ -293,6 +293,28 @@ def test_text_is_read_as_it_is_written(tmp_path):
         read_documents(str(tmp_path / "numbers.parquet"))
 
 
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        (["code", None, "prose", None], "got 2 of 4 empty; name them, or leave --domain out"),
+        ([None] * 4, "got 4 of 4 empty"),
+        ([1.0, float("nan"), 2.0, 3.0], "got 1 of 4 empty"),
+        ([{"name": "code"}] * 4, "expected words or numbers in column 'kind' of .*, got struct"),
+        ([["code", "prose"]] * 4, "got list.*; name another column with --domain"),
+    ],
+)
+def test_domains_that_are_none(tmp_path, cells, words):
+    import pyarrow
+
+    table = pyarrow.table({"text": list("abcd"), "kind": cells, "id": ["a", "b", "c", None]})
+    parquet.write_table(table, tmp_path / "pool.parquet")
+    with pytest.raises(ValueError, match=words):
+        read_documents(str(tmp_path / "pool.parquet"), domain="kind")
+    with pytest.raises(ValueError, match="got 1 of 4 empty; name them, or leave --id out"):
+        read_documents(str(tmp_path / "pool.parquet"), id="id")
+    assert len(read_documents(str(tmp_path / "pool.parquet"))) == 4
+
+
 def documents(*texts):
     return [embedded.Document(f"d{k}", text, "all", f"f:{k}") for k, text in enumerate(texts)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from applied.recipe import Interval
 from attribution_core.groups import named
+from attribution_core.store import ending
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +122,15 @@ class Values:
             )
         return "\n".join([*lines, total])
 
-    def save(self, path: Any) -> None:
-        """Write a parquet or csv file: player, value, standard_error."""
+    def save(self, path: str | Path) -> None:
+        """Write a .parquet or .csv file: player, value, standard_error.
+
+        Raises:
+            ValueError: another ending.
+        """
         import pyarrow as pa
 
+        suffix = ending(path, ".parquet", ".csv")
         made = pa.table(
             {
                 "player": pa.array(np.asarray(self.players).tolist()),
@@ -131,7 +138,7 @@ class Values:
                 "standard_error": pa.array(np.asarray(self.standard_error, dtype=float)),
             }
         )
-        if str(path).endswith(".csv"):
+        if suffix == ".csv":
             from pyarrow import csv
 
             csv.write_csv(made, path)

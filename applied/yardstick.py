@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from applied.divergence import attack, gaussian_klom, klom, sample
 from applied.recipe import aligned
+from attribution_core.store import ending
 
 __all__ = ["CEILING", "FLOOR", "Evaluation", "attack", "evaluate", "gaussian_klom", "klom"]
 
@@ -205,18 +207,19 @@ class Evaluation:
         }
         return found
 
-    def save(self, path: Any, rows: Mapping[str, ArrayLike] | None = None) -> None:
-        """Write a parquet or csv file, a line per method, split and point: score, floor, ceiling, means.
+    def save(self, path: str | Path, rows: Mapping[str, ArrayLike] | None = None) -> None:
+        """Write a .parquet or .csv file, a line per method, split and point: score, floor, ceiling, means.
 
         Args:
             rows: split -> [z] what its points are called where they come from, for a column of that name.
 
         Raises:
-            ValueError: rows that are not one for every point of every split.
+            ValueError: another ending; rows that are not one for every point of every split.
         """
         import pyarrow as pa
         from pyarrow import csv, parquet
 
+        suffix = ending(path, ".parquet", ".csv")
         named = None if rows is None else self._named(rows)
         parts = []
         for method, split in ((m, s) for m in self.scores for s in self.splits):
@@ -227,7 +230,7 @@ class Evaluation:
             part |= {"ceiling": self.ceiling[split], "mean": self.outputs[method][split].mean(0)}
             part |= {f"mean_{name}": self.outputs[name][split].mean(0) for name in (ORACLE, BEFORE)}
             parts.append(pa.table(part))
-        write = csv.write_csv if str(path).endswith(".csv") else parquet.write_table
+        write = csv.write_csv if suffix == ".csv" else parquet.write_table
         write(pa.concat_tables(parts), path)
 
     def _named(self, rows: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:

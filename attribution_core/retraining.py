@@ -19,7 +19,7 @@ from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import failing_together, from_first, sum_over_processes, world
 from attribution_core.seeds import listed
 from attribution_core.stacked import Cell, Diverged, Stack, stack_size
-from attribution_core.store import claim, fingerprint
+from attribution_core.store import claim, ending, fingerprint
 from attribution_core.training import Drop, Recipe, train
 
 
@@ -62,10 +62,15 @@ class RetrainingTable:
         return np.array(names) if fits else None
 
     def save(self, path: str | Path) -> None:
-        """Write one file: parquet by that ending, with a line per training (row, weights, seed, outputs); else
-        npz (weights, per_seed, seeds)."""
+        """Write one file: .parquet, with a line per training (row, weights, seed, outputs); .npz, or without an
+        ending, npz (weights, per_seed, seeds).
+
+        Raises:
+            ValueError: another ending.
+        """
+        suffix = ending(path, ".npz", ".parquet", "")
         part = Path(path).with_name(Path(path).name + ".part")
-        if Path(path).suffix == ".parquet":
+        if suffix == ".parquet":
             _write_parquet(self, part)
         else:
             with part.open("wb") as file:

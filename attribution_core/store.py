@@ -176,6 +176,20 @@ def write_text(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def ending(path: str | Path, *known: str) -> str:
+    """The ending of a file that is to be written; "" among the known ones allows none.
+
+    Raises:
+        ValueError: another one, under which nobody would look for what is written.
+    """
+    found = Path(path).suffix
+    if found not in known:
+        raise ValueError(
+            f"expected a file name that ends in {' or '.join(filter(None, known))}, got {Path(path).name!r}; rename it"
+        )
+    return found
+
+
 def claim(folder: str | Path, name: str, what: str, made_of: str) -> Path:
     """A folder for `what` of a run with this fingerprint, which `name` in it keeps: an empty folder is
     taken, the run's own goes on.

@@ -82,6 +82,13 @@ def test_saved_and_loaded_is_the_same(tmp_path):
         assert loaded.seeds == table.seeds
 
 
+def test_an_ending_that_is_not_written_is_refused(tmp_path):
+    table = RetrainingTable(np.eye(2), np.ones((2, 1, 1)), (0,))
+    with pytest.raises(ValueError, match=r"ends in \.npz or \.parquet, got 'table\.csv'"):
+        table.save(tmp_path / "table.csv")
+    assert not any(tmp_path.iterdir())
+
+
 def test_random_subsets_keep_their_share_and_follow_their_seed():
     weights = random_subsets(21, 400, keep=1 / 3)
     assert set(np.unique(weights)) == {0.0, 1.0}

@@ -402,6 +402,9 @@ def test_tables_and_files(tmp_path):
     np.testing.assert_allclose(held["value"], [1.0, 2.0, 3.0], atol=EXACT)
     found.save(tmp_path / "values.csv")
     assert (tmp_path / "values.csv").read_text().startswith('"player","value","standard_error"')
+    with pytest.raises(ValueError, match=r"ends in \.parquet or \.csv, got 'values\.xlsx'"):
+        found.save(str(tmp_path / "values.xlsx"))
+    assert not (tmp_path / "values.xlsx").exists()
 
 
 # --- controls ----------------------------------------------------------------------------------------

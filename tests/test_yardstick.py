@@ -331,6 +331,8 @@ def test_files_and_json(tmp_path):
     assert len(held["point"]) == 4 * sum(SIZES.values())
     found.save(tmp_path / "points.csv")
     assert (tmp_path / "points.csv").read_text().startswith('"method","split","point","score"')
+    with pytest.raises(ValueError, match=r"ends in \.parquet or \.csv, got 'points\.json'"):
+        found.save(tmp_path / "points.json")
     rows = {split: 100 + np.arange(z) for split, z in SIZES.items()}
     found.save(tmp_path / "rows.parquet", rows)
     named = pq.read_table(tmp_path / "rows.parquet").to_pydict()

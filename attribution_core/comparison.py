@@ -120,14 +120,20 @@ def compare(
         progress: wraps the loop over pairs (tqdm).
 
     Raises:
-        ValueError: no methods or no tables, a floor that is no method; a method's own error, with its
-            name; see also `lds`.
+        ValueError: no methods or no tables, a floor that is no method, methods that are no functions; a method's
+            own error, with its name; see also `lds`.
     """
     unknown = sorted(set(floors) - set(methods))
     if not methods or not tables or unknown:
         raise ValueError(
             f"expected methods, tables and floors among the methods, got {len(methods)} methods, "
             f"{len(tables)} tables, unknown floors {unknown}"
+        )
+    made = {name: type(m).__name__ for name, m in methods.items() if not callable(m)}
+    if made:
+        raise ValueError(
+            f"expected functions of the keep fraction that return a datamodel, got {made}; pass `lambda keep: datamodel` for "
+            "one that is the same at every fraction (its seconds are then not those of making it), or `lds(datamodel, table)`"
         )
     rows = []
     pairs: list[Any] = [(keep, name) for keep in tables for name in methods]

@@ -97,6 +97,14 @@ def test_nothing_to_compare(methods, tables, floors):
         compare(methods, tables, floors=floors)
 
 
+def test_datamodels_in_the_place_of_functions_are_told():
+    """They would be judged at no seconds at all, and where they are anchored, not where the table is."""
+    with pytest.raises(ValueError, match=r"got {'mine': 'LinearDatamodel'}; pass `lambda keep"):
+        compare({"exact": exact, "mine": exact(1.0)}, TABLES)
+    same = compare({"mine": lambda keep: exact(1.0)}, TABLES)
+    assert [row.lds.mean for row in same.rows] == [lds(exact(1.0), t).mean for t in TABLES.values()]
+
+
 def test_picture_of_a_comparison():
     found = compare(METHODS, TABLES, floors=["blind"])
     figure = lds_against_compute(found, 0.5)

@@ -73,9 +73,7 @@ def main(flags: Flags) -> None:
     affordable(flags, len(data.x))
     flags.out.mkdir(parents=True, exist_ok=True)
     every = [Trainings.of(flags, forget_set(flags, data, kind)) for kind in kinds]
-    for (
-        trainings
-    ) in every:  # a folder of other settings is refused with the old results still there
+    for trainings in every:  # folders of other settings are refused before old results go
         trainings.begin()
     forget_results(flags.out)
     studies = []

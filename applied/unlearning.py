@@ -131,7 +131,8 @@ def unlearn(
     by Gauss–Newton steps where it is a classifier of few classes, else by gradient steps.
 
     Args:
-        runs: a trained `Run`, or several of the same problem (the more, the less noise).
+        runs: a trained `Run`, or several of the same problem (the more, the less noise). For "auto" its model takes
+            all columns but the labels, the last of a tuple or `labels` of a dict, and returns logits or outputs.
         forget: rows of the problem's training data.
         outputs: what to predict, a name for each kind ("forget", "retain", "validation").
         method: "auto"; "outputs" for predicted outputs alone, no models; or an unlearner

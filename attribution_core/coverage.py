@@ -37,6 +37,7 @@ SHARING: tuple[Shares, ...] = (
 )
 
 
+@torch.enable_grad()  # whatever the caller is in
 def coverage_of(problem: Problem, rows: NDArray[np.intp]) -> Coverage:
     """What ghost products cover, tried on some of the rows, drawn from all.
 

@@ -336,6 +336,7 @@ def has_forward_mode(problem: Problem, batch: Batch) -> bool:
 # --- sums of gradients, gradients of outputs ---------------------------------------------------
 
 
+@torch.enable_grad()  # whatever the caller is in
 def mean_gradient(
     problem: Problem, weights: ArrayLike | None = None, batch_size: int = 256
 ) -> Params:
@@ -355,6 +356,7 @@ def mean_gradient(
     return total
 
 
+@torch.enable_grad()  # whatever the caller is in
 def output_gradients(
     model: nn.Module, outputs: Outputs, batch_size: int = 64, params: Params | None = None
 ) -> Params:

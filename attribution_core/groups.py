@@ -79,6 +79,7 @@ def group_directional(
     return names, collect(out)
 
 
+@torch.enable_grad()  # whatever the caller is in
 def summed_gradient(
     problem: Problem, params: Params, rows: NDArray[np.intp], weights: ArrayLike, batch_size: int
 ) -> Tensor:

@@ -32,6 +32,7 @@ from attribution_core.trained import trained
 from attribution_core.training import Run
 
 
+@torch.enable_grad()  # whatever the caller is in
 def input_influence(
     source: Problem | Run,
     outputs: Outputs,
@@ -80,6 +81,7 @@ def input_influence(
     return _by_inputs(problem, places, name, torch.cat(parts), base, names, meta)
 
 
+@torch.enable_grad()  # whatever the caller is in
 def gradient_matching(
     source: Problem | Run, goal: Outputs, *, rows: ArrayLike, column: Column | None = None
 ) -> LinearDatamodel:

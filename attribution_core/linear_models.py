@@ -295,6 +295,7 @@ def _refuse_class_weight(fitted: Any, weights: ArrayLike | None) -> None:
         )
 
 
+@torch.enable_grad()  # whatever the caller is in
 def _warn_unless_stationary(problem: Problem, w: NDArray[np.float64]) -> None:
     """Compare the objective's gradient with the size of a single row's, ‖r_i‖ √(‖x_i‖² + 1)."""
     left = torch.cat([g.flatten() for g in mean_gradient(problem, w).values()]).norm()

@@ -23,18 +23,30 @@ IF_TAKEN = ("position_ids", "token_type_ids")
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's logits on a batch."""
+    """The model's logits on a batch: it is given all columns but the labels, the last of a tuple.
+
+    Raises:
+        TypeError: a model that does not take these columns.
+    """
+    columns: Any = {}
+    inputs: list[Tensor] = []
     if isinstance(batch, dict):
-        out: Any = model(**{name: x for name, x in batch.items() if name not in NOT_TO_MODELS})
+        columns = {name: x for name, x in batch.items() if name not in NOT_TO_MODELS}
     else:
-        inputs, _ = batch
-        out = model(inputs)
+        *inputs, _ = batch
+    try:
+        out: Any = model(*inputs, **columns)
+    except TypeError as error:
+        raise TypeError(
+            f"{error}; a model is given every column of a dict but {', '.join(NOT_TO_MODELS)}, or of a tuple all but the "
+            "last, its labels: leave other columns out, or give the model a forward of your own that takes them"
+        ) from error
     return getattr(out, "logits", out)
 
 
 def labels_in(batch: Batch) -> Tensor | None:
-    """The labels of a batch: its second column, or the one of that name; None where there is none."""
-    return batch.get("labels") if isinstance(batch, dict) else batch[1]
+    """The labels of a batch: its last column, or the one of that name; None where there is none."""
+    return batch.get("labels") if isinstance(batch, dict) else batch[-1]
 
 
 def logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -63,7 +75,7 @@ def next_labels(batch: Batch) -> Tensor:
     [[-100, -100, 8, 9]]
     """
     if not isinstance(batch, dict):
-        return batch[1][:, 1:]
+        return batch[-1][:, 1:]
     labels, mask = labels_in(batch), batch.get("attention_mask")
     known = (batch["input_ids"] if labels is None else labels)[:, 1:]
     if mask is None or mask.ndim != 2:

@@ -231,6 +231,7 @@ class Steps:
                     raise failed
         return float(total), grads, buffers
 
+    @torch.enable_grad()  # whatever the caller is in
     def _own_gradient(self, state: TrainingState, step: int) -> tuple[Any, Params, Params]:
         """This process's part of `gradient`."""
         size = len(self.order[step])

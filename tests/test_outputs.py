@@ -238,3 +238,19 @@ def test_tokens_that_the_model_does_not_know_are_named():
     for ids in ([[0, 11, 2]], [[0, 1, 2, 3, 4]]):
         with pytest.raises(ValueError, match="vocab_size 11, max_position_embeddings 4"):
             causal_lm_loss(model, {"input_ids": torch.tensor(ids)})
+
+
+class OfTwo(torch.nn.Module):
+    """Adds its two inputs."""
+
+    def forward(self, x, c):
+        return x + c
+
+
+def test_a_model_is_given_all_columns_but_the_labels():
+    x, c, y = torch.randn(4, 3), torch.randn(4, 3), torch.arange(4) % 3
+    expected = torch.nn.functional.cross_entropy(x + c, y, reduction="none")
+    assert torch.equal(cross_entropy(OfTwo(), (x, c, y)), expected)
+    assert torch.equal(cross_entropy(OfTwo(), {"x": x, "c": c, "labels": y}), expected)
+    with pytest.raises(TypeError, match=r"'y'; a model is given every column of a dict but labels"):
+        cross_entropy(OfTwo(), {"x": x, "c": c, "y": y, "labels": y})

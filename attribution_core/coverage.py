@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def coverage_of(problem: Problem, rows: NDArray[np.intp]) -> Coverage:
     wrong = trial.wrong | trial.hidden - _held_by_rules(problem)
     return Coverage(
         frozenset(wrong),
-        frozenset(problem.params) - trial.arrived.keys() - wrong,
+        frozenset(problem.params.keys() - trial.arrived.keys() - wrong),
         frozenset(name for name, count in trial.shared.items() if count == trial.arrived[name]),
     )
 
@@ -151,16 +152,21 @@ class _Trial:
         return {name: g for name, g in zip(leaf, found, strict=True) if g is not None}, w
 
 
+@dataclass(frozen=True, eq=False)
 class _Seen:
-    """What a pass with hooks shows of every parameter."""
+    """What a pass with hooks shows of every parameter.
 
-    def __init__(self, shares: dict[str, Tensor]):
-        self.shares = shares  # [b] along one direction
-        self.scale: defaultdict[str, float] = defaultdict(
-            float
-        )  # norms of the terms that gradients are sums of
-        self.strays: set[str] = set()  # of layers that saw other rows than the batch's
-        self.shared: set[str] = set()
+    Args:
+        shares: [b] along one direction.
+        scale: norms of the terms that gradients are sums of.
+        strays: those of layers that saw other rows than the batch's.
+        shared: those of layers whose one row was taken for all.
+    """
+
+    shares: dict[str, Tensor]
+    scale: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    strays: set[str] = field(default_factory=set)
+    shared: set[str] = field(default_factory=set)
 
     @classmethod
     def of(

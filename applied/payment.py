@@ -7,6 +7,7 @@ among them can be bought.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,6 +181,10 @@ def _good_is_high(values: Values) -> None:
         )
 
 
+class SignWarning(UserWarning):
+    """Values that may be those of a loss, whose sign was not turned."""
+
+
 def _someone_is_good(values: Values) -> None:
     """Raise where no value is positive, or their signs say nothing: then there is nothing to buy."""
     _are_values(values)
@@ -188,6 +193,13 @@ def _someone_is_good(values: Values) -> None:
         raise ValueError(
             "expected someone of positive value, got nobody: there is nothing to buy; if the outputs are losses, data "
             "lower them, and the values of losses want their sign turned: pass -values"
+        )
+    if total < 0:
+        warnings.warn(
+            f"values of which high is good seldom add up to less than nothing, as these do ({total:.4g}); if they are those of "
+            "a loss, pass -values: what is bought here is what raises the output",
+            SignWarning,
+            stacklevel=3,
         )
     if math.isnan(values.change) and abs(total) <= 1e-6 * size:
         raise ValueError(
@@ -238,6 +250,7 @@ def buy(
     Raises:
         ValueError: nobody of positive value (a loss, whose sign was not turned); values known up to a common
             constant; prices that do not fit; a budget that buys nobody.
+        SignWarning: (a warning) values that add up to less than nothing.
         RuntimeError: the solver found no optimum.
 
     >>> one = Values([3.0, 2.0, 2.0], [0.0] * 3, [0, 1, 2], [[3.0], [2.0], [2.0]])

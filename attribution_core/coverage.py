@@ -6,7 +6,8 @@ forward is one's own under a known name, rows are taken apart or put into anothe
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,18 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from attribution_core.data import Batch, batches, rows_in, take
-from attribution_core.ghost import RULES, layer_shares
-from attribution_core.layers import Coverage, Names, is_norm, owners, sees_all, watched
+from attribution_core.data import Batch, rows_in, take
+from attribution_core.ghost import any_layer, layer_shares, rule_of
+from attribution_core.layers import Coverage, Names, owners, sees_all, watched
 from attribution_core.problem import Params, Problem, call, normal_like, rounding
 
 TRIED, TRIALS = 8, 4  # rows of a batch on which ghost products are tried, and such batches at most
 SHARE = 8  # of this many rows one is tried
 NOISE = 0.1  # of a parameter's size: moves parameters whose gradients vanish where they stand
 LEAST = 0.02  # how far they are moved at least
-WITHIN = (
-    1e-3  # of their terms' norm, sums may be off: above float32's rounding, below any missed term
-)
+WITHIN = 1e-3  # of its terms' norm a sum may be off: above float32's rounding, below a missed term
+
 FEW_EPS = 8  # roundings that add up
 
 Shares = Callable[[Tensor], bool]
@@ -49,7 +49,8 @@ def coverage_of(problem: Problem, rows: NDArray[np.intp]) -> Coverage:
     show, a forward pass that orders rows by something rare, is not found.
     """
     many = min(len(rows), max(TRIED, min(TRIED * TRIALS, len(rows) // SHARE)))
-    parts = list(batches(np.random.default_rng(0).choice(rows, many, replace=False), TRIED))
+    drawn = np.random.default_rng(0).choice(rows, many, replace=False)
+    parts = np.array_split(drawn, math.ceil(many / TRIED))
     trial = _Trial(problem)
     try:
         for part in parts:
@@ -64,9 +65,29 @@ def coverage_of(problem: Problem, rows: NDArray[np.intp]) -> Coverage:
     wrong = trial.wrong | trial.hidden - _held_by_rules(problem)
     return Coverage(
         frozenset(wrong),
-        frozenset(problem.params.keys() - trial.arrived.keys() - wrong),
-        frozenset(name for name, count in trial.shared.items() if count == trial.arrived[name]),
+        frozenset(problem.params.keys() - trial.arrived - wrong),
+        frozenset(trial.shared),
     )
+
+
+def skipped(problem: Problem, rows: NDArray[np.intp]) -> set[str]:
+    """Parameters of layers that some of a few rows pass through and others, by themselves, do not.
+
+    Ghost products hold for them, where a batch is seen whole; sums of their inputs depend on what else is in it.
+    """
+    some = np.random.default_rng(0).choice(rows, min(len(rows), TRIED * TRIALS), replace=False)
+    called: list[set[str]] = []
+    for row in some:
+        names: set[str] = set()
+        batch = take(problem.train, [row], problem.device)
+
+        def note(module: nn.Module, own: Names, *_: Tensor, names: set[str] = names) -> None:
+            names.update(own.values())
+
+        with watched(problem.model, set(problem.params), 1, lambda *_: None, note):
+            call(problem.model, problem.loss, problem.params, batch)
+        called.append(names)
+    return set().union(*called) - called[0].intersection(*called)
 
 
 def _moved(params: Params) -> Params:
@@ -83,7 +104,7 @@ def _held_by_rules(problem: Problem) -> set[str]:
     known: set[str] = set()
     other: set[str] = set()
     for module, names in owners(problem.model, set(problem.params)).items():
-        ruled = is_norm(module) or type(module).__name__ in RULES or isinstance(module, _ConvNd)
+        ruled = rule_of(module) is not any_layer or isinstance(module, _ConvNd)
         (known if ruled else other).update(names.values())
     return known - other
 
@@ -100,8 +121,8 @@ class _Trial:
         self.wrong: set[str] = set()
         self.used: set[str] = set()
         self.reached: set[str] = set()
-        self.arrived: Counter[str] = Counter()  # batches in which a layer of theirs was reached
-        self.shared: Counter[str] = Counter()  # those in which it saw one row for all
+        self.arrived: set[str] = set()  # whose layers some rows reached
+        self.shared: set[str] = set()  # whose layers saw one row for all
 
     @property
     def hidden(self) -> set[str]:
@@ -114,8 +135,8 @@ class _Trial:
         """Try the parameters, or those that are `judged`, on a batch."""
         batch = take(self.problem.train, rows, self.problem.device)
         seen = self.seen(params, batch)
-        self.arrived.update(seen.scale.keys() | seen.strays)
-        self.shared.update(seen.shared)
+        self.arrived |= seen.scale.keys() | seen.strays
+        self.shared |= seen.shared
         gradients, w = self.plain(params, batch)
         for name, v in self.probe.items():
             if judged is not None and name not in judged:

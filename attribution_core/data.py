@@ -57,8 +57,10 @@ def as_data(data: Any) -> Data:
 
     Raises:
         TypeError: it has no length, or `data[[0]]` is not a dict or tuple of tensors.
-        ValueError: it has no rows, or columns of different lengths.
+        ValueError: it has no rows, no columns, or columns of different lengths.
     """
+    if isinstance(data, (Mapping, list, tuple)) and not data:
+        raise ValueError("expected columns, one for inputs or more, got none")
     if isinstance(data, Mapping) and any(hasattr(part, "column_names") for part in data.values()):
         raise TypeError(f"expected one data set, got several: {list(data)}; take one of them")
     if isinstance(data, (list, tuple)) and data and isinstance(data[0], Mapping):
@@ -66,9 +68,9 @@ def as_data(data: Any) -> Data:
             "expected columns, got a list of rows; use datasets.Dataset.from_list(rows), or stack them"
         )
     if isinstance(data, Mapping):
-        data = Columns({name: torch.as_tensor(column) for name, column in data.items()})
+        data = Columns({name: _column(name, column) for name, column in data.items()})
     elif isinstance(data, (tuple, list)):
-        data = Columns(tuple(torch.as_tensor(column) for column in data))
+        data = Columns(tuple(_column(place, column) for place, column in enumerate(data)))
     elif isinstance(getattr(data, "format", None), Mapping) and data.format.get("type") != "torch":
         data = data.with_format("torch")
     if isinstance(data, Columns) and len({len(c) for c in _tensors(data.columns)}) > 1:
@@ -92,6 +94,30 @@ def as_data(data: Any) -> Data:
             "use a dict of tensors, a TensorDataset, or dataset.with_format('torch')"
         )
     return data
+
+
+def _column(name: Any, column: Any) -> Tensor:
+    """A column of numbers as a tensor, in the order of its rows.
+
+    Raises:
+        TypeError: no numbers.
+        ValueError: one number for all rows.
+    """
+    found: Any = column
+    try:
+        if not isinstance(column, (Tensor, list, tuple)):  # arrays, and what pandas has
+            array = np.asarray(column)
+            found = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+        found = torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = getattr(found, "dtype", type(column).__name__)
+        raise TypeError(
+            f"expected numbers in column {name!r}, got {kind}: {error}; number categories "
+            "(np.unique(column, return_inverse=True)[1]), and leave out what is no number"
+        ) from None
+    if found.ndim == 0:
+        raise ValueError(f"expected a row for every example in column {name!r}, got one number")
+    return found
 
 
 def _values(batch: Any) -> list[Any]:

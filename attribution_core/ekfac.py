@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from attribution_core.coverage import coverage_of
+from attribution_core.coverage import coverage_of, skipped
 from attribution_core.data import Rows, batches, rows_in, take
 from attribution_core.draws import default_draws, draw, is_real, open_output
 from attribution_core.gradients import Progress, row_gradients
@@ -81,18 +81,21 @@ def fit_ekfac(
         raise ValueError(f"expected at least 1 draw, got {draws}; labels='data' draws none")
     for problem in problems:
         refuse_random_layers(problem.model)
-    coverage = coverage_of(first, np.arange(first.n))
+    rows = np.arange(first.n)
+    coverage = coverage_of(first, rows)
+    strays = skipped(first, rows)
     while True:  # until layers see whole batches, but for those that are left out
-        found, strays = _fitted(problems, w, coverage, labels, draws, seed, batch_size, progress)
-        if found is not None:
-            return found
         coverage = replace(coverage, wrong=coverage.wrong | strays)
+        found = _fitted(problems, w, coverage, labels, draws, seed, batch_size, progress)
+        if isinstance(found, EKFAC):
+            return found
+        strays = found
 
 
 def _fitted(
     problems: Sequence[Problem], w: NDArray[np.float64], coverage: Coverage, labels: Labels,
     draws: int | None, seed: int, batch_size: int, progress: Progress,
-) -> tuple[EKFAC | None, set[str]]:  # fmt: skip
+) -> EKFAC | set[str]:  # fmt: skip
     """Both passes, where parameters outside layers are diagonal; or the parameters whose layers turned out not to
     see whole batches.
     """
@@ -114,7 +117,7 @@ def _fitted(
         view.refuse_nan(totals)
     strays = union(strays)
     if strays:
-        return None, strays
+        return strays
     _reduce(totals)
     blocks = _in_bases(first, sums)
     inside = {name for place in places for name in (place.weight, place.bias)}
@@ -126,7 +129,7 @@ def _fitted(
     _reduce(values)
     for value in values:
         value /= first.n * len(problems)
-    return EKFAC(first.params, tuple(blocks.values()), diagonal), strays
+    return EKFAC(first.params, tuple(blocks.values()), diagonal)
 
 
 def _zeros(problem: Problem, *shape: int) -> Tensor:

@@ -58,11 +58,10 @@ def layer_shares(
 ) -> dict[str, Tensor]:
     """The shares [b, k] of one use of a layer's parameters, by their local names."""
     held = {local: vectors[name] for local, name in names.items()}
-    rule = norm if is_norm(module) else RULES.get(type(module).__name__, any_layer)
     # directions of a model in float16 are wider than it, see `gradients.check_directions`
     wide = next(iter(held.values())).dtype
     source, gradient = (x.to(wide) if x.dtype == torch.float16 else x for x in (source, gradient))
-    return rule(module, source, gradient, held)
+    return rule_of(module)(module, source, gradient, held)
 
 
 def outer(left: Tensor, right: Tensor, vectors: Tensor) -> Tensor:
@@ -141,3 +140,8 @@ RULES: dict[str, Rule] = {
     "Conv1D": linear,
     "Embedding": embedding,
 }
+
+
+def rule_of(module: nn.Module) -> Rule:
+    """How the shares of a layer's parameters are formed."""
+    return norm if is_norm(module) else RULES.get(type(module).__name__, any_layer)

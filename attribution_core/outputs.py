@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,7 +47,9 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 def labels_in(batch: Batch) -> Tensor | None:
     """The labels of a batch: its last column, or the one of that name; None where there is none."""
-    return batch.get("labels") if isinstance(batch, dict) else batch[-1]
+    if isinstance(batch, dict):
+        return batch.get("labels")
+    return batch[-1] if len(batch) > 1 else None
 
 
 def logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -57,8 +60,9 @@ def logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     labels = labels_in(batch)
     if labels is None:
+        columns = sorted(batch) if isinstance(batch, dict) else f"{len(batch)} column"
         raise ValueError(
-            f"expected rows with labels, got {sorted(batch)}; causal_lm_loss predicts the inputs themselves"
+            f"expected rows with labels, got {columns}; causal_lm_loss predicts the inputs themselves"
         )
     return logits_of(model, batch), labels
 
@@ -119,6 +123,12 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
             f"expected logits of two classes or more, got {tuple(logits.shape)}, whose cross entropy is 0 whatever they are; "
             "take squared_error, or a loss of your own"
         )
+    real = labels.is_floating_point()
+    if logits.ndim == 2 and labels.shape != (logits.shape if real else logits.shape[:1]):
+        raise ValueError(
+            f"expected whole labels [b={len(logits)}], or a probability for each of {logits.shape[1]} classes, got "
+            f"{labels.dtype} of shape {tuple(labels.shape)}; cast by .long(), take one column, or argmax(1) of indicators"
+        )
     with _in_range("labels", f"logits {tuple(logits.shape)}"):
         return F.cross_entropy(logits, _whole(labels), reduction="none")
 
@@ -144,7 +154,9 @@ def margin(model: nn.Module, batch: Batch) -> Tensor:
 def squared_error(model: nn.Module, batch: Batch) -> Tensor:
     """½ ‖prediction − label‖², [b], summed over the label's entries."""
     prediction, labels = logits_and_labels(model, batch)
-    off = (prediction - labels.reshape(prediction.shape)).reshape(len(prediction), -1)
+    labels = labels.to(prediction) if labels.dtype == torch.bool else labels
+    wanted = labels.reshape(prediction.shape)
+    off = (prediction - wanted).reshape(len(prediction), -1)
     return 0.5 * off.square().sum(1)
 
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attribution_core.ghost import RULES, any_layer, norm
+from attribution_core.ghost import any_layer, rule_of
 from attribution_core.gradients import ENGINES
-from attribution_core.layers import Coverage, is_norm, watched
+from attribution_core.layers import Coverage, watched
 from attribution_core.problem import Params
 from attribution_core.steps import Steps
 
@@ -79,7 +79,7 @@ class Passes:
     def __post_init__(self) -> None:
         model = self.steps.problem.model
         self.known = all(
-            is_norm(m) or type(m).__name__ in RULES
+            rule_of(m) is not any_layer
             for m in model.modules()
             if any(p.requires_grad for p in m.parameters(recurse=False))
         )
@@ -159,7 +159,7 @@ class Passes:
                 ],
                 dim=1,
             )
-        rule = norm if is_norm(module) else RULES.get(type(module).__name__, any_layer)
+        rule = rule_of(module)
         if rule is any_layer:  # differentiates the layer where it stood
             module = self._stood(module, names, self.steps.packing.unpack(one.params))
         shares = rule(module, source, gradient, held)

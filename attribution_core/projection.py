@@ -39,6 +39,7 @@ from attribution_core.kronecker import Place
 from attribution_core.layers import (
     UNTRIED,
     Coverage,
+    Names,
     factors,
     is_norm,
     matrix_shape,
@@ -51,9 +52,7 @@ from attribution_core.soundness import refuse_unsound
 
 Kind = Literal["auto", "factored", "rademacher", "gaussian"]
 Law = Literal["rademacher", "gaussian"]
-KEPT = (
-    2**26
-)  # numbers of P kept between batches (256 MiB in float32); beyond, P is drawn anew for each
+KEPT = 2**26  # numbers of P kept between batches (256 MiB in float32); beyond, P is drawn anew
 BLOCK = 2**24  # numbers of P, or of a layer's features of single tokens, held at once
 TILE = 256  # rows of P drawn from one stream of random numbers
 
@@ -271,17 +270,18 @@ class Projection:
         model, params = self.problem.model, self.problem.params
         places = {place.weight: place for place in self.places}
         inside = {name for place in self.places for name in (place.weight, place.bias)}
-        total: list[Tensor] = []
+        total: dict[str, list[Tensor]] = {weight: [] for weight in places}
         others: Params = {}
+        strays: set[str] = set()  # whose layers do not see these rows whole
 
-        def arrive(
-            module: nn.Module, names: dict[str, str], source: Tensor, gradient: Tensor
-        ) -> None:
-            self.coverage.check(len(rows), names, source, gradient, "kind='rademacher'")
+        def arrive(module: nn.Module, names: Names, source: Tensor, gradient: Tensor) -> None:
+            if not self.coverage.holds(len(rows), names, source, gradient):
+                strays.update(names.values())
+                return
             place = places.get(names.get("weight", ""))
             if place is not None:
                 pair = factors(module, source, gradient, place.bias is not None)
-                total.append(self._products(place, *pair))
+                total[place.weight].append(self._products(place, *pair))
             rest = {
                 local: name
                 for local, name in names.items()
@@ -295,15 +295,29 @@ class Projection:
             values = per_example(model, function, batch, params, rows, what="value")
             if leaves:
                 torch.autograd.grad(values.sum(), leaves, allow_unused=True)
-        if self.alone:
-            some = {name: params[name] for name in self.alone}
-            others.update(row_gradients(model, function, some, batch))
-        parts = [sum(total) / self.dim**0.5] if total else []
+        if self.alone or strays:
+            some = {name: params[name] for name in params if name in {*self.alone, *strays}}
+            plain = row_gradients(model, function, some, batch)
+            for place in self.places:
+                if place.weight in strays:
+                    total[place.weight] = [self._of_rows(place, plain)]
+            others.update({name: g for name, g in plain.items() if name not in inside})
+        products = [x for held in total.values() for x in held]
+        parts = [sum(products) / self.dim**0.5] if products else []
         if others:
             parts.append(self._dense(others, "dense"))
         features = sum(parts)
         assert isinstance(features, Tensor)
         return values, features
+
+    def _of_rows(self, place: Place, gradients: Params) -> Tensor:
+        """The products of a matrix whose per-example gradients [b, *shape] are given: each of its rows is a token."""
+        matrix = place.gather(
+            {name: gradients[name] for name in (place.weight, place.bias) if name}
+        )
+        b, _, r, _ = matrix.shape
+        numbers = torch.arange(r, device=matrix.device).expand(b, r)
+        return self._products(place, numbers, matrix.transpose(0, 1))
 
     def _products(self, place: Place, left: Tensor, right: Tensor) -> Tensor:
         """Σ_g Σ_t (uᵀ left_t)(vᵀ right_t) for the `dim` pairs (u, v) of one use of a matrix, [b, dim]."""

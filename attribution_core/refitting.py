@@ -72,8 +72,7 @@ def _refuse_weights_without_classes(fitted: Any, problem: Problem, w: NDArray[np
     """Raise for weights that treat all rows alike where the estimator's class weights do not.
 
     Weights hold the class weights of all rows, see `from_sklearn`; those of an attack or a selection, 0 and 1, do
-    not. A table
-    with every row under every label is balanced by itself: there those of the rows that are taken count.
+    not. A table with every row under every label is balanced by itself: there those of the rows that are taken count.
     """
     from sklearn.utils.class_weight import compute_sample_weight
 

@@ -342,6 +342,7 @@ class _Work:
     drop: Drop
     width: int  # trainings of a stack
     either: bool  # train one by one what cannot be stacked
+    dtype: torch.dtype = field(default_factory=torch.get_default_dtype)  # that models are made in
 
     def cut(self, cells: list[Cell], chosen: list[int]) -> list[list[int]]:
         """The chosen cells in stacks, longest trainings first; by all of them, finished or not."""
@@ -402,4 +403,10 @@ class _Work:
 
 
 def _list(work: _Work, stack: list[Numbered]) -> list[tuple[int, NDArray[np.float64]]]:
-    return list(work.done(stack))
+    """The results of one stack in a worker, which does not know the caller's default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(work.dtype)
+    try:
+        return list(work.done(stack))
+    finally:
+        torch.set_default_dtype(before)

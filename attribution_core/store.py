@@ -182,7 +182,8 @@ def ending(path: str | Path, *known: str) -> str:
     Raises:
         ValueError: another one, under which nobody would look for what is written.
     """
-    found = Path(path).suffix
+    found = Path(path).suffix.lower()
+    found = "" if found[1:].isdigit() else found  # of a name such as halves-0.5
     if found not in known:
         raise ValueError(
             f"expected a file name that ends in {' or '.join(filter(None, known))}, got {Path(path).name!r}; rename it"

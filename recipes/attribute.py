@@ -81,12 +81,18 @@ def main(flags: Flags) -> None:
     from recipes.command import at_least, shares
 
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
-    at_least(flags, subsets=3, runs=1, seeds=1, targets=1, rows=2, epochs=1e-9, lr=1e-12)
+    at_least(flags, subsets=3, runs=1, seeds=1, jobs=1, targets=1, rows=2, epochs=1e-9, lr=1e-12)
     shares(flags, "drop")
     unused = [f"--{name}" for name in ("data", "target", "text", "model") if _given(flags, name)]
     if flags.task == "digits" and unused:
         raise ValueError(f"expected --task text with {', '.join(unused)}; digits are built in")
     task, recipe = prepare(flags)
+    n = task.problem.n
+    few = [drop for drop in flags.drop if round(drop * n) < 1]
+    if few:
+        raise ValueError(
+            f"expected --drop of at least one of {n} rows ({1 / n:.2g}), got {few[0]:g}"
+        )
     flags.out.mkdir(parents=True, exist_ok=True)
     recipe = checked(flags, task, recipe)
     estimate(flags, task, recipe)
@@ -152,8 +158,9 @@ def checked(flags: Flags, task: Task, recipe: Any) -> Any:
 def estimate(flags: Flags, task: Task, recipe: Any) -> None:
     """What is to come, from a few timed steps: printed before it starts."""
     import time
+    import warnings
 
-    from attribution_core import magic, train
+    from attribution_core import MetagradientWarning, magic, train
 
     few = [list(batch) for batch in recipe.draw(_rows(task), flags.exposure)]
     start = time.perf_counter()
@@ -164,8 +171,11 @@ def estimate(flags: Flags, task: Task, recipe: Any) -> None:
     state = run.last.bytes
     words = f"training about {training:.0f} s ({len(few)} steps), {state / 2**20:.1f} MiB a state"
     if flags.method == "magic":
-        start = time.perf_counter()
-        magic(run, task.outputs, check=False)
+        with warnings.catch_warnings():  # what four steps leave out is nobody's concern
+            warnings.simplefilter("ignore", MetagradientWarning)
+            magic(run, task.outputs, check=False)  # the first walk takes seconds to start
+            start = time.perf_counter()
+            magic(run, task.outputs, check=False)
         walk = (time.perf_counter() - start) / len(run.order) * len(few)
         words += f"; walking back about {walk:.0f} s for {len(task.outputs)} outputs"
     retraining = trainings * training / flags.jobs
@@ -186,7 +196,8 @@ def attribute(flags: Flags, task: Task, recipe: Any) -> Any:
     from attribution_core import influence, magic, source, tracin, train, trak
     from attribution_core.smoothness import describe
 
-    marks = 6 if flags.method in ("source", "tracin") else 0
+    steps = len(recipe.draw(_rows(task), flags.exposure))
+    marks = min(6, steps) if flags.method in ("source", "tracin") else 0
     states: Any = "sqrt" if flags.method == "magic" else 0
     kept = f"{'states' if states else 'checkpoints' if marks else 'plain'}-{flags.exposure:g}"
     first = 1000 if flags.fresh else recipe.seed  # seeds that the truth does not use

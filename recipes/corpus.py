@@ -146,7 +146,7 @@ def _names(table: Any, column: str, source: str, flag: str) -> list[str]:
             f"--{flag}, or leave it out"
         )
     values = table.column(column).to_pylist()
-    empty = sum(value is None or value != value for value in values)
+    empty = sum(value is None or value != value or not str(value).strip() for value in values)
     if empty:
         raise ValueError(
             f"expected no empty cells in column {column!r} of {source!r}, got {empty} of {len(values)} empty; name them, "

@@ -48,7 +48,7 @@ def checked(flags: Flags) -> tuple[Classification, tuple[str, ...]]:
         raise ValueError(
             f"expected a --budget in (0, 1] of a training's steps, got {flags.budget:g}"
         )
-    at_least(flags, width=0, epochs=1e-9)
+    at_least(flags, width=0, jobs=1, epochs=1e-9)
     own = flags.data not in ("digits", "breast_cancer")
     if flags.forget_file is not None and not flags.forget_file.exists():
         raise FileNotFoundError(f"no file {flags.forget_file}")

@@ -84,7 +84,7 @@ def main(flags: Flags) -> None:
     from recipes.selection_report import write_report
     from recipes.study import prepare
 
-    at_least(flags, seeds=1, proxies=1, subsets=0, epochs=1e-9, lr=1e-12, batch_size=1)
+    at_least(flags, seeds=1, jobs=1, proxies=1, subsets=0, epochs=1e-9, lr=1e-12, batch_size=1)
     study: Study = prepare(flags)
     proxies = train_proxies(study)
     gate(study, proxies)

@@ -85,7 +85,7 @@ def main(flags: Flags) -> None:
     from recipes.valuing import judge, start, value_owners, value_rows
 
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
-    at_least(flags, seeds=1, width=0, budget=1e-9, floor=0, cap=0, retrainings=1, points=1)
+    at_least(flags, seeds=1, jobs=1, width=0, budget=1e-9, floor=0, cap=0, retrainings=1, points=1)
     shares(flags, "remove")
     if flags.data in ("digits", "breast_cancer"):
         data = embedded(flags.data, flags.mislabel, flags.owners, flags.seed)

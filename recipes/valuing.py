@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from applied import valuation
+from applied.payment import SignWarning
 from applied.recipe import Verified, verify
 from applied.valuation import Payments, Values
 from attribution_core import (
@@ -235,7 +237,9 @@ def bought(study: Study, worth: Values) -> Verified | str:
         )
         return f"nobody whose data made the loss lower is to be had for {half:g}, half of the price of all: {which}"
     try:
-        best = valuation.buy(worth, prices, half)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SignWarning)  # the sign was turned
+            best = valuation.buy(worth, prices, half)
     except ValueError as error:
         return str(error)
     return verify(best, partial(study.retrain, progress=iter), seeds=study.flags.seeds)

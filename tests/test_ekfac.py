@@ -949,6 +949,41 @@ def test_a_layer_that_does_not_see_some_rows_is_diagonal(rows):
     assert set(fit_ekfac([problem]).diagonal) == {"own.weight", "own.bias"}
 
 
+class Skipped(nn.Module):
+    """Heads by kind: each passes all rows of a batch, where there is one of its kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.one, self.other = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h, kind = torch.tanh(self.body(x)), x[:, :1] > 0
+        out = h.new_zeros(len(h), 3)
+        for head, rows in ((self.one, kind), (self.other, ~kind)):
+            if rows.any():
+                out = torch.where(rows, head(h), out)
+        return out
+
+
+@pytest.mark.filterwarnings("ignore::attribution_core.curvature.DiagonalWarning")
+def test_a_layer_that_batches_may_skip_is_diagonal():
+    """Whatever the batches: whether one skips it depends on who is in it. Ghost products hold all the same."""
+    x = torch.randn(72, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        problem = Problem(Skipped().double(), cross_entropy, (x, torch.arange(72) % 3))
+    assert not coverage_of(problem, np.arange(72)).wrong
+    outputs = Outputs(cross_entropy, (x[:9], torch.arange(9) % 3)).mean()
+    found = [
+        influence(problem, outputs, curvature="ekfac", damping=0.01, batch_size=size).scores
+        for size in (1, 7, 8, 64)
+    ]
+    for other in found[1:]:
+        np.testing.assert_allclose(found[0], other, rtol=1e-9, atol=1e-14)
+    heads = {f"{head}.{part}" for head in ("one", "other") for part in ("weight", "bias")}
+    assert set(fit_ekfac([problem]).diagonal) == heads
+
+
 def test_layers_that_a_trial_did_not_show_cost_one_pass():
     passes = []
     problem = seldom([7])

@@ -346,6 +346,36 @@ def test_one_row_for_all_is_covered():
     torch.testing.assert_close(directional(problem, v, engine="ghost"), expected, **EXACT)
 
 
+class Positions(nn.Module):
+    """Positions of one row for all, and beside them rows of the model's own that are put together to one."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.places, self.head = nn.Linear(1, 5), nn.Embedding(4, 5), nn.Linear(5, 3)
+        self.prompts, self.alone = nn.Linear(2, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        one = self.alone(self.prompts(x.new_ones(3, 2)).mean(0, keepdim=True)).reshape(5)
+        h = torch.tanh(self.body(x[..., None]) + self.places(torch.arange(4)[None]) + one)
+        return self.head(h.mean(1))
+
+
+def test_positions_are_shared_where_another_layer_cannot_be():
+    problem = of_kinds(Positions, KINDS["in turns"])
+    found = coverage.coverage_of(problem, np.arange(40))
+    assert found.shared == {"places.weight"}
+    assert {name.split(".")[0] for name in found.wrong} == {"prompts", "alone"}
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 71, 72, 79])
+def test_positions_are_shared_whatever_the_number_of_rows(n):
+    """Of 72 rows nine are tried: no batch of them may be a row by itself, which tells nothing."""
+    problem = menagerie.gpt2(n=n)
+    found = coverage.coverage_of(problem, np.arange(n))
+    assert not found.wrong
+    assert found.shared == ({"transformer.wpe.weight"} if n > 1 else set())
+
+
 class Scaled(nn.Module):
     """Attention, whose joint weight acts outside any module, behind a small scale."""
 
@@ -507,9 +537,9 @@ def test_biases_without_a_gradient_but_for_rounding():
             ids = torch.randint(1, 50, (12, 9))
         problem = Problem(
             model,
-            lambda m, b: m(input_ids=b["ids"]).last_hidden_state[:, 0].square().sum(1),
+            lambda m, b: 1e6 * m(input_ids=b["ids"]).last_hidden_state[:, 0].square().sum(1),
             {"ids": ids},
-        )
+        )  # rounding far above 1e-12
         assert not coverage.coverage_of(problem, np.arange(12)).wrong
 
 

@@ -25,7 +25,7 @@ from attribution_core import (
 from attribution_core.in_run import MISS, MovementWarning, _Reading, ends_of, in_run
 from attribution_core.passes import Passes
 from tests import menagerie
-from tests.test_gradients import KINDS, FromZero, RareTokens, TwoHeads, of_kinds
+from tests.test_gradients import KINDS, FromZero, RareRow, RareTokens, TwoHeads, of_kinds
 
 # sums of some hundred products of rounding 1e-16, in another order
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -372,10 +372,11 @@ def test_heads_that_see_rows_of_their_own():
     np.testing.assert_allclose(auto.scores, rows.scores, **EXACT)
 
 
-def test_a_layer_that_the_trial_did_not_show_is_read_in_another_way():
-    """The sixteen rare tokens of one batch would pass for its sixteen rows."""
-    problem = of_kinds(RareTokens, np.zeros(400, bool))
-    problem.train.columns[0][[5, 6, 7, 8]] = 60.0 + torch.arange(4.0, dtype=torch.float64)
+@pytest.mark.parametrize(("model", "rare"), [(RareTokens, [5, 6, 7, 8]), (RareRow, [6])])
+def test_a_layer_that_the_trial_did_not_show_is_read_in_another_way(model, rare):
+    """The sixteen rare tokens of one batch would pass for its sixteen rows, the one row for one that all share."""
+    problem = of_kinds(model, np.zeros(400, bool))
+    problem.train.columns[0][rare] = 60.0 + torch.arange(4.0, dtype=torch.float64)
     order = [list(range(20, 36)), list(range(16)), list(range(40, 56))]
     outputs, recipe = held_out(problem), Recipe(SGD(0.5), 16, 1, order=order)
     auto, rows = (

@@ -254,3 +254,23 @@ def test_a_model_is_given_all_columns_but_the_labels():
     assert torch.equal(cross_entropy(OfTwo(), {"x": x, "c": c, "labels": y}), expected)
     with pytest.raises(TypeError, match=r"'y'; a model is given every column of a dict but labels"):
         cross_entropy(OfTwo(), {"x": x, "c": c, "y": y, "labels": y})
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.arange(4.0), torch.arange(4)[:, None], torch.eye(4, 3).long(), torch.ones(4, 2)],
+)
+def test_labels_that_are_no_classes(labels):
+    with pytest.raises(ValueError, match=r"whole labels \[b=4\], or a probability for each of 3"):
+        cross_entropy(torch.nn.Linear(2, 3), (torch.ones(4, 2), labels))
+
+
+def test_rows_without_labels():
+    with pytest.raises(ValueError, match="expected rows with labels, got 1 column"):
+        cross_entropy(torch.nn.Linear(2, 3), (torch.ones(4, 2),))
+
+
+def test_yeses_and_noes_have_a_squared_error():
+    x, yes = torch.ones(4, 2), torch.tensor([True, False, True, True])
+    model = torch.nn.Linear(2, 1)
+    assert torch.equal(squared_error(model, (x, yes)), squared_error(model, (x, yes.float())))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
-from applied.payment import buy, pay
+from applied.payment import SignWarning, buy, pay
 from applied.worth import Values
 
 SOLVED = 1e-6  # relative; Clarabel stops at 1e-8
@@ -93,6 +93,7 @@ def test_discounts_need_errors():
 # --- buying ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::applied.payment.SignWarning")
 @given(st.integers(0, 10_000))
 @settings(max_examples=25)
 def test_purchases_are_best_of_all(seed):
@@ -137,7 +138,8 @@ def test_what_cannot_be_bought(numbers, prices, budget, message):
 
 def test_the_good_are_bought_however_bad_the_others_are():
     values = worth([0.59, 0.52, 0.48, -1.7], empty=-2.0)
-    found = buy(values, np.ones(4), 2)
+    with pytest.warns(SignWarning, match=r"add up to less than nothing, as these do \(-0\.11\)"):
+        found = buy(values, np.ones(4), 2)
     assert found.ids.tolist() == ["owner 0", "owner 1"]
     np.testing.assert_allclose(found.predicted, [2.0 - 1.11])
     with pytest.raises(ValueError, match=r"got a sum of -0\.11"):

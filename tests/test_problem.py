@@ -92,11 +92,40 @@ def test_batches_cover_rows_once_in_order():
         ({"x": X, "y": Y[:2]}, ValueError, r"columns of one length, got \[6, 2\]"),
         (datasets.Dataset.from_dict({"t": ["a", "b"]}), TypeError, "a dict or tuple of tensors"),
         ("some text", TypeError, "a dict or tuple of tensors|expected data"),
+        ({}, ValueError, "expected columns, one for inputs or more, got none"),
+        ((), ValueError, "expected columns, one for inputs or more, got none"),
+        (
+            {"x": X, "city": ["a"] * 6},
+            TypeError,
+            "numbers in column 'city', got list: .*number categories",
+        ),
+        ({"x": np.array(["a"] * 6, object)}, TypeError, "numbers in column 'x', got object"),
+        ({"x": None}, TypeError, "expected numbers in column 'x'"),
+        ((X, torch.tensor(1)), ValueError, "a row for every example in column 1, got one number"),
+        ((X, 3.0), ValueError, "a row for every example in column 1, got one number"),
     ],
 )
 def test_data_that_does_not_fit(data, error, message):
     with pytest.raises(error, match=message):
         as_data(data)
+
+
+def test_columns_of_arrays_and_tables_keep_the_order_of_their_rows():
+    import pandas as pd
+
+    plain = np.arange(12.0).reshape(6, 2)
+    series = pd.Series(np.arange(6), index=[5, 3, 1, 0, 2, 4]).iloc[1:]
+    frame = pd.DataFrame(plain[:5], columns=[7, 8])
+    odd = {
+        "backwards": plain[::-1], "foreign": plain.astype(">f8"), "read-only": np.broadcast_to(plain, (6, 2)),
+    }  # fmt: skip
+    found = as_data(odd)[[0, 5]]
+    assert found["backwards"].tolist() == plain[[5, 0]].tolist()
+    assert found["foreign"].tolist() == found["read-only"].tolist() == plain[[0, 5]].tolist()
+    assert found["foreign"].dtype == torch.float64
+    rows = as_data((frame, series))[[0, 4]]
+    assert rows[0].tolist() == plain[[0, 4]].tolist()
+    assert rows[1].tolist() == [1, 5]
 
 
 def test_rows_of_different_lengths_are_not_dropped_in_silence():

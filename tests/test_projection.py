@@ -10,8 +10,10 @@ from torch import nn
 from attribution_core import Problem, margin
 from attribution_core import projection as core
 from attribution_core.gradients import flatten, unflatten
+from attribution_core.layers import Coverage
 from attribution_core.projection import draws, project, projection
 from tests import menagerie
+from tests.test_gradients import RareRow, RareTokens, of_kinds
 
 # float64 rounding is 1e-16 a term; sums here have at most a few thousand terms of size near 1
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -229,6 +231,27 @@ def test_what_layers_do_not_cover_takes_gradients_of_rows():
         "position.weight",
     )
     assert projection(menagerie.gpt2(), 5).alone == ()
+
+
+def test_layers_that_do_not_see_a_batch_whole_are_projected_all_the_same(case, monkeypatch):
+    """Per-example gradients under the very same P as products of layers."""
+    _, problem, _ = case
+    expected = project(problem, problem.loss, 5, kind="factored")
+    monkeypatch.setattr(Coverage, "holds", lambda *_: False)
+    torch.testing.assert_close(
+        project(problem, problem.loss, 5, kind="factored"), expected, **EXACT
+    )
+
+
+@pytest.mark.parametrize("model", [RareTokens, RareRow])
+def test_layers_that_no_tried_row_reached_are_projected(model):
+    problem = of_kinds(model, np.zeros(400, bool))
+    problem.train.columns[0][[9, 10, 11, 12]] = 60.0 + torch.arange(4.0, dtype=torch.float64)
+    one, some, many = (
+        project(problem, problem.loss, 9, kind="factored", batch_size=size) for size in (1, 16, 64)
+    )
+    torch.testing.assert_close(one, many, **EXACT)
+    torch.testing.assert_close(some, many, **EXACT)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import nn
 
 from attribution_core import (
     SGD,
     Outputs,
+    Problem,
     Recipe,
     RetrainingTable,
+    cross_entropy,
     fit_datamodel,
     margin,
     random_subsets,
@@ -53,6 +56,31 @@ def test_one_row_of_weights_and_a_number_of_seeds():
     table = retrain(problem, recipe, outputs.mean(), weights[0], seeds=2)
     assert table.per_seed.shape == (1, 2, 1)
     assert table.seeds == (0, 1)
+
+
+def initial(seed):
+    """In the default dtype, which also says what a seed draws."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 2))
+
+
+def test_workers_make_models_in_the_default_dtype_of_the_caller():
+    ids = torch.randint(0, 9, (8, 3), generator=torch.Generator().manual_seed(0))
+    data = (ids, torch.arange(8) % 2)
+    recipe = Recipe(SGD(0.1), 4, 2, init=initial)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.random.fork_rng():
+            problem = Problem(initial(0), cross_entropy, data)
+            one, two = (
+                retrain(
+                    problem, recipe, Outputs(cross_entropy, data), np.ones((2, 8)) * [[1], [0.5]],
+                    seeds=2, stack=1, jobs=jobs,
+                ) for jobs in (1, 2)
+            )  # fmt: skip
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_allclose(two.per_seed, one.per_seed, rtol=1e-12)
 
 
 def test_side_by_side_is_one_by_one():

@@ -122,12 +122,7 @@ def watched(
             if not (isinstance(source, Tensor) and isinstance(output, Tensor) and output.ndim > 0):
                 return output  # of attention, a scale, ...: not a layer seen from outside
             source = source.detach()
-            if (
-                len(output) == 1 < b
-                and source.ndim > 0
-                and len(source) == 1
-                and shared(own, source)
-            ):
+            if len(output) == 1 < b and shared(own, source):
                 output, source = (x.expand(b, *x.shape[1:]) for x in (output, source))
             if not output.requires_grad:
                 leaves.append(output.detach().requires_grad_())

@@ -76,18 +76,21 @@ def skipped(problem: Problem, rows: NDArray[np.intp]) -> set[str]:
     Ghost products hold for them, where a batch is seen whole; sums of their inputs depend on what else is in it.
     """
     some = np.random.default_rng(0).choice(rows, min(len(rows), TRIED * TRIALS), replace=False)
-    called: list[set[str]] = []
-    for row in some:
-        names: set[str] = set()
-        batch = take(problem.train, [row], problem.device)
-
-        def note(module: nn.Module, own: Names, *_: Tensor, names: set[str] = names) -> None:
-            names.update(own.values())
-
-        with watched(problem.model, set(problem.params), 1, lambda *_: None, note):
-            call(problem.model, problem.loss, problem.params, batch)
-        called.append(names)
+    called = [_called(problem, row) for row in some]
     return set().union(*called) - called[0].intersection(*called)
+
+
+def _called(problem: Problem, row: int) -> set[str]:
+    """Parameters of the layers that a row passes through."""
+    names: set[str] = set()
+    batch = take(problem.train, [row], problem.device)
+
+    def note(module: nn.Module, own: Names, *_: Tensor) -> None:
+        names.update(own.values())
+
+    with watched(problem.model, set(problem.params), 1, lambda *_: None, note):
+        call(problem.model, problem.loss, problem.params, batch)
+    return names
 
 
 def _moved(params: Params) -> Params:

@@ -194,17 +194,17 @@ def _someone_is_good(values: Values) -> None:
             "expected someone of positive value, got nobody: there is nothing to buy; if the outputs are losses, data "
             "lower them, and the values of losses want their sign turned: pass -values"
         )
-    if total < 0:
+    if math.isnan(values.change) and abs(total) <= 1e-6 * size:
+        raise ValueError(
+            "expected values whose sign tells good from bad, got a sum of 0, as of values up to a common constant; "
+            "retrain on everyone and on nobody, too"
+        )
+    if total < -1e-6 * size:
         warnings.warn(
             f"values of which high is good seldom add up to less than nothing, as these do ({total:.4g}); if they are those of "
             "a loss, pass -values: what is bought here is what raises the output",
             SignWarning,
             stacklevel=3,
-        )
-    if math.isnan(values.change) and abs(total) <= 1e-6 * size:
-        raise ValueError(
-            "expected values whose sign tells good from bad, got a sum of 0, as of values up to a common constant; "
-            "retrain on everyone and on nobody, too"
         )
 
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.payment import Payments, buy, pay
+from applied.payment import Payments, SignWarning, buy, pay
 from applied.worth import Values
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.groups import group_table, named
@@ -31,7 +31,7 @@ from attribution_core.semivalues import Kind, semivalues
 from attribution_core.subsets import all_subsets, leave_out_subsets, permutation_subsets
 
 __all__ = [
-    "Payments", "ValuationWarning", "Values", "buy", "held_out", "pay", "self_confidence", "values",
+    "Payments", "SignWarning", "ValuationWarning", "Values", "buy", "held_out", "pay", "self_confidence", "values",
 ]  # fmt: skip
 
 EXACT = 15  # players whose 2^players predictions are all made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -97,27 +98,39 @@ def as_data(data: Any) -> Data:
 
 
 def _column(name: Any, column: Any) -> Tensor:
-    """A column of numbers as a tensor, in the order of its rows.
+    """A column of numbers as a tensor, in the order of its rows; memory is shared where it can be.
 
     Raises:
         TypeError: no numbers.
         ValueError: one number for all rows.
     """
-    found: Any = column
     try:
-        if not isinstance(column, (Tensor, list, tuple)):  # arrays, and what pandas has
-            array = np.asarray(column)
-            found = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
-        found = torch.as_tensor(found)
+        found = _as_tensor(column)
     except (TypeError, ValueError, RuntimeError) as error:
-        kind = getattr(found, "dtype", type(column).__name__)
+        kind = getattr(column, "dtype", type(column).__name__)
         raise TypeError(
-            f"expected numbers in column {name!r}, got {kind}: {error}; number categories "
-            "(np.unique(column, return_inverse=True)[1]), and leave out what is no number"
+            f"expected numbers in column {name!r}, got {kind}: {error}; number categories (np.unique(column, "
+            "return_inverse=True)[1]), pad rows of different lengths, and leave out what is no number"
         ) from None
     if found.ndim == 0:
         raise ValueError(f"expected a row for every example in column {name!r}, got one number")
     return found
+
+
+def _as_tensor(column: Any) -> Tensor:
+    """A tensor of numbers in rows: of plain Python's in torch's default dtype, of arrays' and tables' in their own."""
+    if not (hasattr(column, "dtype") or hasattr(column, "to_numpy")):
+        try:
+            return torch.as_tensor(column)
+        except (TypeError, ValueError, RuntimeError):
+            pass  # a list of vectors, say
+    if isinstance(column, Tensor):
+        return column
+    array = np.asarray(column)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of arrays that are read only: so are columns
+        return torch.as_tensor(array.copy() if min(array.strides, default=0) < 0 else array)
 
 
 def _values(batch: Any) -> list[Any]:

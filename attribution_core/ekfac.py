@@ -126,9 +126,6 @@ def _fitted(
     for view in views(2 * seed + 1):
         view.add_squares(blocks, diagonal)
         view.refuse_nan(values)
-    strays = union(strays)
-    if strays:
-        return strays
     _reduce(values)
     for value in values:
         value /= first.n * len(problems)

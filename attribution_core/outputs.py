@@ -56,7 +56,7 @@ def logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The model's logits on a batch, and the batch's labels.
 
     Raises:
-        ValueError: a dict without labels.
+        ValueError: rows without labels.
     """
     labels = labels_in(batch)
     if labels is None:

@@ -266,7 +266,9 @@ class Projection:
     def _factored(
         self, function: PerExample, batch: Batch, rows: NDArray[np.intp]
     ) -> tuple[Tensor, Tensor]:
-        """Values and features by one backward pass, and a second one for parameters outside layers."""
+        """Values and features by one backward pass, and a second one for parameters outside layers, or of layers that do
+        not see these rows whole.
+        """
         model, params = self.problem.model, self.problem.params
         places = {place.weight: place for place in self.places}
         inside = {name for place in self.places for name in (place.weight, place.bias)}
@@ -312,9 +314,8 @@ class Projection:
 
     def _of_rows(self, place: Place, gradients: Params) -> Tensor:
         """The products of a matrix whose per-example gradients [b, *shape] are given: each of its rows is a token."""
-        matrix = place.gather(
-            {name: gradients[name] for name in (place.weight, place.bias) if name}
-        )
+        held = {name: gradients[name] for name in (place.weight, place.bias) if name}
+        matrix = widened(place.gather(held))
         b, _, r, _ = matrix.shape
         numbers = torch.arange(r, device=matrix.device).expand(b, r)
         return self._products(place, numbers, matrix.transpose(0, 1))

@@ -94,7 +94,7 @@ class RetrainingTable:
         """
         if not Path(path).exists():
             raise FileNotFoundError(f"no table at {path}")
-        if Path(path).suffix == ".parquet":
+        if Path(path).suffix.lower() == ".parquet":
             return cls(*_read_parquet(path))
         with np.load(path) as held:
             if "weights" not in held or not {"per_seed", "outputs"} & set(held):

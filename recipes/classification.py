@@ -287,10 +287,10 @@ def _read(path: str) -> Any:
     if not Path(path).exists():
         raise FileNotFoundError(f"no file {path}; or 'digits', 'breast_cancer'")
     readers = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
-    if Path(path).suffix not in readers:
+    if Path(path).suffix.lower() not in readers:
         raise ValueError(f"expected a .parquet or .csv file, got {path}")
     try:
-        return readers[Path(path).suffix](path)
+        return readers[Path(path).suffix.lower()](path)
     except UnicodeDecodeError as error:
         raise ValueError(f"expected {path} in UTF-8, got {error}; save it so") from None
 

@@ -52,7 +52,7 @@ def read_documents(
 
 
 def _from_file(file: str, text: str, domain: str | None, id: str | None) -> list[Document]:
-    suffix = Path(file).suffix
+    suffix = Path(file).suffix.lower()
     if suffix not in KINDS:
         raise ValueError(f"expected {', '.join(KINDS)}, got {file!r}; convert it first")
     if suffix == ".txt":

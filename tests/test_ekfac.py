@@ -984,6 +984,21 @@ def test_a_layer_that_batches_may_skip_is_diagonal():
     assert set(fit_ekfac([problem]).diagonal) == heads
 
 
+def test_a_model_that_takes_no_single_rows():
+    """Its last line squeezes the batch away."""
+
+    class Squeezed(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).squeeze()
+
+    def loss(model, batch):
+        return -model(batch[0]).log_softmax(-1).gather(1, batch[1][:, None])[:, 0]
+
+    x, y = menagerie.softmax().train.columns
+    model = Squeezed(nn.Linear(x.shape[1], int(y.max()) + 1)).double()
+    assert len(fit_ekfac([Problem(model, loss, (x, y))], labels="data").blocks) == 1
+
+
 def test_layers_that_a_trial_did_not_show_cost_one_pass():
     passes = []
     problem = seldom([7])

@@ -369,7 +369,7 @@ def test_positions_are_shared_where_another_layer_cannot_be():
 
 @pytest.mark.parametrize("n", [1, 2, 9, 71, 72, 79])
 def test_positions_are_shared_whatever_the_number_of_rows(n):
-    """Of 72 rows nine are tried: no batch of them may be a row by itself, which tells nothing."""
+    """Of 72 rows nine are tried; a row by itself would tell nothing."""
     problem = menagerie.gpt2(n=n)
     found = coverage.coverage_of(problem, np.arange(n))
     assert not found.wrong

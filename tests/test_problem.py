@@ -110,6 +110,26 @@ def test_data_that_does_not_fit(data, error, message):
         as_data(data)
 
 
+def test_columns_share_the_memory_of_arrays(tmp_path):
+    """Of files that are mapped, too: they may be larger than memory."""
+    np.save(tmp_path / "x.npy", np.arange(12.0).reshape(6, 2))
+    held, mapped = np.arange(12.0).reshape(6, 2), np.load(tmp_path / "x.npy", mmap_mode="r")
+    for array in (held, mapped):
+        assert np.shares_memory(as_data({"x": array}).columns["x"].numpy(), array)
+
+
+def test_columns_of_plain_numbers_are_in_the_default_dtype():
+    lists = [[1.0, 2.0], [3.0, 4.0]]
+    held = datasets.Dataset.from_dict({"x": lists, "y": [0, 1]})
+    for given in (lists, held["x"], [torch.tensor(row) for row in lists]):
+        found = as_data((given, held["y"]))[[0, 1]]
+        assert found[0].dtype == torch.float32
+        assert found[0].tolist() == lists
+        assert found[1].dtype == torch.int64
+    with pytest.raises(TypeError, match="pad rows of different lengths"):
+        as_data(([[1.0], [1.0, 2.0]], [0, 1]))
+
+
 def test_columns_of_arrays_and_tables_keep_the_order_of_their_rows():
     import pandas as pd
 

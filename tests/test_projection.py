@@ -1,5 +1,6 @@
 """attribution_core.projection: against explicit matrices, in expectation, in its invariances, its refusals."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -241,6 +242,36 @@ def test_layers_that_do_not_see_a_batch_whole_are_projected_all_the_same(case, m
     torch.testing.assert_close(
         project(problem, problem.loss, 5, kind="factored"), expected, **EXACT
     )
+
+
+class Twice(nn.Module):
+    """A weight that all rows use, two holders' and two biases', and a few rows once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.one, self.two = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 5)
+        self.two.weight, self.norm, self.head = self.one.weight, nn.LayerNorm(5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h, rare = torch.tanh(self.one(torch.tanh(self.body(x)))), x[:, 0] > 50
+        out = h.clone()
+        if rare.any():
+            out[rare] = self.norm(self.two(h[rare])) + self.one(h[rare])
+        return self.head(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_one_weight_of_a_whole_use_and_another(dtype):
+    """Its products are those of both, once; in half precision, too, where sides and gradients are widened."""
+    double = of_kinds(Twice, np.zeros(400, bool))
+    double.train.columns[0][[9, 10, 11, 12], 0] = 60.0
+    x, y = double.train.columns
+    problem = Problem(copy.deepcopy(double.model).to(dtype), double.loss, (x.to(dtype), y))
+    expected = project(double, double.loss, 9, kind="factored", batch_size=1)
+    for size in (1, 7, 64):
+        found = project(problem, problem.loss, 9, kind="factored", batch_size=size).double()
+        off = (found - expected).norm() / expected.norm()
+        assert off < 8 * torch.finfo(dtype).eps  # roundings of eight bits, or of float64's sums
 
 
 @pytest.mark.parametrize("model", [RareTokens, RareRow])

@@ -266,6 +266,8 @@ def test_parquet_holds_a_line_per_training(tmp_path):
     assert held["seed"] == [3, 1] * 4
     np.testing.assert_array_equal(held["weights"][2], table.weights[1])
     np.testing.assert_array_equal(held["outputs"][3], table.per_seed[1, 1])
+    table.save(tmp_path / "LOUD.PARQUET")
+    assert np.array_equal(RetrainingTable.load(tmp_path / "LOUD.PARQUET").weights, table.weights)
     loaded = RetrainingTable.load(tmp_path / "table.parquet")
     np.testing.assert_array_equal(loaded.weights, table.weights)
     assert loaded.seeds == (3, 1)

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from applied.recipe import SLACK, Decision
 from applied.worth import Values
-from attribution_core.groups import named
+from attribution_core.data import named
 
 TIGHT = {
     "mip_rel_gap": 0.0, "mip_abs_gap": 0.0, "mip_feasibility_tolerance": 1e-10,

@@ -24,8 +24,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from applied.payment import Payments, SignWarning, buy, pay
 from applied.worth import Values
+from attribution_core.data import named
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.groups import group_table, named
+from attribution_core.groups import group_table
 from attribution_core.retraining import RetrainingTable
 from attribution_core.semivalues import Kind, semivalues
 from attribution_core.subsets import all_subsets, leave_out_subsets, permutation_subsets

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from applied.recipe import Interval
-from attribution_core.groups import named
+from attribution_core.data import named
 from attribution_core.store import ending
 
 

@@ -19,9 +19,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from attribution_core.data import named
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.gradients import Progress, Sized
-from attribution_core.groups import named
 from attribution_core.magic import magic
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import from_first, wait, world

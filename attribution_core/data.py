@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -229,3 +230,21 @@ def sample(n: int, size: int | None, seed: int = 0) -> NDArray[np.intp]:
     if size is None or size >= n:
         return np.arange(n)
     return np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
+
+
+def named(groups: ArrayLike, n: int) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """(names of the groups, which of them each of n examples is in)."""
+    labels = np.asarray(groups)
+    if labels.shape != (n,) or n == 0:
+        raise ValueError(f"expected one group label per example, [n={n}], got {labels.shape}")
+    given = groups if isinstance(groups, (list, tuple)) else labels.tolist()
+    nobody = [k for k, label in enumerate(given) if _missing(label)]
+    if nobody:
+        raise ValueError(f"expected a group label for every example, got none for {nobody[:10]}")
+    return np.unique(labels, return_inverse=True)
+
+
+def _missing(label: Any) -> bool:
+    """None, or one of the ways of numpy and pandas to say so."""
+    nan = isinstance(label, float) and math.isnan(label)
+    return label is None or nan or type(label).__name__ in ("NAType", "NaTType") or label != label

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from attribution_core.data import named
+
 FORMAT = 1  # of the saved folder; another number is refused
 OF_OUTPUTS = ("change", "weight_decay", "remainder")  # lists in meta with a number for each output
 
@@ -149,8 +151,6 @@ class LinearDatamodel:
         Raises:
             ValueError: members of one group have different anchors.
         """
-        from attribution_core.groups import named
-
         names, index = named(groups, len(self.scores))
 
         def folded(rows: NDArray[Any]) -> NDArray[Any]:

@@ -9,7 +9,6 @@ examples by whether they share a group, so none is (Ley et al. 2024 build one, a
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from attribution_core.data import batches, take
+from attribution_core.data import batches, named, take
 from attribution_core.gradients import Progress, check_directions, flatten
 from attribution_core.problem import Params, Problem, per_example, widened
 from attribution_core.processes import collect, failing_together, my_rows
@@ -98,24 +97,6 @@ def summed_gradient(
         )
         total += torch.cat([widened(g).flatten() for g in found])
     return total
-
-
-def named(groups: ArrayLike, n: int) -> tuple[NDArray[Any], NDArray[np.intp]]:
-    """(names of the groups, which of them each of n examples is in)."""
-    labels = np.asarray(groups)
-    if labels.shape != (n,) or n == 0:
-        raise ValueError(f"expected one group label per example, [n={n}], got {labels.shape}")
-    given = groups if isinstance(groups, (list, tuple)) else labels.tolist()
-    nobody = [k for k, label in enumerate(given) if _missing(label)]
-    if nobody:
-        raise ValueError(f"expected a group label for every example, got none for {nobody[:10]}")
-    return np.unique(labels, return_inverse=True)
-
-
-def _missing(label: Any) -> bool:
-    """None, or one of the ways of numpy and pandas to say so."""
-    nan = isinstance(label, float) and math.isnan(label)
-    return label is None or nan or type(label).__name__ in ("NAType", "NaTType") or label != label
 
 
 # --- ways to form groups -----------------------------------------------------------------------

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from attribution_core.data import named
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.groups import named
 
 Array = NDArray[np.float64]
 

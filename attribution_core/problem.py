@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from attribution_core.data import Batch, as_data, batches, rows_in, take
+from attribution_core.data import Batch, as_data, batches, named, rows_in, take
 
 PerExample = Callable[[nn.Module, Any], Tensor]  # (plain module, batch of b rows) -> [b]
 Params = dict[str, Tensor]
@@ -138,8 +138,6 @@ class Outputs:
         labels = np.full(len(self.data), "mean") if by is None else np.asarray(by)
         if labels.shape != (len(self.data),):
             raise ValueError(f"expected one label per row [{len(self.data)}], got {labels.shape}")
-        from attribution_core.groups import named
-
         names, index = named(labels, len(self.data))
         matrix = torch.zeros(len(self.data), len(names), dtype=torch.float64)
         matrix[torch.arange(len(index)), torch.as_tensor(index)] = 1.0

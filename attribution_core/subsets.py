@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.groups import named
+from attribution_core.data import named
 
 ENUMERATED = 20  # players whose 2^players subsets are listed
 

@@ -242,4 +242,5 @@ def bought(study: Study, worth: Values) -> Verified | str:
             best = valuation.buy(worth, prices, half)
     except ValueError as error:
         return str(error)
-    return verify(best, partial(study.retrain, progress=iter), seeds=study.flags.seeds)
+    told = replace(best, targets=np.array(["loss (predicted of targets, actual of test rows)"]))
+    return verify(told, partial(study.retrain, progress=iter), seeds=study.flags.seeds)

@@ -23,8 +23,9 @@ from attribution_core import (
     random_groups,
     random_subsets,
 )
+from attribution_core.data import named
 from attribution_core.gradients import directional, unflatten
-from attribution_core.groups import group_directional, named
+from attribution_core.groups import group_directional
 from attribution_core.representations import activation_gradients, representations
 from tests import menagerie
 

@@ -49,9 +49,7 @@ def conjugate_steps(
     progress: Progress = iter,
     precondition: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """So many steps of conjugate gradients from 0, fewer where the tolerance is reached before, or squares
-    underflow.
-    """
+    """So many steps of conjugate gradients from 0, fewer where the tolerance is reached, or squares underflow."""
     x = torch.zeros_like(v)
     residual = v.clone()
     direction = toward = residual.clone() if precondition is None else precondition(residual)

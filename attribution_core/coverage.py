@@ -20,14 +20,13 @@ from torch.nn.modules.conv import _ConvNd
 from attribution_core.data import Batch, rows_in, take
 from attribution_core.ghost import any_layer, layer_shares, rule_of
 from attribution_core.layers import Coverage, Names, owners, sees_all, watched
-from attribution_core.problem import Params, Problem, call, normal_like, rounding
+from attribution_core.problem import Params, Problem, call, normal_like, roomy, rounding
 
 TRIED, TRIALS = 8, 4  # rows of a batch on which ghost products are tried, and such batches at most
 SHARE = 8  # of this many rows one is tried
 NOISE = 0.1  # of a parameter's size: moves parameters whose gradients vanish where they stand
 LEAST = 0.02  # how far they are moved at least
 WITHIN = 1e-3  # of its terms' norm a sum may be off: above float32's rounding, below a missed term
-
 FEW_EPS = 8  # roundings that add up
 
 Shares = Callable[[Tensor], bool]
@@ -124,8 +123,7 @@ class _Trial:
     def __init__(self, problem: Problem):
         self.problem = problem
         noise = normal_like(problem.params)
-        half = torch.float16
-        self.probe = {k: (v.float() if v.dtype == half else v)[None] for k, v in noise.items()}
+        self.probe = {name: v.to(roomy(v.dtype))[None] for name, v in noise.items()}
         self.rng = np.random.default_rng(1)
         self.wrong: set[str] = set()
         self.used: set[str] = set()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from attribution_core.data import Batch, rows_in
 from attribution_core.layers import UNTRIED, Coverage, Names, is_norm, norm_gradients, watched
-from attribution_core.problem import Params, PerExample, call, precision_of
+from attribution_core.problem import Params, PerExample, call, precision_of, roomy
 
 LAYER_ELEMENTS = 2**22  # of one layer's per-example products held at once (16 MiB in float32)
 
@@ -58,9 +58,7 @@ def layer_shares(
 ) -> dict[str, Tensor]:
     """The shares [b, k] of one use of a layer's parameters, by their local names."""
     held = {local: vectors[name] for local, name in names.items()}
-    # directions of a model in float16 are wider than it, see `gradients.check_directions`
-    wide = next(iter(held.values())).dtype
-    source, gradient = (x.to(wide) if x.dtype == torch.float16 else x for x in (source, gradient))
+    source, gradient = (x.to(roomy(x.dtype)) for x in (source, gradient))  # as directions are
     return rule_of(module)(module, source, gradient, held)
 
 
@@ -118,8 +116,7 @@ def any_layer(
     module: nn.Module, source: Tensor, gradient: Tensor, held: Params
 ) -> dict[str, Tensor]:
     """Any layer of one input tensor: forward-mode derivative of the layer alone, times its gradient."""
-    own = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
-    own = {name: p.to(held[name]) if name in held else p for name, p in own.items()}
+    own = {k: p.detach().to(roomy(p.dtype)) for k, p in module.named_parameters(recurse=False)}
 
     def share(name: str, direction: Tensor) -> Tensor:
         def layer(value: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from attribution_core.problem import (
     decay_of,
     per_example,
     refuse_random_layers,
+    roomy,
     trainable,
     widened,
 )
@@ -127,9 +128,10 @@ def _products(
     count = len(next(iter(vectors.values())))
     chosen, coverage = choose_engine(problem, count, rows, engine)
     given = (problem.model, problem.loss, problem.params, vectors)
-    other: list[str] = []
+    other = ""
 
     def products(batch: Batch) -> Tensor:
+        nonlocal other
         if chosen != "ghost":
             return ENGINES[chosen](*given, batch)
         try:
@@ -137,8 +139,8 @@ def _products(
         except NotCovered:
             if engine == "ghost":
                 raise
-            other[:] = other or [plain_engine(problem, count, rows)]
-            return ENGINES[other[0]](*given, batch)
+            other = other or plain_engine(problem, count, rows)
+            return ENGINES[other](*given, batch)
 
     return products
 
@@ -146,7 +148,7 @@ def _products(
 def check_directions(directions: Params | Tensor, params: Params) -> Params:
     """Directions as a dict name -> [k, *shape] in the parameters' order, dtype and device.
 
-    Those of a model in float16, which ends at 6e-8, stay in float32.
+    Those of a model in float16 stay in float32.
     """
     p = sum(value.numel() for value in params.values())
     if isinstance(directions, Tensor):
@@ -167,8 +169,7 @@ def check_directions(directions: Params | Tensor, params: Params) -> Params:
         raise ValueError(
             f"expected directions [k, *shape] with one k for all parameters, got {wrong or shapes}"
         )
-    dtypes = {k: torch.float32 if v.dtype == torch.float16 else v.dtype for k, v in params.items()}
-    return {k: directions[k].detach().to(v.device, dtypes[k]) for k, v in params.items()}
+    return {k: directions[k].detach().to(v.device, roomy(v.dtype)) for k, v in params.items()}
 
 
 def flatten(directions: Params) -> Tensor:

@@ -25,23 +25,10 @@ from attribution_core.problem import widened
 
 Arrive = Callable[[nn.Module, dict[str, str], Tensor, Tensor], None]
 Names = dict[str, str]  # of a layer's parameters: local name -> name in the model
-CURE = "engine='jvp' or 'rows'"
 
 
 class NotCovered(ValueError):
-    """A layer that does not see every row of a batch.
-
-    Args:
-        names: its parameters.
-        cure: what to use instead.
-    """
-
-    def __init__(self, b: int, names: Names, source: Tensor, cure: str):
-        self.names = set(names.values())
-        super().__init__(
-            f"expected layers that see every row of a batch, got one that saw {tuple(source.shape)} of {b} rows "
-            f"({', '.join(sorted(self.names)[:2])}), as where rows are told apart in a forward pass; use {cure}"
-        )
+    """A layer that does not see every row of a batch, or of which nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,7 @@ class Coverage:
     unseen: frozenset[str] = frozenset()
     shared: frozenset[str] = frozenset()
 
-    def is_shared(self, names: Names, source: Tensor) -> bool:
+    def is_shared(self, names: Names, _: Tensor) -> bool:
         """Whether a layer's one row stands for every row of a batch."""
         return not self.shared.isdisjoint(names.values())
 
@@ -66,16 +53,18 @@ class Coverage:
         """Whether a layer saw a batch of b rows, as layers of these names were seen to do."""
         return sees_all(b, source, gradient) and self.unseen.isdisjoint(names.values())
 
-    def check(
-        self, b: int, names: Names, source: Tensor, gradient: Tensor, cure: str = CURE
-    ) -> None:
+    def check(self, b: int, names: Names, source: Tensor, gradient: Tensor) -> None:
         """Raise where it does not hold.
 
         Raises:
             NotCovered: a layer that saw other than b rows, or of which nothing is known.
         """
         if not self.holds(b, names, source, gradient):
-            raise NotCovered(b, names, source, cure)
+            raise NotCovered(
+                f"expected layers that see every row of a batch, got one that saw {tuple(source.shape)} of {b} rows "
+                f"({', '.join(sorted(names.values())[:2])}), as where rows are told apart in a forward pass; "
+                "use engine='jvp' or 'rows'"
+            )
 
 
 UNTRIED = Coverage()

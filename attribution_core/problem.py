@@ -190,6 +190,11 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
+def roomy(dtype: torch.dtype) -> torch.dtype:
+    """float32 for float16, which ends at 6e-8 and at 65,504; any other as it is."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def rounding(value: Tensor) -> float:
     """Relative rounding of products: eps of the dtype, on a GPU of TF32's ten bits for float32, which may be in use."""
     eps = torch.finfo(value.dtype).eps

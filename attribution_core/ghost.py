@@ -97,6 +97,24 @@ def linear(module: nn.Module, source: Tensor, gradient: Tensor, held: Params) ->
     return shares
 
 
+def linear_each(
+    module: nn.Module, source: Tensor, gradient: Tensor, held: Params
+) -> dict[str, Tensor]:
+    """`linear` of K batches together, each along one direction of its own: source and gradient [K, b, ..., width],
+    directions [K, 1, *shape]; shares [K b, 1]."""
+    k, b = source.shape[:2]
+    shares = {}
+    if "weight" in held:
+        pair = (gradient, source) if isinstance(module, nn.Linear) else (source, gradient)
+        left, right = (x.reshape(k, -1, x.shape[-1]) for x in pair)  # [K, b T, width]
+        product = (left @ held["weight"].squeeze(1)).mul_(right)
+        shares["weight"] = product.view(k * b, -1).sum(1)[:, None]
+    if "bias" in held:
+        total = gradient.reshape(k, b, -1, gradient.shape[-1]).sum(2)
+        shares["bias"] = (total @ held["bias"].mT).flatten(0, 1)
+    return shares
+
+
 def embedding(
     module: nn.Embedding, source: Tensor, gradient: Tensor, held: Params
 ) -> dict[str, Tensor]:

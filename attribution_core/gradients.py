@@ -357,46 +357,75 @@ def mean_gradient(
     return total
 
 
-@torch.enable_grad()  # whatever the caller is in
 def output_gradients(
     model: nn.Module, outputs: Outputs, batch_size: int = 64, params: Params | None = None
 ) -> Params:
     """Gradients of all t outputs with respect to the parameters (or the tensors given, buffers of the
     model among them), dict name -> [t, *shape]."""
+    return valued_gradients(model, outputs, batch_size, params)[1]
+
+
+@torch.enable_grad()  # whatever the caller is in
+def valued_gradients(
+    model: nn.Module, outputs: Outputs, batch_size: int = 64, params: Params | None = None
+) -> tuple[Tensor, Params]:
+    """(the outputs [t], float64 on the CPU, their gradients), of one pass but where many rows are
+    differentiated together."""
     params = trainable(model) if params is None else params
+    if outputs.matrix is not None:
+        return _mean_gradients(model, outputs, batch_size, params)
+    if len(outputs) <= SINGLY:  # torch's vmap takes a second to load
+        return _single_gradients(model, outputs, params)
     device = next(iter(params.values())).device
+    parts = [
+        row_gradients(model, outputs.function, params, take(outputs.data, rows, device))
+        for rows in batches(len(outputs.data), batch_size)
+    ]
+    gradients = {name: torch.cat([part[name] for part in parts]) for name in params}
+    return outputs.evaluate(model, params, batch_size), gradients
+
+
+def _values_at(model: nn.Module, outputs: Outputs, leaf: Params, rows: Any) -> Tensor:
+    """Outputs of some rows, differentiable in `leaf`."""
+    batch = take(outputs.data, rows, next(iter(leaf.values())).device)
+    values = per_example(model, outputs.function, batch, leaf, rows, what="output")
+    _refuse_steps(values)
+    return values
+
+
+def _single_gradients(model: nn.Module, outputs: Outputs, params: Params) -> tuple[Tensor, Params]:
+    """`valued_gradients`, a pass for each row."""
     leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
-    if outputs.matrix is None and len(outputs) <= SINGLY:  # torch's vmap takes a second to load
-        found = []
-        for row in range(len(outputs)):
-            batch = take(outputs.data, [row], device)
-            value = per_example(model, outputs.function, batch, leaf, [row], what="output")
-            _refuse_steps(value)
-            found.append(torch.autograd.grad(value[0], list(leaf.values()), materialize_grads=True))
-        return {
-            name: torch.stack(column)
-            for name, column in zip(leaf, zip(*found, strict=True), strict=True)
-        }
-    if outputs.matrix is None:
-        parts = [
-            row_gradients(model, outputs.function, params, take(outputs.data, rows, device))
-            for rows in batches(len(outputs.data), batch_size)
-        ]
-        return {name: torch.cat([part[name] for part in parts]) for name in params}
-    total = {name: value.new_zeros((len(outputs), *value.shape)) for name, value in params.items()}
+    values, found = [], []
+    for row in range(len(outputs)):
+        value = _values_at(model, outputs, leaf, [row])
+        values.append(value.detach())
+        found.append(torch.autograd.grad(value[0], list(leaf.values()), materialize_grads=True))
+    columns = zip(leaf, zip(*found, strict=True), strict=True)
+    return torch.cat(values).double().cpu(), {name: torch.stack(x) for name, x in columns}
+
+
+def _mean_gradients(
+    model: nn.Module, outputs: Outputs, batch_size: int, params: Params
+) -> tuple[Tensor, Params]:
+    """`valued_gradients` of averages over rows, a backward pass for each average."""
+    assert outputs.matrix is not None
+    leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
+    total = torch.zeros(len(outputs), dtype=torch.float64)
+    slopes = {name: value.new_zeros((len(outputs), *value.shape)) for name, value in leaf.items()}
     for rows in batches(len(outputs.data), batch_size):
-        batch = take(outputs.data, rows, device)
-        values = per_example(model, outputs.function, batch, leaf, rows, what="output")
-        _refuse_steps(values)
+        values = _values_at(model, outputs, leaf, rows)
+        total += values.detach().double().cpu() @ outputs.matrix[rows]
         columns = values @ outputs.matrix[rows].to(values)
         for j, column in enumerate(columns):
-            gradients = torch.autograd.grad(
-                column, list(leaf.values()), retain_graph=True, allow_unused=True
+            more = j + 1 < len(columns)
+            found = torch.autograd.grad(
+                column, list(leaf.values()), retain_graph=more, allow_unused=True
             )
-            for name, g in zip(leaf, gradients, strict=True):
+            for name, g in zip(leaf, found, strict=True):
                 if g is not None:
-                    total[name][j] += g
-    return total
+                    slopes[name][j] += g
+    return total, {name: value.detach() for name, value in slopes.items()}
 
 
 def _refuse_steps(values: Tensor) -> None:

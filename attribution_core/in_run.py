@@ -8,9 +8,10 @@ splits over the examples by itself, and the share of an example is its Aumann-Sh
 whose players are the segment's movements: for a quadratic f its Shapley value, what it does alone plus
 half of its interactions, without a Hessian. z counts a gradient's later movements at once (`reach`). The
 products of ĝ with per-example gradients wait for the end of their segment; what they are made of is kept
-from the very passes that train (`passes`). A segment is as long as its sum ⟨θ_b − θ_a, ĝ⟩ stays near f's
-change, which a forward pass tells; where it does not, ĝ is taken at three places of the line by Gauss's
-rule, and where that does not help the segment is split, before anything is read.
+from the very passes that train (`passes`). ĝ is the mean of ∇f at the segment's ends, each of which ends one
+segment, begins the next, and tells f as well. A segment is as long as its sum ⟨θ_b − θ_a, ĝ⟩ stays near f's
+change; where it does not, the middle of the line is looked at, too (Simpson's rule), and where that does not
+help the segment is split, before anything is read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import math
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,14 +33,14 @@ from attribution_core.gradients import (
     Engine,
     Progress,
     choose_engine,
-    output_gradients,
     plain_engine,
+    valued_gradients,
 )
 from attribution_core.layers import UNTRIED, Coverage, NotCovered
 from attribution_core.optimizers import SGD, Adam, AdamW
 from attribution_core.passes import Pass, Passes
 from attribution_core.problem import Outputs, Params, Problem, decay_of, refuse_random_layers
-from attribution_core.reach import Reach, Segment, mean_of
+from attribution_core.reach import Reach, Segment, mixed
 from attribution_core.steps import Steps, TrainingState
 from attribution_core.training import (
     Drop,
@@ -52,12 +53,6 @@ from attribution_core.training import (
     unchanging,
 )
 
-Order = Literal[1, 2]
-PLACE = {1: 0.0, 2: 0.5}  # along the straight line of a segment, where ∇f stands for ĝ
-OUTER = (
-    0.5 - 0.15**0.5,
-    0.5 + 0.15**0.5,
-)  # with the middle Gauss's rule: (5 ∇f + 8 ∇f + 5 ∇f) / 18
 GROWTH = 6  # a segment of a given length is at most such a part of the steps before it
 FURTHER = 4.0  # times as long as the last segment that the next may be
 MISS = 0.015  # of f's change so far, by which the sum of all segments may miss it
@@ -84,7 +79,7 @@ def in_run(
     weights: ArrayLike | None = None,
     *,
     drop: Drop = "weight",
-    order: Order = 2,
+    order: Literal[1, 2] = 2,
     every: int | Literal["auto"] = "auto",
     engine: Engine = "auto",
     batch_size: int = 256,
@@ -102,11 +97,11 @@ def in_run(
 
     Args:
         weights: [n] training weights, 1 if not given; drop: what 0 means, as in `train`.
-        order: the rule for ĝ. 1: ∇f at the segment's start. 2: ∇f in its middle, exact where f is quadratic
-            along the line; with SGD and every=1 the second order of In-Run Data Shapley.
+        order: the rule for ĝ. 1: ∇f at the segment's start. 2: the mean of ∇f at both ends, exact where f is
+            quadratic along the line; with SGD and every=1 the second order of In-Run Data Shapley.
         every: most steps of a segment, which is also at most a sixth of those before it: outputs move most at
             the start. "auto": as many as keep the sum near the outputs' change. A segment's sum is compared
-            with f(θ_b) − f(θ_a). Where it misses, order 2 takes ĝ by Gauss's rule at three places; where that
+            with f(θ_b) − f(θ_a). Where it misses, order 2 takes ĝ by Simpson's rule; where that
             misses too, the segment is split near its middle. The sums of all are to miss f's change by
             1.5 %, at worst by 3 % of its largest change on the way. The next one is as long as the miss
             suggests, at most four times as long. Later movements under momentum and Adam add their own errors.
@@ -185,13 +180,20 @@ def ends_of(steps: int, every: int) -> set[int]:
     return ends
 
 
+class Point(NamedTuple):
+    """The outputs at some parameters, [t], and their gradients, packed [t, p]."""
+
+    value: Tensor
+    slope: Params
+
+
 @dataclass(eq=False)
 class _Reading:
     """A training that is read, and what has been read so far."""
 
     steps: Steps
     outputs: Outputs
-    order: Order
+    order: Literal[1, 2]
     ends: set[int] | None  # steps after which segments end; None: as f's change says
     passes: Passes
     batch_size: int
@@ -209,7 +211,8 @@ class _Reading:
         decays = replace(problem, weight_decay=self.steps.optimizer.weight_decay or 0.0).decay
         self.decays = bool((decays != 0).any())
         self.stays = self.decays or not self.passes.stateless  # parameters of every step
-        self.first = self.value = self.evaluate(self.steps.start().params)  # f at the start and now
+        self.here = self.point(self.steps.start().params)  # where the last segment ended
+        self.first = self.here.value
 
     def train(self, memory: int, progress: Progress) -> tuple[TrainingState, NDArray[np.float64]]:
         """The steps of the training, read segment by segment: (the state at the end, losses)."""
@@ -251,22 +254,21 @@ class _Reading:
         """(the next state, the loss, what waits for the segment's end)."""
         steps, rows, clip = self.steps, self.steps.order[step], 1.0
         self.passes.watch(len(rows))
-        loss, grads, buffers = steps.gradient(state, step)
+        loss, grads, buffers = steps.gradient(state, step, self.passes)
         with torch.no_grad():
             params, moments = steps.update(state.params, state.moments, grads, step)
             pace = self.reach.pace(moments, step)
         if steps.clip is not None:
             norm = torch.stack([g.norm() for g in grads.values()]).norm()
             clip = min(1.0, steps.clip / (float(norm) + 1e-6))
-        kept = Pass(step, rows, clip, state.params if keep else {}, pace, self.passes.taken())
+        kept = Pass(step, rows, clip, state.params if keep else {}, pace, self.passes.uses)
         return TrainingState(params, moments, buffers), loss, kept
 
     @torch.no_grad()
-    def close(self, held: list[Pass], end: Params, known: int) -> int:
+    def close(self, held: list[Pass], params: Params, known: int) -> int:
         """End a segment, read the steps before `known`, whose movements are known well enough, and say how
         long the next segment should be."""
-        checked = self.ends is None or known == len(self.steps)
-        length = self.measure(held, end, self.evaluate(end) if checked else self.value)
+        length = self.measure(held, params, self.point(params))
         directions = self.reach.directions(self.open)
         for segment in self.open:
             self.read(segment, [of for of in segment.passes if of.step < known], directions)
@@ -274,41 +276,38 @@ class _Reading:
         self.open = [Segment(slope, passes) for slope, passes in left if passes]
         return length
 
-    def measure(self, held: list[Pass], end: Params, value: Tensor) -> int:
-        """Find ĝ along a segment that ends with f = `value`, or along its parts if its sum misses f's change:
+    def measure(self, held: list[Pass], params: Params, end: Point) -> int:
+        """Find ĝ along a segment that ends at `params`, or along its parts if its sum misses f's change:
 
             miss = ⟨θ_b − θ_a, ĝ⟩ − (f(θ_b) − f(θ_a)) ~ length^(order + 1)
 
-        which also says how long the next segment should be, half to four times as long. At order 2 three places
-        on the line are tried before parts are.
+        which also says how long the next segment should be, half to four times as long. At order 2 the middle of
+        the line is looked at, too, before parts are.
         """
-        begin, further = held[0].params, FURTHER
-
-        def slopes(at: float) -> Params:
-            return self.slopes({name: begin[name].lerp(theta, at) for name, theta in end.items()})
+        begin, start, further = self.here, held[0].params, FURTHER
 
         def missed(slope: Params) -> Tensor:
-            moved = [slope[name] @ (theta - begin[name]) for name, theta in end.items()]
-            return torch.stack(moved).double().sum(0).cpu() - (value - self.value)
+            moved = [slope[name] @ (theta - start[name]) for name, theta in params.items()]
+            return torch.stack(moved).double().sum(0).cpu() - (end.value - begin.value)
 
-        slope = slopes(PLACE[self.order])
+        slope = begin.slope if self.order == 1 else mixed(begin.slope, end.slope, 0.5)
         if self.ends is None:
-            room, miss = self.room(value, len(held)), missed(slope)
+            room, miss = self.room(end.value, len(held)), missed(slope)
             fits = room / max(float(miss.abs().sum()), 1e-300)
             further = min(further, max(0.5, 0.9 * fits ** (1 / (1 + self.order))))
-            if fits < 1 and self.order == 2:  # exact to the fifth power of s instead of the first
-                one, other = (slopes(at) for at in OUTER)
-                slope = {k: (8 * x + 5 * (one[k] + other[k])) / 18 for k, x in slope.items()}
+            if fits < 1 and self.order == 2:  # Simpson's rule: off by ~ length^5
+                middle = self.point(mixed(start, params, 0.5)).slope
+                slope = mixed(slope, middle, 2 / 3)
                 miss = missed(slope)
             marks = [k for k, of in enumerate(held) if k and of.params]
             if float(miss.abs().sum()) > room and marks:
                 k = min(marks, key=lambda k: abs(2 * k - len(held)))
-                self.measure(held[:k], held[k].params, self.evaluate(held[k].params))
-                return self.measure(held[k:], end, value)
+                self.measure(held[:k], held[k].params, self.point(held[k].params))
+                return self.measure(held[k:], params, end)
             self.miss += miss
         self.open.append(Segment(slope, held))
         self.segments += 1
-        self.value = value
+        self.here = end
         return max(1, int(further * len(held)))
 
     def room(self, value: Tensor, steps: int) -> float:
@@ -323,44 +322,44 @@ class _Reading:
         left = most - float(self.miss.abs().sum())
         return max(left / 2, most * steps / len(self.steps), eps * float(value.abs().sum()))
 
-    def evaluate(self, params: Params) -> Tensor:
-        """The outputs at packed parameters, [t]."""
-        return self.outputs.evaluate(self.still, self.steps.packing.unpack(params), self.batch_size)
-
     def read(self, segment: Segment, passes: list[Pass], directions: dict[int, Params]) -> None:
         """Take the products of some passes of a segment."""
-        for block in self.passes.joined(passes, self.reach.alike):
-            along = mean_of([directions[of.step] for of in block])
+        along = [directions[of.step] for of in passes]
+        for some in self.passes.joined(passes, along):
+            block = passes[some]
             moved = [np.full(len(of.rows), of.clip * self.reach.moved(of.step)) for of in block]
-            parts = self.passes.products(block, self.steps.packing.unpack(along)).double().cpu()
+            parts = self.passes.products(block, along[some]).double().cpu()
             parts *= -torch.from_numpy(np.concatenate(moved))[:, None]
             rows = torch.from_numpy(np.concatenate([of.rows for of in block]))
             self.scores.index_add_(0, rows, parts)
-            if self.decays:
-                self.decay += self.decayed(block, segment.slope, along)
+        if self.decays:
+            for of, v in zip(passes, along, strict=True):
+                self.decay -= self.decayed(of, segment.slope, v)
 
-    def slopes(self, params: Params) -> Params:
-        """Gradients of the outputs at packed parameters, packed [t, p]."""
+    def point(self, params: Params) -> Point:
+        """The outputs at packed parameters and their gradients."""
         pack = self.steps.packing
         self.gradients += 1
-        with torch.enable_grad():
-            found = output_gradients(self.still, self.outputs, self.batch_size, pack.unpack(params))
-        return pack.pack({name: found[name].detach() for name in self.steps.problem.params})
+        value, found = valued_gradients(
+            self.still, self.outputs, self.batch_size, pack.unpack(params)
+        )
+        slope = pack.pack({name: found[name].detach() for name in self.steps.problem.params})
+        return Point(value, slope)
 
-    def decayed(self, held: list[Pass], slope: Params, along: Params) -> Tensor:
-        """What weight decay did to the outputs, [t]."""
-        optimizer, lr = self.reach.optimizer, self.reach.lr
+    def decayed(self, of: Pass, slope: Params, along: Params) -> Tensor:
+        """By how much weight decay lowered the outputs in a step, [t]."""
+        optimizer = self.reach.optimizer
         decoupled = isinstance(optimizer, Adam) and optimizer.decoupled
-        moved = [float(lr[of.step]) if decoupled else self.reach.moved(of.step) for of in held]
-        parts = []
-        for name, v in (slope if decoupled else along).items():
-            theta = sum(far * of.params[name] for far, of in zip(moved, held, strict=True))
-            parts.append(v @ (decay_of(optimizer.weight_decay, name) * theta))
-        return -torch.stack(parts).double().sum(0).cpu()
+        far = float(self.reach.lr[of.step]) if decoupled else self.reach.moved(of.step)
+        parts = [
+            v @ (decay_of(optimizer.weight_decay, name) * of.params[name])
+            for name, v in (slope if decoupled else along).items()
+        ]
+        return far * torch.stack(parts).double().sum(0).cpu()
 
     def datamodel(self, run: Run, meta: dict[str, object]) -> LinearDatamodel:
         """What was read, beside what happened."""
-        base = self.value.numpy()
+        base = self.here.value.numpy()
         change, parts, w = base - self.first.numpy(), self.scores.numpy(), run.weights[:, None]
         remainder = parts.sum(0) + self.decay.numpy() - change
         pairs = zip(remainder, change, strict=True)
@@ -393,8 +392,10 @@ def _check(recipe: Recipe, order: int, every: int | str, drop: str, zeros: bool)
         raise ValueError(f"unknown drop {drop!r}; 'weight' keeps batches, 'row' removes examples")
     if drop == "row" and recipe.order is not None and zeros:
         raise ValueError("a recipe with an explicit order cannot be redrawn; use drop='weight'")
-    if order not in PLACE:
-        raise ValueError(f"expected order 1 or 2, got {order!r}; 2 takes ∇f in a segment's middle")
+    if order not in (1, 2):
+        raise ValueError(
+            f"expected order 1 or 2, got {order!r}; 2 takes ∇f at both ends of a segment"
+        )
     if every != "auto" and (isinstance(every, (bool, str)) or every < 1):
         raise ValueError(f"expected segments of at least one step or 'auto', got every={every!r}")
     if type(recipe.optimizer) not in (SGD, Adam, AdamW):

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 
 from attribution_core.problem import widened
@@ -92,7 +93,7 @@ def owners(model: nn.Module, names: set[str]) -> dict[nn.Module, dict[str, str]]
 
 @contextmanager
 def watched(
-    model: nn.Module, names: set[str], b: int, arrive: Arrive, called: Arrive | None = None,
+    model: nn.Module, names: set[str], b: int, arrive: Arrive | None, called: Arrive | None = None,
     *, shared: Callable[[Names, Tensor], bool] = lambda names, source: True,
 ) -> Iterator[list[Tensor]]:  # fmt: skip
     """While open, forward passes of b rows are watched; yields the list of leaves to differentiate by.
@@ -100,8 +101,8 @@ def watched(
     Run the model inside, then `torch.autograd.grad(total, leaves, allow_unused=True)`, inside or after,
     as often as you like: for every use of a layer that holds one of the named parameters, `arrive(module, {local
     name: name}, source, gradient)` gets its input and the gradient of its output. `called` gets its input and
-    output as they pass forwards. One row that is `shared` by the batch is seen as b rows. No weight gradient is
-    formed where the parameters themselves need none.
+    output as they pass forwards; a gradient may be taken at the output's `edge`, too. One row that is `shared` by
+    the batch is seen as b rows. No weight gradient is formed where the parameters themselves need none.
     """
     leaves: list[Tensor] = []
 
@@ -119,10 +120,11 @@ def watched(
             output, whole = _whole(output)
             if called is not None:
                 called(module, own, source, output)
-            shape = output.shape
-            whole.register_hook(
-                lambda gradient: arrive(module, own, source, gradient.detach().reshape(shape))
-            )
+            if arrive is not None:
+                shape = output.shape
+                whole.register_hook(
+                    lambda gradient: arrive(module, own, source, gradient.detach().reshape(shape))
+                )
             return output
 
         return hook
@@ -154,6 +156,11 @@ def _whole(output: Tensor) -> tuple[Tensor, Tensor]:
         return output, base
     copy = output.clone()
     return copy, copy
+
+
+def edge(output: Tensor) -> GradientEdge:
+    """Where the gradient of an output that `called` gets arrives, whatever in-place successors do."""
+    return get_gradient_edge(output if output._base is None else output._base)
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int, int] | None:

@@ -8,20 +8,21 @@ together.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 
-from attribution_core.ghost import any_layer, rule_of
+from attribution_core.ghost import any_layer, linear, linear_each, rule_of
 from attribution_core.gradients import ENGINES
-from attribution_core.layers import Coverage, watched
+from attribution_core.layers import Coverage, Names, edge, watched
 from attribution_core.problem import Params
 from attribution_core.steps import Steps
 
@@ -55,12 +56,13 @@ class Pass:
         held = {x.data_ptr(): x.nbytes for x in (*used, *self.params.values(), *self.pace.values())}
         return sum(held.values())
 
-    def fits(self, other: Pass) -> bool:
-        """Whether the same layers saw rows of the same shapes."""
+    def fits(self, other: Pass, rows: bool) -> bool:
+        """Whether the same layers saw rows of the same shapes, and as many of them if `rows`."""
+        skip = 0 if rows else 1
         return len(self.uses) == len(other.uses) and all(
             a.module is b.module
-            and a.source.shape[1:] == b.source.shape[1:]
-            and a.gradient.shape[1:] == b.gradient.shape[1:]
+            and a.source.shape[skip:] == b.source.shape[skip:]
+            and a.gradient.shape[skip:] == b.gradient.shape[skip:]
             for a, b in zip(self.uses, other.uses, strict=True)
         )
 
@@ -72,7 +74,10 @@ class Passes:
     steps: Steps
     engine: str
     coverage: Coverage
-    uses: list[Use] = field(default_factory=list)  # of the pass that is under way
+    called: list[tuple[GradientEdge, nn.Module, Names, Tensor, torch.Size]] = field(
+        default_factory=list
+    )  # layers, in the pass that is under way
+    uses: list[Use] = field(default_factory=list)  # of the pass that was last
     hooks: ExitStack = field(default_factory=ExitStack)
     size: int = 0
 
@@ -92,56 +97,82 @@ class Passes:
         problem = self.steps.problem
         self.hooks.close()
         names, shared = set(problem.params), self.coverage.is_shared
-        watching = watched(problem.model, names, size, self._arrive, shared=shared)
+        watching = watched(problem.model, names, size, None, self._called, shared=shared)
         self.hooks.enter_context(watching)
         self.size = size
 
-    def _arrive(self, *use: Any) -> None:
-        seen = Use(*use)
-        self.coverage.check(self.size, seen.names, seen.source, seen.gradient)
-        self.uses.append(seen)
+    def _called(self, module: nn.Module, names: Names, source: Tensor, output: Tensor) -> None:
+        self.called.append((edge(output), module, names, source, output.shape))
 
-    def taken(self) -> list[Use]:
-        """What was seen since the last call."""
-        seen, self.uses = self.uses, []
-        return seen
+    def edges(self) -> list[GradientEdge]:
+        """What to differentiate the loss by, beside the parameters: a hook a layer would cost thrice as much."""
+        return [use[0] for use in self.called]
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """The gradients that were found there; None where an output was not used."""
+        called, self.called, self.uses = self.called, [], []
+        for (_, module, names, source, shape), gradient in zip(called, gradients, strict=True):
+            if gradient is not None:
+                gradient = gradient.reshape(shape)
+                self.coverage.check(self.size, names, source, gradient)
+                self.uses.append(Use(module, names, source, gradient))
 
     @property
     def stateless(self) -> bool:
         """Whether products are formed without the parameters that the steps started from."""
         return self.engine == "ghost" and self.known
 
-    def joined(self, passes: list[Pass], alike: Callable[[int], int]) -> Iterator[list[Pass]]:
-        """Neighbours that are multiplied together, at most alike(step) from a step on."""
-        block: list[Pass] = []
-        most = size = 0
-        for one in passes:
-            if block and not (
+    def joined(self, passes: list[Pass], along: list[Params]) -> Iterator[slice]:
+        """Neighbours that are multiplied together; `along` are the passes' directions, all one or each its own."""
+        each = any(v is not along[0] for v in along)
+        start = size = 0
+        for k, (one, v) in enumerate(zip(passes, along, strict=True)):
+            together = (
                 self.stateless
-                and len(block) < most
-                and (len(block) + 1) * size <= JOINED
-                and block[0].fits(one)
-            ):
-                yield block
-                block = []
-            if not block:
-                most, size = alike(one.step), one.bytes
-            block.append(one)
-        if block:
-            yield block
+                and (k - start + 1) * size <= JOINED
+                and passes[start].fits(one, rows=each)
+            )
+            if k > start and not together:
+                yield slice(start, k)
+                start = k
+            if k == start:
+                size = one.bytes + sum(x.nbytes for x in v.values())
+        if passes:
+            yield slice(start, len(passes))
 
-    def products(self, block: list[Pass], vectors: Params) -> Tensor:
-        """(w_i / B) ⟨∇ℓ_i, v⟩ for the rows of passes, [rows, t]; gradients are of the weighted mean."""
+    def products(self, block: list[Pass], along: list[Params]) -> Tensor:
+        """(w_i / B) ⟨∇ℓ_i, v⟩ for the rows of passes, each along its own direction, [rows, t]; gradients are of
+        the weighted mean."""
+        steps, unpack = self.steps, self.steps.packing.unpack
+        one = block[0]
         if self.engine == "ghost":
             uses = zip(*(one.uses for one in block), strict=True)
-            return torch.stack([self._share(same, block[0], vectors) for same in uses]).sum(0)
-        steps, (one,) = self.steps, block
+            if all(v is along[0] for v in along):
+                vectors = unpack(along[0])
+                shares = [self._share(same, one, vectors) for same in uses]
+            else:
+                vectors = unpack({k: torch.stack([v[k] for v in along]) for k in along[0]})
+                shares = [self._share_each(same, one, vectors) for same in uses]
+            return torch.stack(shares).sum(0)
         found = ENGINES[self.engine](
-            steps.problem.model, steps.problem.loss, steps.packing.unpack(one.params), vectors,
+            steps.problem.model, steps.problem.loss, unpack(one.params), unpack(along[0]),
             steps.batch(one.step, one.rows),
         )  # fmt: skip
         w = torch.from_numpy(steps.weights_at(one.step, one.rows)).to(found)
         return w[:, None] / len(one.rows) * found
+
+    def _share_each(self, uses: tuple[Use, ...], one: Pass, vectors: Params) -> Tensor:
+        """What the same use of a layer adds in every pass, each along its own direction, [rows, t]."""
+        module, names, _, _ = uses[0]
+        held = {local: vectors[name] for local, name in names.items()}
+        some = next(iter(held.values()))
+        if rule_of(module) is not linear or some.shape[1] > 1:
+            each = [{name: vectors[name][k] for name in names.values()} for k in range(len(uses))]
+            return torch.cat([self._share((u,), one, v) for u, v in zip(uses, each, strict=True)])
+        source, gradient = (
+            torch.stack(x) for x in zip(*((u.source, u.gradient) for u in uses), strict=True)
+        )
+        return sum_of(linear_each(module, source, gradient, held))
 
     def _share(self, uses: tuple[Use, ...], one: Pass, vectors: Params) -> Tensor:
         """What the same use of a layer adds in every pass, [rows, t]."""
@@ -162,8 +193,7 @@ class Passes:
         rule = rule_of(module)
         if rule is any_layer:  # differentiates the layer where it stood
             module = self._stood(module, names, self.steps.packing.unpack(one.params))
-        shares = rule(module, source, gradient, held)
-        return torch.stack(list(shares.values())).sum(0) if len(shares) > 1 else shares.popitem()[1]
+        return sum_of(rule(module, source, gradient, held))
 
     def _stood(self, module: nn.Module, names: dict[str, str], params: Params) -> nn.Module:
         """A copy of a layer with the parameters that it had."""
@@ -173,3 +203,8 @@ class Passes:
         for local, parameter in names.items():
             getattr(layer, local).copy_(params[parameter])
         return layer
+
+
+def sum_of(shares: dict[str, Tensor]) -> Tensor:
+    """Of all parameters of a layer."""
+    return torch.stack(list(shares.values())).sum(0) if len(shares) > 1 else shares.popitem()[1]

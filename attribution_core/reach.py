@@ -11,12 +11,10 @@ therefore does to an output, whose gradient along step l is ĝ_l,
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from attribution_core.optimizers import SGD, State
@@ -24,7 +22,6 @@ from attribution_core.passes import Pass
 from attribution_core.problem import Params
 from attribution_core.steps import Steps
 
-ALIKE = 2  # neighbouring steps that share a D: more would lose how D and gradients vary together
 AHEAD = 0.03  # of a gradient's movements that may still be unknown when it is read
 
 
@@ -66,12 +63,6 @@ class Reach:
         """Steps after which all but `AHEAD` of a gradient's movements are known."""
         return math.ceil(math.log(AHEAD) / math.log(self.keep)) if self.keep > 0 else 0
 
-    def alike(self, step: int) -> int:
-        """Steps from here on for which one D will do: all where D is ĝ itself; else two neighbours, but none
-        at the start, where √v̂ still averages few gradients."""
-        whole = self.keep == 0 and isinstance(self.optimizer, SGD)
-        return sys.maxsize if whole else min(ALIKE, 1 + step // 8)
-
     def pace(self, moments: State, step: int) -> Params:
         """P of a step, from the moments that it leaves; {} for 1."""
         optimizer = self.optimizer
@@ -111,11 +102,3 @@ class Reach:
 def mixed(one: Params, other: Params, share: float) -> Params:
     """(1 − share) one + share other."""
     return {name: x.lerp(other[name], share) for name, x in one.items()}
-
-
-def mean_of(directions: list[Params]) -> Params:
-    """The average of directions."""
-    first = directions[0]
-    if all(other is first for other in directions):
-        return first
-    return {name: torch.stack([of[name] for of in directions]).mean(0) for name in first}

@@ -11,16 +11,17 @@ by bit, and differentiated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attribution_core.data import Batch, rows_in, take
@@ -109,6 +110,16 @@ class TrainingState:
         for part in torch.stack(sums).tolist():
             found = (found * 1_000_003 + part) % 2**63
         return found
+
+
+class Watch(Protocol):
+    """What sees the gradients of layers' outputs in the very pass that trains."""
+
+    def edges(self) -> Sequence[GradientEdge]:
+        """What to differentiate by beside the parameters, after a forward pass."""
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """The gradients there; None where nothing came."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,15 +223,17 @@ class Steps:
             losses = call(self.problem.model, self.problem.loss, named, batch)
         return losses, after
 
-    def gradient(self, state: TrainingState, step: int) -> tuple[float, Params, Params]:
-        """(loss, gradient, running statistics after) of a step."""
+    def gradient(
+        self, state: TrainingState, step: int, watch: Watch | None = None
+    ) -> tuple[float, Params, Params]:
+        """(loss, gradient, running statistics after) of a step; a watch sees gradients of layers beside it."""
         if self.shards == 1:
-            total, grads, buffers = self._own_gradient(state, step)
+            total, grads, buffers = self._own_gradient(state, step, watch)
             return float(total), grads, buffers
         failed: Exception | None = None
         buffers = state.buffers
         try:
-            total, grads, buffers = self._own_gradient(state, step)
+            total, grads, buffers = self._own_gradient(state, step, watch)
         except Exception as error:  # the others wait in the sum; a loss of NaN tells them
             failed, total = error, math.nan
             grads = {name: torch.zeros_like(value) for name, value in state.params.items()}
@@ -232,7 +245,9 @@ class Steps:
         return float(total), grads, buffers
 
     @torch.enable_grad()  # whatever the caller is in
-    def _own_gradient(self, state: TrainingState, step: int) -> tuple[Any, Params, Params]:
+    def _own_gradient(
+        self, state: TrainingState, step: int, watch: Watch | None
+    ) -> tuple[Any, Params, Params]:
         """This process's part of `gradient`."""
         size = len(self.order[step])
         leaf = {name: value.detach().requires_grad_() for name, value in state.params.items()}
@@ -245,11 +260,13 @@ class Steps:
             check_rows(losses, rows_in(batch), rows)
             w = torch.from_numpy(self.weights_at(step, rows))
             loss = (losses * w.to(losses)).sum() / size
-            found = torch.autograd.grad(loss, list(leaf.values()), materialize_grads=True)
-            first = number == 0
-            grads = {
-                name: g if first else grads[name] + g for name, g in zip(leaf, found, strict=True)
-            }
+            by: list[Any] = [*leaf.values(), *([] if watch is None else watch.edges())]
+            found = torch.autograd.grad(loss, by, allow_unused=True)
+            if watch is not None:
+                watch.take(found[len(leaf) :])
+            for name, g in zip(leaf, found[: len(leaf)], strict=True):
+                if g is not None:
+                    grads[name] = g if number == 0 else grads[name] + g
             total += loss.detach()
         return total, grads, {name: value.detach() for name, value in buffers.items()}
 

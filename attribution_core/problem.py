@@ -251,11 +251,30 @@ def call(model: nn.Module, function: PerExample, params: Params, batch: Batch) -
     A float64 model is computed in float64 throughout, see `_KeepDouble`; forward and reverse mode
     see the same function, see `_one_function`.
     """
-    named = {f"model.{name}": value for name, value in params.items()}
+    named = _everywhere(model, params)
     statistics = any(name.endswith("running_var") for name in params)
     fixed = _FixedStatistics() if statistics else nullcontext()
     with precision_of(params), _one_function(model), fixed, _told_types(params, batch):
-        return functional_call(_Bound(model, function), named, (batch,))
+        return functional_call(_Bound(model, function), named, (batch,), tie_weights=False)
+
+
+def _everywhere(model: nn.Module, params: Params) -> Params:
+    """The parameters at every place of `_Bound` that holds them, each place once.
+
+    torch finds the places of a tied tensor by itself, but a module that stands under two names twice, and
+    then leaves what it swapped in behind.
+    """
+    places: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():  # each once
+        for key, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None:
+                places.setdefault(id(value), []).append(f"{prefix}.{key}" if prefix else key)
+    found = {f"model.{name}": value for name, value in params.items()}
+    for names in places.values():
+        given = [params[name] for name in names if name in params]
+        if given:
+            found.update({f"model.{name}": given[0] for name in names})
+    return found
 
 
 @contextmanager

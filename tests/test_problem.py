@@ -8,7 +8,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from attribution_core import Outputs, Problem, cross_entropy, influence, margin
+from attribution_core import (
+    SGD,
+    Outputs,
+    Problem,
+    Recipe,
+    cross_entropy,
+    influence,
+    margin,
+    train,
+)
 from attribution_core.data import as_data, batches, rows_in, take
 from attribution_core.problem import call, per_example
 from tests import menagerie
@@ -159,6 +168,44 @@ def test_a_model_without_trainable_parameters():
     model = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(ValueError, match="trainable parameters, got none"):
         Problem(model, cross_entropy, (X, Y))
+
+
+class Looped(nn.Module):
+    """One layer three times: the same module, or three that share their tensors."""
+
+    def __init__(self, *, same: bool):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            layer, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+            layers = [layer] * 3 if same else [layer, nn.Linear(4, 4), nn.Linear(4, 4)]
+        for other in layers:
+            other.weight, other.bias = layer.weight, layer.bias
+        self.layers = nn.ModuleList(layers)
+        self.double()
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.last(x)
+
+
+def test_a_module_under_several_names_is_as_modules_that_share_their_tensors():
+    """torch's `functional_call` leaves what it swapped in behind there: the model lost its parameters."""
+    data = (torch.linspace(-1, 1, 24).double().reshape(6, 4), torch.arange(6) % 3)
+    scores, runs = [], []
+    for same in (True, False):
+        problem = Problem(Looped(same=same), cross_entropy, data)
+        outputs = Outputs(cross_entropy, (data[0][:2], data[1][:2]))
+        before = {name: p.clone() for name, p in problem.model.named_parameters()}
+        runs.append(train(problem, Recipe(SGD(0.1, 0.5), 3, 2)))
+        scores.append(influence(problem, outputs, damping=0.1).scores)
+        after = dict(problem.model.named_parameters())
+        assert list(after) == list(before)
+        assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in after.items())
+    np.testing.assert_allclose(*scores, rtol=1e-12)  # rounding
+    for name, value in runs[0].params.items():
+        torch.testing.assert_close(value, runs[1].params[name], rtol=1e-12, atol=0)
 
 
 def test_parameters_are_those_that_train_and_tied_ones_appear_once():

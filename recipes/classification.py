@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ class Classification:
             targets first; as they stand, unless given.
         features: names of the columns that x is made of.
         repeated: how many of the held-out rows are also training rows.
+        inputs: what each of the d numbers is made of: a column less its mean over its scale, or whether it is a value.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Classification:
     held_ids: NDArray[np.intp] | None = None
     features: Sequence[str] = ()
     repeated: int = 0
+    inputs: Sequence[Mapping[str, str | float]] = ()
 
     @property
     def places(self) -> NDArray[np.intp]:
@@ -196,8 +198,21 @@ def from_file(
     repeated = sum(row.tobytes() in seen for row in np.column_stack([held_x, held_y]))
     return Classification(
         Path(path).name, x, y, owners, held_x[:half], held_y[:half], held_x[half:], held_y[half:], names,
-        None, ids, held_ids, features, repeated,
+        None, ids, held_ids, features, repeated, _inputs(encode),
     )  # fmt: skip
+
+
+def _inputs(encode: Any) -> list[Mapping[str, str | float]]:
+    """What each number is made of that a fitted transformer of `from_file` gives."""
+    found: list[Mapping[str, str | float]] = []
+    for _, fitted, columns in encode.transformers_:
+        if hasattr(fitted, "categories_"):
+            for column, values in zip(columns, fitted.categories_, strict=True):
+                found += [{"column": str(column), "is": str(value)} for value in values]
+        elif len(columns):
+            parts = zip(columns, fitted.mean_, fitted.scale_, strict=True)
+            found += [{"column": str(c), "less": float(m), "over": float(v)} for c, m, v in parts]
+    return found
 
 
 def _labels(

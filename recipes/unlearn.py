@@ -6,7 +6,8 @@
         --forget-file ids.txt --out runs/mine
 
 Trains some models, unlearns each, retrains twice as many without the forget set, and says how far the ones are
-from the others, beside the distance between two halves of the retrained. The same command again resumes; another
+from the others, beside the distance between two halves of the retrained. unlearned/ keeps the models that `auto`
+made, and model.json what their inputs and classes are. The same command again resumes; another
 command in the same folder takes the place of its results, not of its trainings.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +28,8 @@ from applied.unlearners import (
 from applied.unlearning import Evaluation, evaluate, plan_rehearsals, read_all, unlearn
 from attribution_core import SGD, Outputs, Recipe, margin, retrain, train
 from attribution_core.data import sample
-from recipes.classification import problem_of
+from attribution_core.store import write_text
+from recipes.classification import Classification, problem_of
 from recipes.command import forget_report
 from recipes.forget_sets import Forget
 from recipes.value_data import bar
@@ -93,7 +95,8 @@ def affordable(flags: Flags, n: int) -> None:
 def forget_results(folder: Path) -> None:
     """Take away the report, points and unlearned models of an earlier run; its trainings stay."""
     forget_report(folder)
-    for old in (*folder.glob("points-*.parquet"), *folder.glob("unlearned/*/*.safetensors")):
+    models = (*folder.glob("unlearned/*/*.safetensors"), *folder.glob("unlearned/*/model.json"))
+    for old in (*folder.glob("points-*.parquet"), *models):
         old.unlink()
     for kind in folder.glob("unlearned/*"):
         if kind.is_dir() and not any(kind.iterdir()):
@@ -179,7 +182,7 @@ def study(trainings: Trainings) -> Study:
         methods[title], cost[title], rates[title] = at_best_rate(
             flags, runs, rows, outputs, oracle, unlearner, f"{name}: {title}"
         )
-    save(auto.models, flags.out / "unlearned" / name)
+    save(auto.models, flags.out / "unlearned" / name, forget.data)
     found = evaluate(methods, oracle, before)
     found.save(flags.out / f"points-{name}.parquet", points)
     return Study(forget, found, before, oracle, methods, cost, rates, auto.meta["trust"], points)
@@ -265,11 +268,13 @@ def at_best_rate(
     return *at(best, runs, bar(title)), best * flags.lr
 
 
-def save(models: list[Any], folder: Path) -> None:
-    """One safetensors file a model, numbered like the runs."""
+def save(models: list[Any], folder: Path, data: Classification) -> None:
+    """One safetensors file a model, numbered like the runs; model.json says what goes in and comes out."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     for seed, model in enumerate(models):
         state = {name: value.contiguous() for name, value in model.state_dict().items()}
         save_file(state, folder / f"{seed}.safetensors")
+    about = {"layers": str(models[0]), "inputs": list(data.inputs), "classes": data.classes}
+    write_text(folder / "model.json", json.dumps(about, indent=1))

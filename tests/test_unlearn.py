@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_breast_cancer
+from torch.nn import functional as F
 
 from recipes import unlearning
 from recipes.classification import from_file
@@ -77,12 +79,14 @@ def written(tmp_path):
     """A user's table in two files, and rows to forget."""
     x, y = load_breast_cancer(return_X_y=True)
     frame = pd.DataFrame({"radius": x[:, 0], "texture": x[:, 1], "outcome": np.where(y, "benign", "malignant")})  # fmt: skip
+    frame["side"] = np.where(x[:, 2] > 90, "left", "right")
     frame.iloc[:120].to_parquet(tmp_path / "mine.parquet")
     frame.iloc[120:180].to_csv(tmp_path / "held.csv", index=False)
     (tmp_path / "ids.txt").write_text("3, 17\n44\n")
     return ["--data", str(tmp_path / "mine.parquet"), "--label", "outcome"]
 
 
+@pytest.mark.filterwarnings("ignore:the models are left as they were")
 def test_rows_of_a_file_of_ones_own(tmp_path, capsys):
     own = [*written(tmp_path), "--test", str(tmp_path / "held.csv")]
     out = tmp_path / "out"
@@ -100,6 +104,35 @@ def test_rows_of_a_file_of_ones_own(tmp_path, capsys):
     half = from_file(own[1], "outcome", None, own[-1], 0).held_places[:30]
     assert rows["validation"] == half.tolist()
     assert half.tolist() != list(range(30))
+
+
+@pytest.mark.filterwarnings("ignore:the models are left as they were")
+def test_an_unlearned_model_is_used_with_what_is_saved_beside_it(tmp_path):
+    """Margins of held-out rows, from the table, model.json and the weights alone."""
+    own = [*written(tmp_path), "--test", str(tmp_path / "held.csv")]
+    out = tmp_path / "out"
+    run([*QUICK, *own, "--forget-file", str(tmp_path / "ids.txt"), "--out", str(out)])
+    about = json.loads((out / "unlearned" / "file" / "model.json").read_text())
+    assert about["classes"] == ["benign", "malignant"]
+    found = pq.read_table(out / "points-file.parquet").to_pandas()
+    found = found[(found["method"] == "auto (models)") & (found["split"] == "validation")]
+    held = pd.read_csv(tmp_path / "held.csv").iloc[found["row"]]
+    columns = [
+        held[one["column"]] == one["is"]
+        if "is" in one
+        else (held[one["column"]] - one["less"]) / one["over"]
+        for one in about["inputs"]
+    ]
+    x = torch.tensor(np.column_stack(columns).astype(np.float32))
+    margins = []
+    for path in sorted((out / "unlearned" / "file").glob("*.safetensors")):
+        w = load_file(path)
+        logits = F.linear(
+            F.gelu(F.linear(x, w["0.weight"], w["0.bias"])), w["2.weight"], w["2.bias"]
+        )
+        sign = np.where(held["outcome"] == "malignant", 1, -1)
+        margins.append(sign * (logits[:, 1] - logits[:, 0]).numpy())
+    np.testing.assert_allclose(np.mean(margins, 0), found["mean"], atol=1e-5)  # float32
 
 
 def test_a_cluster_is_of_one_class_and_about_as_large_as_asked():
@@ -167,7 +200,7 @@ def test_results_of_an_earlier_run_do_not_stay_beside_new_ones(tmp_path, monkeyp
     assert len(seen) > 6
     assert not any(seen[1:])  # none while a run is under way
     assert all(report.exists() for report in reports)
-    assert len(list((tmp_path / "unlearned" / "random").iterdir())) == 6
+    assert len(list((tmp_path / "unlearned" / "random").glob("*.safetensors"))) == 6
     assert not (tmp_path / "unlearned" / "cluster").exists()
     assert [p.name for p in tmp_path.glob("points-*")] == ["points-random.parquet"]
 

@@ -3,7 +3,8 @@
     python recipes/attribute.py                                   # digits MLP, metagradients, a few minutes
     python recipes/attribute.py --task text --drop .01 .05        # a tiny GPT-2 on embedded text
     python recipes/attribute.py --task text --data 'pool/*.parquet' --target target.jsonl --model my/folder
-    python recipes/attribute.py --method influence --out runs/mine
+    python recipes/attribute.py --task table --data mine.csv --label outcome --out runs/mine
+    python recipes/attribute.py --method influence --out runs/digits
 
 It looks whether first order can be believed (and takes the learning rate or ε that the pre-flight suggests),
 trains, attributes, retrains on random subsets and writes the report. The same command again reads back the
@@ -26,10 +27,19 @@ if TYPE_CHECKING:
 class Flags:
     """Train a small model, compute a datamodel, retrain on subsets, report LDS by fraction dropped."""
 
-    task: Literal["digits", "text"] = "digits"
-    """'digits': an MLP on scikit-learn's digits; 'text': a language model."""
+    task: Literal["digits", "text", "table"] = "digits"
+    """'digits': an MLP on scikit-learn's digits; 'text': a language model; 'table': an MLP on a file of one's own."""
     data: str = "embedded"
-    """Text to train on: 'embedded', a glob of .parquet/.jsonl/.txt files, a saved dataset, or a hub name."""
+    """Text to train on: 'embedded', a glob of .parquet/.jsonl/.txt files, a saved dataset, or a hub name; of a table, a
+    .parquet or .csv file of features with a label column."""
+    label: str = "label"
+    """Column of a table that holds the label."""
+    ignore: tuple[str, ...] = ()
+    """Columns of a table that are no features, such as ids and dates."""
+    test: str | None = None
+    """File of held-out rows of a table; by default two fifths of the data, half of which are targets."""
+    width: int = 64
+    """Of the hidden layer of a table's network; 0 for logistic regression."""
     target: str = "embedded"
     """Held-out text whose losses are predicted; same forms."""
     text: str = "text"
@@ -37,7 +47,7 @@ class Flags:
     model: str = "gpt2"
     """Of a text task: 'gpt2' (130,000 parameters), or a transformers folder (its weights, else its config)."""
     rows: int | None = None
-    """Training rows; by default 1,500 digits or 1,000 blocks of text."""
+    """Training rows; by default 1,500 digits, 1,000 blocks of text or all of a table."""
     targets: int = 20
     """Outputs to predict."""
     method: Literal["magic", "influence", "ekfac", "trak", "source", "tracin"] = "magic"
@@ -51,7 +61,7 @@ class Flags:
     batch_size: int = 50
     """Rows a step."""
     epochs: float | None = None
-    """Passes over the rows; by default 15 for digits, 4 for text."""
+    """Passes over the rows; by default 15, 4 for text."""
     preflight: Literal["search", "look", "off"] = "search"
     """For magic: take what passes, only say what was found, or skip it."""
     exposure: float = 1.0
@@ -83,9 +93,7 @@ def main(flags: Flags) -> None:
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
     at_least(flags, subsets=3, runs=1, seeds=1, jobs=1, targets=1, rows=2, epochs=1e-9, lr=1e-12)
     shares(flags, "drop")
-    unused = [f"--{name}" for name in ("data", "target", "text", "model") if _given(flags, name)]
-    if flags.task == "digits" and unused:
-        raise ValueError(f"expected --task text with {', '.join(unused)}; digits are built in")
+    refuse_unused(flags)
     task, recipe = prepare(flags)
     n = task.problem.n
     few = [drop for drop in flags.drop if round(drop * n) < 1]
@@ -101,8 +109,27 @@ def main(flags: Flags) -> None:
     write_report(flags, task, recipe, datamodel, tables)
 
 
-def _given(flags: Flags, name: str) -> bool:
-    return bool(getattr(flags, name) != getattr(Flags, name))
+OF_TASK = {
+    "digits": (),
+    "text": ("data", "target", "text", "model"),
+    "table": ("data", "label", "ignore", "test", "width"),
+}
+
+
+def refuse_unused(flags: Flags) -> None:
+    """Raise for flags that another task reads.
+
+    Raises:
+        ValueError: there are some; says which task they are of.
+    """
+    for task, names in OF_TASK.items():
+        others = [name for name in names if name not in OF_TASK[flags.task]]
+        if unused := [n for n in others if getattr(flags, n) != getattr(Flags, n)]:
+            raise ValueError(
+                f"expected --task {task} with {', '.join(f'--{n}' for n in unused)}, got --task {flags.task}"
+            )
+    if flags.task == "table" and flags.data == "embedded":
+        raise ValueError("expected --data with --task table: a .parquet or .csv file; got none")
 
 
 def bar(what: str) -> Any:
@@ -116,10 +143,20 @@ def prepare(flags: Flags) -> tuple[Task, Any]:
     """The task, and the recipe as the flags have it."""
     from attribution_core import SGD, AdamW, Recipe
     from recipes.command import device_of
-    from recipes.tasks import digits_task, text_task
+    from recipes.tasks import digits_task, table_task, text_task
 
     if flags.task == "digits":
         task = digits_task(1500 if flags.rows is None else flags.rows, flags.targets)
+    elif flags.task == "table":
+        task = table_task(
+            flags.data,
+            flags.label,
+            flags.test,
+            flags.ignore,
+            flags.rows,
+            flags.targets,
+            flags.width,
+        )
     else:
         task = text_task(
             flags.out / "text", 1000 if flags.rows is None else flags.rows, flags.targets,
@@ -131,7 +168,7 @@ def prepare(flags: Flags) -> tuple[Task, Any]:
         if flags.optimizer == "sgd"
         else AdamW(flags.lr or 0.003, eps_root=flags.eps_root)
     )
-    epochs = flags.epochs or (15 if flags.task == "digits" else 4)
+    epochs = flags.epochs or (4 if flags.task == "text" else 15)
     recipe = Recipe(
         optimizer, min(flags.batch_size, task.problem.n), epochs,
         schedule="linear" if flags.task == "text" else None, init=task.make,
@@ -218,7 +255,7 @@ def attribute(flags: Flags, task: Task, recipe: Any) -> Any:
         "source": source,
         "tracin": tracin,
     }
-    datamodel = methods[flags.method](given, task.outputs)
+    datamodel = replace(methods[flags.method](given, task.outputs), ids=task.places)
     if flags.method == "magic":
         print(describe(datamodel), flush=True)
     return datamodel
@@ -281,6 +318,7 @@ def write_report(
             figure = pictures.calibration(predicted, table.outputs.mean(1), unit=task.unit)
             sections[f"Predicted against actual, {drop:.0%} dropped"] = [report.picture(figure)]
     sections["Rows that move the mean output most"] = [moving(datamodel, task)]
+    sections["Rows that move the worst outputs most"] = [worst(datamodel, task)]
     facts = {
         "model": f"{task.name}, {sum(v.numel() for v in task.problem.params.values()):,} parameters, {task.problem.n:,} rows",
         "optimizer": str(recipe.optimizer),
@@ -311,9 +349,30 @@ def moving(datamodel: Any, task: Task) -> str:
     scores = datamodel.mean().scores[:, 0]
     rows: list[Any] = []
     for which, some in zip(("lower", "raise"), ends(scores, 10), strict=True):
-        found: list[Any] = [(which, int(i), float(scores[i]), task.show(int(i))[:80]) for i in some]
+        found: list[Any] = [
+            (which, int(task.places[i]), float(scores[i]), task.show(int(i))[:80]) for i in some
+        ]
         rows += found or [(which, "none", None, "")]
     return report.table(rows, ("its weight would", "row", "score", "what it is"))
+
+
+def worst(datamodel: Any, task: Task, count: int = 3) -> str:
+    """A table of the rows whose weight would lower or raise each of the worst outputs most."""
+    import numpy as np
+
+    from applied import report
+    from recipes.ends import ends
+
+    rows: list[Any] = []
+    for j in np.argsort(task.better * datamodel.base, kind="stable")[:count].tolist():
+        scores, what = datamodel.scores[:, j], task.show_target(j)[:80]
+        for which, some in zip(("lower", "raise"), ends(scores, 5), strict=True):
+            rows += [
+                (what, float(datamodel.base[j]), which, int(task.places[i]), float(scores[i]), task.show(int(i))[:80])
+                for i in some
+            ]  # fmt: skip
+    header = ("output", "its value", "its weight would", "row", "score", "what it is")
+    return report.table(rows, header)
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -1,28 +1,50 @@
-"""Small models with data and held-out targets, on any machine: a digits MLP and a tiny GPT-2 on text."""
+"""Small models with data and held-out targets, on any machine: an MLP on digits or a table, a tiny GPT-2 on text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from recipes.embedded import Document
+
+if TYPE_CHECKING:
+    from attribution_core import Outputs, Problem
 
 WIDTH, LAYERS, VOCABULARY, LENGTH = 64, 2, 512, 32  # of the tiny GPT-2
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and the outputs that are to be predicted."""
+    """What is trained, and the outputs that are to be predicted.
+
+    Args:
+        make: seed -> initial model.
+        unit: of the outputs.
+        better: 1 where a larger output is a better one, -1 for losses.
+        show, show_target: a row of the training data, of the targets -> text.
+        ids: [n] what training rows are called where they come from; as they stand, unless given.
+    """
 
     name: str
-    problem: Any  # Problem
-    outputs: Any  # Outputs, one target a row
-    make: Any  # seed -> initial model
-    unit: str  # of the outputs
-    show: Any  # row of the training data -> text
+    problem: Problem
+    outputs: Outputs
+    make: Callable[[int], Any]
+    unit: str
+    better: int
+    show: Callable[[int], str]
+    show_target: Callable[[int], str]
+    ids: NDArray[np.intp] | None = None
+
+    @property
+    def places(self) -> NDArray[np.intp]:
+        """[n] what training rows are called in whatever is written."""
+        return np.arange(self.problem.n) if self.ids is None else self.ids
 
 
 def mlp(seed: int, width: int = 64) -> Any:
@@ -56,8 +78,45 @@ def digits_task(rows: int = 1500, targets: int = 20) -> Task:
     problem = Problem(mlp(0), cross_entropy, (x, torch.tensor(data.y)))
     outputs = Outputs(margin, (test_x[:targets], torch.tensor(data.test_y[:targets])))
     return Task(
-        "digits MLP", problem, outputs, mlp, "margin, nats", lambda i: f"image of a {data.y[i]}"
-    )
+        "digits MLP", problem, outputs, mlp, "margin, nats", 1, lambda i: f"image of a {data.y[i]}",
+        lambda j: f"image of a {data.test_y[j]}",
+    )  # fmt: skip
+
+
+def table_task(
+    path: str,
+    label: str,
+    test: str | None = None,
+    ignore: Sequence[str] = (),
+    rows: int | None = None,
+    targets: int = 20,
+    width: int = 64,
+) -> Task:
+    """The margins of held-out rows of a table under an MLP of one hidden layer (none: width 0).
+
+    Raises:
+        ValueError: fewer rows or held-out rows than asked for; see also `classification.from_file`.
+    """
+    import torch
+
+    from attribution_core import Outputs, margin
+    from recipes.classification import from_file, problem_of
+
+    data = from_file(path, label, None, test, seed=0, ignore=ignore)
+    if len(data.target_x) < targets or len(data.x) < (rows or 0):
+        raise ValueError(
+            f"expected --targets of at most {len(data.target_x)} held-out rows and --rows of at most {len(data.x)}, got "
+            f"{targets} and {rows}"
+        )
+    data = replace(data, x=data.x[:rows], y=data.y[:rows])
+    problem, make = problem_of(data, width, 0.0)
+    held = (torch.tensor(data.target_x[:targets]), torch.tensor(data.target_y[:targets]))
+    return Task(
+        f"MLP on {data.name}", problem, Outputs(margin, held), make, "margin, nats", 1,
+        lambda i: data.classes[data.y[i]],
+        lambda j: f"row {data.held_places[j]} held out, {data.classes[data.target_y[j]]}",
+        data.places[:rows],
+    )  # fmt: skip
 
 
 def gpt2(seed: int, vocabulary: int = VOCABULARY, length: int = LENGTH) -> Any:
@@ -136,8 +195,6 @@ def text_task(
             f"expected text for {rows} training blocks and {targets} target blocks, got {len(blocks)} and "
             f"{len(others)}; ask for fewer by --rows and --targets"
         )
-    import numpy as np
-
     train = Rows(blocks, _spread(len(blocks), rows))
     first_blocks = np.unique(others.document, return_index=True)[1]  # full ones, a document each
     chosen = first_blocks[:targets] if len(first_blocks) >= targets else np.arange(targets)
@@ -145,7 +202,8 @@ def text_task(
     problem = Problem(make(0), loss, train)
     return Task(
         "GPT-2" if model == "gpt2" else model, problem, Outputs(loss, Rows(others, chosen)), make,
-        "held-out loss, nats a token", lambda i: decode(blocks, int(train.rows[i])),
+        "held-out loss, nats a token", -1, lambda i: decode(blocks, int(train.rows[i])),
+        lambda j: decode(others, int(chosen[j])),
     )  # fmt: skip
 
 
@@ -198,6 +256,4 @@ def _blocks(
 
 def _spread(n: int, rows: int) -> Any:
     """So many of n rows, evenly spread."""
-    import numpy as np
-
     return np.linspace(0, n - 1, rows).round().astype(int)

@@ -6,10 +6,13 @@ import warnings
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
+from sklearn.datasets import load_wine
 
 from attribution_core import LinearDatamodel
 from recipes.attribute import moving, run
+from recipes.classification import from_file
 from recipes.tasks import from_folder, text_task
 
 SMALL = ["--subsets", "6", "--drop", "0.1", "0.5", "--jobs", "1", "--targets", "6"]
@@ -80,7 +83,10 @@ def test_text_with_a_model_from_a_config(tmp_path, capsys):
     [
         (["--task", "text", "--model", "./nowhere"], "expected a folder of a transformers model"),
         (["--task", "text", "--data", "missing/*.parquet"], "missing"),
-        (["--data", "mine.jsonl"], "expected --task text with --data; digits are built in"),
+        (["--data", "mine.jsonl"], "expected --task text with --data, got --task digits"),
+        (["--task", "text", "--label", "y"], "expected --task table with --label, got --task text"),
+        (["--task", "table"], "expected --data with --task table: a .parquet or .csv file; got none"),
+        (["--task", "table", "--data", "missing.csv"], "no file missing.csv"),
         (["--task", "digits", "--drop", "1.0"], "expected --drop of shares between 0 and 1, got"),
         (["--task", "digits", "--lr", "0"], "expected --lr of at least 1e-12, got 0"),
         (["--task", "digits", "--targets", "500"], "expected at most 200 target images, got 500"),
@@ -94,6 +100,54 @@ def test_wrong_input_is_said_in_one_line(tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message) as stopped:
         run(["--rows", "60", "--epochs", "1", "--out", str(tmp_path), *flags])
     assert str(stopped.value).startswith("error: ")
+
+
+def test_a_table_of_ones_own(tmp_path, capsys):
+    """Rows are called by their places in the file; of each of the worst outputs it is said what moves it."""
+    x, y = load_wine(return_X_y=True)
+    frame = pd.DataFrame(x[:, :4], columns=["alcohol", "acid", "ash", "alkali"])
+    frame["kind"] = np.array(["red", "white", "rose"])[y]
+    frame["number"] = np.arange(len(y))[::-1]
+    frame.to_csv(tmp_path / "wine.csv", index=False)
+    own = [
+        "--task",
+        "table",
+        "--data",
+        str(tmp_path / "wine.csv"),
+        "--label",
+        "kind",
+        "--ignore",
+        "number",
+    ]
+    run(
+        [
+            *SMALL,
+            *own,
+            "--width",
+            "8",
+            "--epochs",
+            "4",
+            "--method",
+            "influence",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
+    assert "10% dropped: LDS" in capsys.readouterr().out
+    f = LinearDatamodel.load(tmp_path / "out" / "datamodel")
+    data = from_file(own[3], "kind", None, None, 0, ["number"])
+    np.testing.assert_array_equal(f.ids, data.places)
+    page = (tmp_path / "out" / "report.html").read_text()
+    table = page[page.index("Rows that move the worst outputs most") :]
+    lines = re.findall(r"<tr>(.*?)</tr>", table, re.S)[1:]
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in lines if "held out" in line]
+    bad = np.argsort(f.base)[:3]
+    assert {c[0] for c in cells} == {
+        f"row {data.held_places[j]} held out, {data.classes[data.target_y[j]]}" for j in bad
+    }
+    for _, _, which, row, score, kind in cells:
+        assert (which == "lower") == (score.startswith(("-", "−")))
+        assert frame["kind"][int(row)] == kind
 
 
 def saved(folder, model, tokens):
@@ -121,7 +175,7 @@ def test_models_that_do_not_fit_are_told(tmp_path):
 
 
 def test_rows_are_said_to_lower_or_to_raise_by_the_sign_of_their_score():
-    task = SimpleNamespace(show="row {}".format)
+    task = SimpleNamespace(show="row {}".format, places=np.arange(4))
     for scores, lower, upper in (
         ([-1.0, -3.0, 0.0, 2.0], ["1", "0"], ["3"]), ([-1.0, -2.0], ["1", "0"], ["none"]), ([3.0], ["none"], ["0"]),
     ):  # fmt: skip

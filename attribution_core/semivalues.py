@@ -39,7 +39,7 @@ def semivalues(
     q = size_weights(kind, n, beta)
     if kind == "leave_one_out":
         return _left_out(inside, outputs, size), "left out one by one"
-    if len(inside) >= 2.0**n and len(np.unique(inside, axis=0)) == 2**n:
+    if len(inside) >= 2**n and len(np.unique(inside, axis=0)) == 2**n:
         return _enumerated(inside, outputs, q), "all subsets"
     if (orders := _orders(inside)) is not None:
         return _marginals(orders, outputs, q), f"{len(orders)} permutations"
@@ -74,14 +74,14 @@ def _left_out(inside: NDArray[Any], outputs: NDArray[Any], size: NDArray[Any]) -
             f"{'everyone' if whole is None else f'players {missing[:5]}'}; use leave_out_subsets"
         )
     differences = np.stack([whole - outputs[some].mean(0) for some in rows])  # [n, seeds, 1 + t]
-    return _over(differences.swapaxes(0, 1), alone=0.0)
+    return _over(differences.swapaxes(0, 1))
 
 
-def _over(draws: NDArray[Any], alone: float) -> Estimate:
-    """Mean of draws [s, n, t], its standard error (`alone` where there is but one) and s − 1."""
+def _over(draws: NDArray[Any]) -> Estimate:
+    """Mean of draws [s, n, t] by seed, its standard error (0 where there is but one) and s − 1."""
     s = len(draws)
     if s == 1:
-        return draws[0], np.full(draws.shape[1:], alone), math.inf
+        return draws[0], np.zeros(draws.shape[1:]), math.inf
     return draws.mean(0), draws.std(0, ddof=1) / math.sqrt(s), s - 1
 
 
@@ -98,15 +98,33 @@ def _orders(inside: NDArray[Any]) -> NDArray[np.intp] | None:
 
 
 def _marginals(orders: NDArray[np.intp], outputs: NDArray[Any], q: NDArray[np.float64]) -> Estimate:
-    """Mean marginal contributions along permutations, those after s others counted n q_s times."""
+    """Mean marginal contributions along permutations, those after s others counted n q_s times.
+
+    The variance is that of clusters, C / (C − 1) Σ_c (Σ_{k in c} (x_k − x̄))² / K², since an order and its reverse
+    are one draw.
+    """
     k, n = orders.shape
     chains = outputs.mean(1).reshape(k, n + 1, -1)
     steps = np.diff(chains, axis=1) * (n * q)[None, :, None]
     each = np.empty_like(steps)
     np.put_along_axis(each, np.broadcast_to(orders[:, :, None], steps.shape), steps, axis=1)
-    if k > 1 and k % 2 == 0 and (orders[::2] == orders[1::2, ::-1]).all():
-        each = (each[::2] + each[1::2]) / 2  # antithetic pairs are one draw
-    return _over(each, alone=math.nan)
+    mean = each.mean(0)
+    starts = _draws(orders)
+    draws = len(starts)
+    if draws == 1:
+        return mean, np.full(mean.shape, math.nan), math.inf
+    apart = np.add.reduceat(each - mean, starts)
+    return mean, np.sqrt((apart**2).sum(0) * draws / (draws - 1)) / k, draws - 1
+
+
+def _draws(orders: NDArray[np.intp]) -> list[int]:
+    """Where draws begin among permutations [k, n]: an order and, right after it, its reverse are one."""
+    starts = [0]
+    for k in range(1, len(orders)):
+        paired = starts[-1] == k - 1 and (orders[k] == orders[k - 1][::-1]).all()
+        if not paired:
+            starts.append(k)
+    return starts
 
 
 def _enumerated(inside: NDArray[Any], outputs: NDArray[Any], q: NDArray[np.float64]) -> Estimate:
@@ -129,7 +147,7 @@ def _enumerated(inside: NDArray[Any], outputs: NDArray[Any], q: NDArray[np.float
     draws = np.einsum("mi,mst->sit", weight, mean)
     free = len(inside) - len(once)
     if free == 0 or outputs.shape[1] > 1:
-        return _over(draws, alone=0.0)
+        return _over(draws)
     apart = (outputs - mean[place.ravel()]).mean(1)
     noise = (apart**2).sum(0) / free  # of a row's mean over seeds, [t]
     spread = np.sqrt((weight**2 / count[:, None]).sum(0)[:, None] * noise)

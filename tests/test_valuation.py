@@ -248,6 +248,24 @@ def test_one_permutation_has_no_interval():
     assert np.isnan(pair.standard_error).all()  # an order and its reverse are one draw
 
 
+@pytest.mark.parametrize("pieces", [(10,), (11,), (5, 5), (3, 5, 3)])
+def test_an_order_and_its_reverse_are_one_draw(pieces):
+    """Stated variances are the real ones for odd numbers of orders, and for tables joined of such, too."""
+    worth = np.random.default_rng(0).uniform(0.5, 1.5, 8)
+
+    def found(seed):
+        rows = [permutation_subsets(8, k, seed=100 * seed + i) for i, k in enumerate(pieces)]
+        weights = np.concatenate(rows)
+        outputs = 1 / (1 + np.exp(-2 * (weights @ worth - worth.sum() / 2)))
+        return values(RetrainingTable(weights, outputs[:, None, None], (0,)))
+
+    draws = [found(seed) for seed in range(300)]
+    real = np.var([one.values for one in draws], axis=0, ddof=1).mean()
+    stated = np.mean([one.standard_error**2 for one in draws])
+    # a variance of 300 draws is known to 10 % or so; taken for independent orders, the ratio was 2
+    assert real / stated == pytest.approx(1, abs=0.3)
+
+
 @pytest.mark.parametrize("more", [32, 3])
 def test_all_subsets_and_some_again_are_exact(more):
     game = random_game(5)

@@ -28,7 +28,7 @@ from attribution_core.data import named
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.groups import group_table
 from attribution_core.retraining import RetrainingTable
-from attribution_core.semivalues import Kind, semivalues
+from attribution_core.semivalues import Kind, beyond, semivalues, telling
 from attribution_core.subsets import all_subsets, leave_out_subsets, permutation_subsets
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
 ]  # fmt: skip
 
 EXACT = 15  # players whose 2^players predictions are all made
+FAR = 0.25  # of what a kind looks at, in sets of other sizes than those drawn
 
 
 class Predictor(Protocol):
@@ -93,7 +94,7 @@ def values(
 
     Warns:
         ValuationWarning: a table without rows for everyone or nobody, whose values are known up to a
-            common constant only.
+            common constant only; one of subsets whose sizes are not those that the kind looks at.
 
     Source: Shapley 1953; Ghorbani & Zou 2019; Kwon & Zou 2022, eq. 4 (Beta); Wang & Jia 2023 (Banzhaf).
 
@@ -237,6 +238,14 @@ def _of_table(
         warnings.warn(
             f"the table has no row for {' and '.join(missing)}: values are known up to a common constant; "
             "add such rows, or only compare players",
+            ValuationWarning,
+            stacklevel=3,
+        )
+    if how == "subsets by size" and (far := beyond(size, kind, beta, n)) > FAR:
+        warnings.warn(
+            f"expected subsets of the sizes that {kind} values look at, got {far:.0%} of these sizes beyond those "
+            "drawn: values go on as they are at drawn sizes, and intervals do not hold what changes; add rows of "
+            f"random_subsets(keep={telling(kind, beta, n)})",
             ValuationWarning,
             stacklevel=3,
         )

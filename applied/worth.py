@@ -27,7 +27,7 @@ class Values:
         per_target: [k, t] the values for each output by itself.
         change: f(everyone) − f(nobody), what Shapley values add up to; nan where unknown.
         empty: f(nobody); nan where unknown.
-        freedom: degrees of freedom of the standard errors (draws − 1), for intervals.
+        freedom: degrees of freedom of the standard errors (draws − 1), for intervals; one, or [k].
         kind: how the players' marginal contributions were averaged.
         targets: [t] names of the outputs.
         labels: [n] the owner of each example, where players are owners.
@@ -40,7 +40,7 @@ class Values:
     per_target: NDArray[Any]
     change: float = math.nan
     empty: float = math.nan
-    freedom: float = math.inf
+    freedom: float | NDArray[Any] = math.inf
     kind: str = "shapley"
     targets: NDArray[Any] | None = None
     labels: NDArray[Any] | None = None
@@ -75,9 +75,7 @@ class Values:
         """Half-widths [k] of 95 % t intervals."""
         from scipy.stats import t as student
 
-        return float(student.ppf(0.975, self.freedom)) * np.asarray(
-            self.standard_error, dtype=float
-        )
+        return student.ppf(0.975, self.freedom) * np.asarray(self.standard_error, dtype=float)
 
     @property
     def remainder(self) -> float:

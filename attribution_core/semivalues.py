@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Kind = Literal["shapley", "banzhaf", "beta", "leave_one_out"]
-Estimate = tuple[NDArray[np.float64], NDArray[np.float64], float]  # see `semivalues`
+Freedom = float | NDArray[np.float64]
+Estimate = tuple[NDArray[np.float64], NDArray[np.float64], Freedom]  # see `semivalues`
 
 
 def semivalues(
     inside: NDArray[np.bool_], outputs: NDArray[np.float64], kind: Kind, beta: tuple[float, float]
 ) -> tuple[Estimate, str]:
-    """((values [n, t], standard errors [n, t], degrees of freedom), how) from subsets that were trained on.
+    """((values [n, t], standard errors [n, t], degrees of freedom, one or [n]), how) from subsets that were trained on.
 
     Exact where the table holds all subsets (the error is then that over seeds, 0 for one seed, whose game is known
     exactly, or tells by rows that repeat); marginal contributions where it is made of permutations; differences to
@@ -174,15 +175,49 @@ def _by_size(
             "expected subsets between nobody and everyone, got none; use random_subsets, "
             "permutation_subsets or all_subsets"
         )
-    centres, d, variance = _contrasts(inside[interior], y[interior], size[interior])
-    s = np.arange(1, n)
-    count = q[s - 1] * (1 - s / n) + q[s] * s / n
+    centres, d, variance, rows = _contrasts(inside[interior], y[interior], size[interior])
+    s, count = _counts(q)
     share = count @ np.stack([np.interp(s, centres, one) for one in np.eye(len(centres))], axis=1)
     seeds = outputs.shape[1]
     noise = outputs.var(axis=1, ddof=1).mean(0) / seeds if seeds > 1 else None
     level, level_variance = _levels(y, size, q, noise)
     spread = np.tensordot(share**2, variance, axes=1)
-    return level + np.tensordot(share, d, axes=1), np.sqrt(spread + level_variance), math.inf
+    error = np.sqrt(spread + level_variance)
+    return level + np.tensordot(share, d, axes=1), error, _freedom(share, rows)
+
+
+def beyond(size: NDArray[Any], kind: str, beta: tuple[float, float], n: int) -> float:
+    """The share of the D_i(s), in `_by_size`, at sizes s beyond those drawn between nobody and everyone.
+
+    Sizes next to drawn ones count as drawn; for Banzhaf values, which look at n/2 ± √n alone (two standard
+    deviations), all that are as near.
+    """
+    s, count = _counts(size_weights(kind, n, beta))
+    drawn = size[(size > 0) & (size < n)]
+    near = math.sqrt(n) if kind == "banzhaf" else 1.0
+    outside = (s < drawn.min() - near) | (s > drawn.max() + near)
+    return float(count[outside].sum() / count.sum())
+
+
+def telling(kind: str, beta: tuple[float, float], n: int) -> list[float]:
+    """Keep fractions that tell a kind of n players: the sizes that its D_i(s) have at five quantiles."""
+    s, count = _counts(size_weights(kind, n, beta))
+    up_to = np.cumsum(count) / count.sum()
+    sizes = s[np.searchsorted(up_to, [0.05, 0.25, 0.5, 0.75, 0.95])]
+    return sorted({float(f"{size / n:.2g}") for size in sizes})
+
+
+def _counts(q: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """(s = 1 .. n − 1, how much D_i(s) counts, q_{s−1} (1 − s/n) + q_s s/n)."""
+    n = len(q)
+    s = np.arange(1, n)
+    return s, q[s - 1] * (1 - s / n) + q[s] * s / n
+
+
+def _freedom(share: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Degrees of freedom [n] of Σ_b share_b D_i(b), from rows in and out [bins, 2, n] of one variance (Welch 1947)."""
+    part = share[:, None, None] ** 2 / rows
+    return part.sum((0, 1)) ** 2 / (part**2 / (rows - 1)).sum((0, 1))
 
 
 def _levels(
@@ -217,9 +252,9 @@ def _levels(
 
 def _contrasts(
     inside: NDArray[Any], y: NDArray[Any], size: NDArray[Any]
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """(mean size, D [bins, n, t], variance of D) of bins of sizes in which every player is twice in and
-    twice out."""
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[np.float64]]:
+    """(mean size, D [bins, n, t], variance of D, rows in and out [bins, 2, n]) of bins of sizes in which every
+    player is twice in and twice out."""
     order = np.argsort(size, kind="stable")
     sizes = size[order]
     ends = [k for k in range(1, len(order) + 1) if k == len(order) or sizes[k] != sizes[k - 1]]
@@ -241,7 +276,9 @@ def _contrasts(
         bins[-1:] = [np.concatenate([*bins[-1:], rows])]
     found = [_contrast(inside[rows], y[rows], size[rows]) for rows in bins]
     centres = np.array([size[rows].mean() for rows in bins])
-    return centres, np.stack([d for d, _ in found]), np.stack([v for _, v in found])
+    counts = [[inside[rows].sum(0), (~inside[rows]).sum(0)] for rows in bins]
+    d, variance = (np.stack(part) for part in zip(*found, strict=True))
+    return centres, d, variance, np.array(counts, dtype=float)
 
 
 def _enough(inside: NDArray[Any]) -> bool:

@@ -288,6 +288,33 @@ def refuse_mask(ids: NDArray[Any], known: NDArray[Any]) -> None:
         )
 
 
+def columns(names: NDArray[Any] | None, wanted: NDArray[Any] | None, t: int) -> NDArray[np.intp]:
+    """Where the outputs `wanted` stand among outputs `names`, [t]; each at its place if one side has no names.
+
+    Raises:
+        ValueError: other names; names that repeat, in another order.
+    """
+    if _numbered(names) or _numbered(wanted):
+        return np.arange(t)
+    have, want = ([str(name) for name in np.asarray(side)] for side in (names, wanted))
+    if have == want:
+        return np.arange(t)
+    if sorted(have) != sorted(want) or len(set(have)) < t:
+        raise ValueError(
+            f"expected outputs {want[:5]}, got {have[:5]}; bring both to the same outputs (`combine`)"
+        )
+    place = {name: j for j, name in enumerate(have)}
+    return np.array([place[name] for name in want], dtype=np.intp)
+
+
+def _numbered(names: NDArray[Any] | None) -> bool:
+    """Whether outputs have no names but their numbers."""
+    if names is None:
+        return True
+    held = np.asarray(names)
+    return held.dtype.kind in "iu" and np.array_equal(held, np.arange(len(held)))
+
+
 def average(datamodels: Sequence[LinearDatamodel]) -> LinearDatamodel:
     """The mean of datamodels of the same examples and targets, e.g. over training seeds, with its spread.
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import combinations
+from math import comb
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from attribution_core.datamodel import columns
 from attribution_core.retraining import RetrainingTable
 
 MAX_SPLITS = 20  # of the seeds into halves, for the ceiling
+LISTED = 10_000  # splits from which these are chosen; of more seeds, halves are drawn
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,10 @@ class Predictor(Protocol):
 
 
 def lds(datamodel: Predictor, table: RetrainingTable) -> LDS:
-    """Compare a datamodel's predictions with a table of retrained outputs.
+    """Compare a datamodel's predictions with a table of retrained outputs, in the table's order of targets.
 
     Raises:
-        ValueError: other numbers of examples or targets; fewer than 3 rows; outputs or predictions
+        ValueError: other numbers of examples or targets; other names of targets, where both have some; fewer than 3 rows; outputs or predictions
             that are not finite, or do not vary, so that no correlation is defined.
     """
     m, n = table.weights.shape
@@ -84,7 +87,8 @@ def lds(datamodel: Predictor, table: RetrainingTable) -> LDS:
         )
     if m < 3:
         raise ValueError(f"expected at least 3 retrainings to correlate, got {m}")
-    predicted, actual = datamodel.predict(table.weights), table.outputs
+    order = columns(getattr(datamodel, "targets", None), table.targets, t)
+    predicted, actual = np.take(datamodel.predict(table.weights), order, axis=1), table.outputs
     for name, values in (("retrained", actual), ("predicted", predicted)):
         bad = ~np.isfinite(values).all(axis=1)
         if bad.any():
@@ -146,13 +150,8 @@ def ceiling(table: RetrainingTable) -> float:
     if s < 2:
         return float("nan")
     k = s // 2
-    splits = [(a, tuple(sorted(set(range(s)) - set(a)))[:k]) for a in combinations(range(s), k)]
-    splits = [pair for pair in splits if pair[0] < pair[1]] or splits
-    if len(splits) > MAX_SPLITS:
-        rng = np.random.default_rng(0)
-        splits = [splits[i] for i in rng.choice(len(splits), MAX_SPLITS, replace=False)]
     halves = []
-    for a, b in splits:
+    for a, b in _splits(s, k):
         one, other = table.per_seed[:, a].mean(1), table.per_seed[:, b].mean(1)
         varies = (np.ptp(one, axis=0) > 0) & (np.ptp(other, axis=0) > 0)  # a constant tells nothing
         if varies.any():
@@ -161,3 +160,16 @@ def ceiling(table: RetrainingTable) -> float:
         return float("nan")
     r = max(0.0, float(np.mean(halves)))
     return float(np.sqrt((s / k) * r / (1 + (s / k - 1) * r)))
+
+
+def _splits(s: int, k: int) -> list[tuple[list[int], list[int]]]:
+    """Two disjoint halves of k of s seeds each, in 20 ways at most."""
+    rng = np.random.default_rng(0)
+    if comb(s, k) > LISTED:
+        orders = [rng.permutation(s).tolist() for _ in range(MAX_SPLITS)]
+        return [(order[:k], order[k : 2 * k]) for order in orders]
+    every = [(list(a), sorted(set(range(s)) - set(a))[:k]) for a in combinations(range(s), k)]
+    splits = [pair for pair in every if pair[0] < pair[1]] or every
+    if len(splits) > MAX_SPLITS:
+        splits = [splits[i] for i in rng.choice(len(splits), MAX_SPLITS, replace=False)]
+    return splits

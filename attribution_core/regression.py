@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.datamodel import LinearDatamodel
+from attribution_core.datamodel import LinearDatamodel, columns
 from attribution_core.gradients import Progress
 from attribution_core.lasso import NotConverged, centred, lasso
 from attribution_core.pairs import PairDatamodel, Pairs
@@ -74,7 +74,8 @@ def fit_datamodel(
         table: m retrainings; weights [m, n] are 0 or 1 for "empirical" and "shapley", anything otherwise.
         kind: the regression; "ridge" takes one λ for all targets, "lasso" one for each. With far more
             examples than rows the lasso is slow (10 s a target at m = 300, n = 20,000), ridge is not.
-        prior: a datamodel of the same examples and targets, or its scores [n, t]; for ridge and lasso.
+        prior: a datamodel of the same examples and targets (names tell which is which where both have some),
+            or its scores [n, t]; for ridge and lasso.
             y is then s · (w − w̄) prior + (w − w̄) b, where s is each target's scale of the prior, drawn
             towards the scale of all targets, and that towards 0, as far as they are uncertain.
         penalty: λ. None chooses it: for ridge with s by exact leave-one-out squared errors, targets
@@ -93,8 +94,8 @@ def fit_datamodel(
         prior_scale, loo_error (mean squared, over targets in units of their variance), nonzero ...
 
     Raises:
-        ValueError: an unknown kind; options that the kind does not take; shapes that do not fit; outputs
-            that are not finite; an example that is always in or always out ("empirical"); no full and
+        ValueError: an unknown kind; options that the kind does not take; shapes or names of targets that do not
+            fit; outputs that are not finite; an example that is always in or always out ("empirical"); no full and
             empty row ("shapley").
 
     Warns:
@@ -111,7 +112,7 @@ def fit_datamodel(
     y, offset = _from_least(y)
     rows, size = _row_weights(w, at, drawn)
     anchor = float(rows @ w.mean(1) / rows.sum())
-    start = _prior_scores(prior, w.shape[1], y.shape[1])
+    start = _prior_scores(prior, w.shape[1], y.shape[1], table.targets)
     second = None if pairs is None else Pairs.of(pairs, w.shape[1], groups)
     if groups is not None and pairs is None:
         raise ValueError("expected pairs beside groups; to fit one score a group, use group_table")
@@ -137,7 +138,9 @@ def fit_datamodel(
         base = rows @ (y - features @ coefficients) / rows.sum()
     names: dict[str, Any] = {"meta": meta, "targets": table.targets}
     if isinstance(prior, LinearDatamodel):
-        names.update(ids=prior.ids, targets=prior.targets)
+        names["ids"] = prior.ids
+        if table.targets is None:
+            names["targets"] = prior.targets
     n = w.shape[1]
     linear = LinearDatamodel(coefficients[:n], base + offset, np.full(n, anchor), **names)
     return linear if second is None else PairDatamodel.of(linear, second, coefficients[n:])
@@ -194,7 +197,8 @@ def _from_least(y: Array) -> tuple[Array, Array]:
     return np.where(above.max(0) > 1e-12 * np.abs(y).max(0), above, 0.0), offset
 
 
-def _prior_scores(prior: Prior, n: int, t: int) -> Array | None:
+def _prior_scores(prior: Prior, n: int, t: int, targets: NDArray[Any] | None) -> Array | None:
+    """The prior's scores [n, t], in the order of the table's targets."""
     if prior is None:
         return None
     scores = np.asarray(prior.scores if isinstance(prior, LinearDatamodel) else prior, dtype=float)
@@ -204,6 +208,8 @@ def _prior_scores(prior: Prior, n: int, t: int) -> Array | None:
         )
     if not np.isfinite(scores).all():
         raise ValueError("expected a prior with finite scores, got NaN or infinity")
+    if isinstance(prior, LinearDatamodel):
+        return np.take(scores, columns(prior.targets, targets, t), axis=1)
     return scores
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.datamodel import plain
+from attribution_core.datamodel import columns, plain
 from attribution_core.gradients import Progress, Sized
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import failing_together, from_first, sum_over_processes, world
@@ -113,10 +113,10 @@ class RetrainingTable:
             return cls(weights, per_seed, tuple(int(seed) for seed in seeds), meta)
 
     def joined(self, *others: RetrainingTable) -> RetrainingTable:
-        """The rows of several tables of the same seeds, examples and outputs, one after the other.
+        """The rows of several tables of the same seeds, examples, outputs and drop, one after the other.
 
         Raises:
-            ValueError: tables that differ in one of them.
+            ValueError: tables that differ in one of them; the same outputs in another order.
         """
         for other in others:
             mine = (self.seeds, self.weights.shape[1], self.per_seed.shape[2])
@@ -124,6 +124,16 @@ class RetrainingTable:
             if mine != theirs:
                 raise ValueError(
                     f"expected tables of the same seeds, n and t, got {mine} and {theirs}"
+                )
+            if (columns(other.targets, self.targets, mine[2]) != np.arange(mine[2])).any():
+                raise ValueError(
+                    f"expected tables with outputs in one order, got {self.targets} and {other.targets}; "
+                    "retrain with the same outputs"
+                )
+            drops = {table.meta["drop"] for table in (self, other) if "drop" in table.meta}
+            if len(drops) > 1:
+                raise ValueError(
+                    f"expected tables of one drop, got {sorted(drops)}: these are other counterfactuals; retrain with one"
                 )
         tables = (self, *others)
         return RetrainingTable(

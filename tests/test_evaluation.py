@@ -1,10 +1,12 @@
 """attribution_core.evaluation: LDS in worlds whose answer is known, intervals, ceiling, refusals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from attribution_core import LinearDatamodel, RetrainingTable, lds, random_subsets
+from attribution_core import LinearDatamodel, RetrainingTable, evaluation, lds, random_subsets
 from attribution_core.evaluation import bootstrap_interval, ceiling, spearman
 
 N, T, ROWS = 30, 8, 60
@@ -61,6 +63,24 @@ def test_slope_is_least_squares_with_an_intercept_per_target():
     assert lds(truth, table).slope == pytest.approx(expected)
 
 
+def test_targets_are_compared_by_their_names():
+    truth, table = affine_world()
+    names = [f"class {j}" for j in range(T)]
+    table = replace(table, meta={"targets": names})
+    order = np.random.default_rng(0).permutation(T)
+    turned = LinearDatamodel(
+        truth.scores[:, order], truth.base[order], 1.0, targets=[names[j] for j in order]
+    )
+    np.testing.assert_allclose(lds(turned, table).per_target, 1.0, rtol=1e-12)
+    assert lds(truth, table).mean == pytest.approx(1.0)  # without names each stands at its place
+    other = replace(turned, targets=[*turned.targets[:-1], "another"])
+    with pytest.raises(ValueError, match=r"expected outputs \['class 0', 'class 1'.*`combine`"):
+        lds(other, table)
+    twice = replace(turned, targets=["class 0"] * T)
+    with pytest.raises(ValueError, match="expected outputs"):
+        lds(twice, table)
+
+
 def test_spearman_with_ties():
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 4, (20, 5)), rng.integers(0, 4, (20, 5))
@@ -79,6 +99,18 @@ def test_the_ceiling_is_what_a_perfect_predictor_reaches(seeds):
     # Pearson correlations) and the square root of a noisy mean are only near
     assert abs(gap.mean()) < 4 * gap.std(ddof=1) / np.sqrt(len(gap)) + 0.02
     assert 0.5 < said.mean() < 0.97  # the noise matters
+
+
+def test_halves_of_many_seeds_are_drawn(monkeypatch):
+    """155 million ways to halve 30 seeds; drawn or chosen from a list, halves tell the same."""
+    _, many = affine_world(noise=4.0, seeds=30)
+    assert 0.9 < ceiling(many) < 1
+    _, table = affine_world(noise=4.0, seeds=9)
+    listed = ceiling(table)
+    monkeypatch.setattr(evaluation, "LISTED", 0)
+    assert ceiling(table) == pytest.approx(listed, abs=0.02)  # over 20 halves each
+    for a, b in evaluation._splits(9, 4):
+        assert (len(a), len(b), len({*a, *b})) == (4, 4, 8)
 
 
 def test_the_ceiling_of_pure_noise_and_of_one_seed():

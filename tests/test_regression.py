@@ -350,6 +350,20 @@ def test_a_datamodel_as_prior_lends_its_names():
     np.testing.assert_array_equal(f.scores, fit_datamodel(table, prior=truth).scores)
 
 
+def test_a_prior_is_taken_by_the_names_of_its_targets():
+    truth, table = linear_world(40, t=2)
+    table = replace(table, meta={"targets": ["a", "b"]})
+    turned = LinearDatamodel(truth[:, ::-1], [0, 0], 1.0, targets=["b", "a"])
+    f = fit_datamodel(table, prior=turned)
+    assert f.targets.tolist() == ["a", "b"]
+    np.testing.assert_allclose(f.scores, fit_datamodel(table, prior=truth).scores, rtol=1e-9)
+    other = replace(turned, targets=["b", "c"])
+    with pytest.raises(ValueError, match=r"expected outputs \['a', 'b'\], got \['b', 'c'\]"):
+        fit_datamodel(table, prior=other)
+    unnamed = replace(turned, scores=truth, targets=None)
+    assert fit_datamodel(table, prior=unnamed).targets.tolist() == ["a", "b"]
+
+
 def test_a_random_prior_gets_no_weight():
     truth, table = linear_world(100, t=12, noise=1.0)
     f = fit_datamodel(table, prior=np.random.default_rng(9).normal(size=truth.shape))

@@ -317,6 +317,22 @@ def test_tables_are_joined():
         table.joined(made(seeds=(0,)))
 
 
+def test_tables_of_other_outputs_are_not_joined():
+    def named(*targets, drop="row"):
+        return replace(made(t=2), meta={"targets": list(targets), "drop": drop})
+
+    table = named("cat", "dog")
+    assert table.joined(named("cat", "dog"), made(t=2)).targets.tolist() == ["cat", "dog"]
+    with pytest.raises(ValueError, match=r"outputs in one order, got \['cat' 'dog'\] and \['dog'"):
+        table.joined(named("dog", "cat"))
+    with pytest.raises(
+        ValueError, match=r"expected outputs \['cat', 'dog'\], got \['cat', 'cow'\]"
+    ):
+        table.joined(named("cat", "cow"))
+    with pytest.raises(ValueError, match=r"tables of one drop, got \['row', 'weight'\]"):
+        table.joined(named("cat", "dog", drop="weight"))
+
+
 def test_joblibs_own_configuration_is_taken():
     """jobs=None: any backend that joblib knows, here its threads; a cluster's is set up in the same way."""
     from joblib import parallel_config

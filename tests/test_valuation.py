@@ -345,6 +345,14 @@ def test_intervals_of_few_subsets_are_students():
     assert np.mean(hits) > 0.95 - 2.5 * 0.013
 
 
+def test_a_thousand_and_more_players():
+    """2^1,100 is no float."""
+    rows = random_subsets(1100, 200, keep=[0.05, 0.25, 0.5, 0.75, 0.95])
+    weights = np.concatenate([rows, np.ones((1, 1100)), np.zeros((1, 1100))])
+    found = values(RetrainingTable(weights, weights.sum(1)[:, None, None], (0,)))
+    np.testing.assert_allclose(found.values, 1.0, rtol=1e-9)
+
+
 def test_without_everyone_or_nobody_the_level_is_open():
     own = np.arange(6.0)
     weights = random_subsets(6, 400, keep=[0.3, 0.5, 0.7])

@@ -161,7 +161,8 @@ def _of_linear(
     if f.spread is not None:
         # errors of different examples and targets may go together: their sum is the safe bound
         error = _by_player(owners, f.spread @ np.abs(u)) / math.sqrt(runs)
-    change = f.meta.get("change")
+    # what changed at other weights is no f(everyone) − f(nobody), which the scores then tell alone
+    change = f.meta.get("change") if np.isin(f.anchor, (0.0, 1.0)).all() else None
     nobody = f.predict(np.zeros(len(f.scores)))
     return Values(
         values=per_target @ u, standard_error=error, freedom=runs - 1 if runs > 1 else math.inf,

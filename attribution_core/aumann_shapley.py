@@ -113,8 +113,11 @@ def aumann_shapley(
     if folder is not None:
         made_of = fingerprint(problem, recipe, outputs, points, path, labels, method)
         where = claim(folder, "aumann_shapley.json", "values", made_of)
-    method = method or partial(_derivatives, groups=groups)
-    point = partial(_point, problem, recipe, outputs, method, where, index)
+    shared = (
+        groups if len(names) < problem.n else None
+    )  # owners of a row each: by row, and named then
+    method = method or partial(_derivatives, groups=shared)
+    point = partial(_point, problem, recipe, outputs, method, where, names, index)
     f: NDArray[np.float64]
     if path == "weight":
         s, f = _looked(problem, recipe, outputs, where)
@@ -228,6 +231,7 @@ def _point(
     outputs: Outputs,
     method: Method,
     folder: Path | None,
+    names: NDArray[Any],
     index: NDArray[np.intp],
     at: float,
     weights: NDArray[np.float64],
@@ -238,9 +242,12 @@ def _point(
     if kept is not None and from_first(kept.exists()):
         return np.load(kept)
     run = train(problem, recipe, weights, exposure)
-    scores = np.asarray(method(run, outputs).scores, dtype=float)
-    if len(scores) == len(index) > index.max() + 1:  # rows, of a method that knows no groups
-        total = np.zeros((index.max() + 1, scores.shape[1]))
+    found = method(run, outputs)
+    scores = np.asarray(found.scores, dtype=float)
+    ids = np.asarray(found.ids)
+    numbered = np.array_equal(ids, np.arange(len(index)))
+    if numbered or not np.array_equal(ids, names):  # rows, of a method that knows no groups
+        total = np.zeros((len(names), scores.shape[1]))
         np.add.at(total, index, scores)
         scores = total
     if kept is not None and world()[0] == 0:

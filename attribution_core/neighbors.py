@@ -304,7 +304,7 @@ def _floor(
     if runs is not None:
         return average([_floor(run, outputs, similar, meta) for run in runs])
     assert isinstance(source, (Problem, Run))
-    at = trained(source)
+    at = trained(source, window=True)  # whatever weights do, similarities are the same
     refuse_random_layers(at.problem.model)
     scores = similar(at.problem) * _signs(at.problem, outputs)
     if outputs.matrix is not None:

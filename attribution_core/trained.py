@@ -49,16 +49,25 @@ def trained(
     weights: ArrayLike | None = None,
     exposure: float = 1.0,
     drop: Drop = "weight",
+    *,
+    window: bool = False,
 ) -> Trained:
     """Where a run's model stands, or a problem's that was trained at these weights and this exposure.
 
-    drop="row": rows of weight 0 were not there, so the mean loss was over the others.
+    drop="row": rows of weight 0 were not there, so the mean loss was over the others. window: take runs whose weights
+    act from a later step on, of which the final model is no optimum.
 
     Raises:
-        ValueError: weights that are not [n], an exposure outside (0, 1]; either given beside a run; a problem
-            whose model is left in training mode with dropout or batch norm.
+        ValueError: weights that are not [n], an exposure outside (0, 1]; either given beside a run; a run whose
+            weights act from a later step on; a problem whose model is left in training mode with dropout or
+            batch norm.
     """
     if isinstance(source, Run):
+        if source.since and not window:
+            raise ValueError(
+                f"expected a run whose weights act from its first step on, got since={source.since}: this method does not "
+                "know when they act; use magic, tracin or source"
+            )
         if weights is not None or exposure != 1.0 or drop != "weight":
             raise ValueError(OWN)
         damping = flatten({name: value[None] for name, value in source.damping.items()})[0]

@@ -211,6 +211,7 @@ class Run:
         """
         w = checked_weights(weights, self.problem.n)
         start = self.since if since is None else since
+        _check_since(start, len(self.order))
         steps = steps_of(self.problem, self.recipe, self.order, w, start, self.shards)
         return _descend(replace(self, weights=w, since=start), steps, 0, 0, progress)
 
@@ -263,7 +264,7 @@ def train(
             exposure outside (0, 1]; dropout without `masks`, or a forward pass that draws random numbers
             or changes buffers in another way than batch norm; batch norm or dropout where a batch is
             cut into parts; weights that swapping parameters does not reach (activation checkpointing, a
-            loss of another model); more checkpoints than steps; a loss that is not finite (names step and rows).
+            loss of another model); more checkpoints than steps; a step since which there are none; a loss that is not finite (names step and rows).
     """
     w = checked_weights(weights, problem.n)
     if not 0 < exposure <= 1:
@@ -283,6 +284,7 @@ def train(
     model = problem.model if recipe.init is None else recipe.init(recipe.seed).to(problem.device)
     started = replace(problem, model=model)
     order = recipe.draw(np.flatnonzero(w > 0) if drop == "row" else np.arange(problem.n), exposure)
+    _check_since(since, len(order))
     shards = world()[1] if shard else 1
     steps = steps_of(started, recipe, order, w, since, shards)
     check_steps(steps)
@@ -353,6 +355,13 @@ def check_steps(steps: Steps) -> None:
         )
     some = steps.order[0][:SOME]
     refuse_hidden_parameters(model, steps.problem.loss, partial(steps.batch, 0, some), copied=True)
+
+
+def _check_since(since: int, steps: int) -> None:
+    if since and not 0 < since < steps:
+        raise ValueError(
+            f"expected weights that act from a step of 0 to {steps - 1} on, got since={since}; the run has {steps} steps"
+        )
 
 
 def _descend(

@@ -53,7 +53,7 @@ def way_of(
     Args:
         final_alone: without checkpoints, let the final parameters stand for the whole training.
     """
-    final = trained(given, weights, exposure)
+    final = trained(given, weights, exposure, window=True)
     if isinstance(given, Run):
         if any(x is not None for x in (checkpoints, lr, steps)) or momentum != 0.0:
             raise ValueError(
@@ -66,6 +66,7 @@ def way_of(
 
 
 def _of_run(run: Run, final: Problem, final_alone: bool) -> list[Stretch]:
+    """The stretches of a run, from the step on at which its weights act."""
     optimizer, total = run.recipe.optimizer, len(run.order)
     kept = run.checkpoints
     if not kept and final_alone:
@@ -76,7 +77,10 @@ def _of_run(run: Run, final: Problem, final_alone: bool) -> list[Stretch]:
         )
     found = []
     for at in kept:
-        factors = sum(run.recipe.lr_factor(k, total) for k in range(at.first, at.last))
+        if at.last <= run.since:
+            continue  # weights did not act there yet
+        first = max(at.first, run.since)
+        factors = sum(run.recipe.lr_factor(k, total) for k in range(first, at.last))
         reach = factors * _flat(optimizer.reach(at.state, at.step + 1))
         # decoupled decay is not divided by √v̂ + eps
         pull = optimizer.lr * factors if getattr(optimizer, "decoupled", False) else reach

@@ -108,6 +108,19 @@ def test_owners_by_tangents_are_sums_over_their_rows(path, method):
     np.testing.assert_allclose(owners.meta["remainder"], rows.meta["remainder"], atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore::attribution_core.RemainderWarning")  # of two points
+@pytest.mark.parametrize("method", [None, influence])
+@pytest.mark.parametrize("labels", [list("hgfedcba"), [3, 1, 7, 0, 2, 6, 5, 4]])
+def test_owners_of_a_row_each_are_their_rows(method, labels):
+    problem = menagerie.mlp(8)
+    outputs = Outputs(problem.loss, problem.train).mean()
+    recipe = Recipe(SGD(0.1), 4, 2)
+    rows = aumann_shapley(problem, recipe, outputs, points=2, method=method)
+    owners = aumann_shapley(problem, recipe, outputs, points=2, method=method, groups=labels)
+    assert owners.ids.tolist() == sorted(labels)
+    np.testing.assert_allclose(owners.scores[owners.rows(labels)], rows.scores, rtol=1e-9)
+
+
 def owners_of_digits(n=240, groups=6):
     """Digits in owners of unequal sizes; one owner's labels are all wrong."""
     x, y = (array[:n].copy() for array in menagerie.digits_arrays())

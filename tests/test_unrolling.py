@@ -1,6 +1,7 @@
 """attribution_core.unrolling: against training unrolled step by step, closed forms, and retrained halves."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,10 +18,13 @@ from attribution_core import (
     average,
     influence,
     lds,
+    leave_one_out,
+    magic,
     margin,
     random_subsets,
     retrain,
     train,
+    trak,
     unrolling,
 )
 from attribution_core.spectrum import Dense, Diagonal
@@ -397,6 +401,33 @@ def test_several_runs_are_averaged(name, tmp_path):
     np.testing.assert_array_equal(found.scores, expected.scores)
     stored = METHODS[name](runs, outputs, folder=tmp_path)
     np.testing.assert_allclose(stored.scores, expected.scores, rtol=1e-6)  # kept in float32
+
+
+@pytest.mark.parametrize("since", [0, 10, 17])
+@pytest.mark.parametrize("method", [tracin, partial(source, segments=2)])
+def test_weights_that_act_from_a_step_on(method, since):
+    """Steps before it count nothing: against exact derivatives of a short training by small steps."""
+    problem = menagerie.ridge(20)
+    outputs = Outputs(problem.loss, problem.train)
+    w = np.linspace(0.5, 1.5, 20)
+    run = train(problem, full_batch(SGD(0.003), 20), w, since=since, checkpoints=10)
+    exact, found = magic(run, outputs, check=False).scores, method(run, outputs).scores
+    # a tenth at most is what learning rate times curvature makes; steps too many were a factor of 2 and 6
+    assert (exact * found).sum() / (found**2).sum() == pytest.approx(1, abs=0.1)
+
+
+def test_methods_at_the_optimum_refuse_weights_that_act_late():
+    problem = menagerie.ridge(12)
+    outputs = Outputs(problem.loss, problem.train)
+    run = train(problem, Recipe(SGD(0.01), 4, 2), since=3)
+    for method in (influence, leave_one_out, trak):
+        with pytest.raises(ValueError, match=r"from its first step on, got since=3.*magic, tracin"):
+            method(run, outputs)
+    for since in (6, -1):
+        with pytest.raises(ValueError, match=rf"step of 0 to 5 on, got since={since}"):
+            train(problem, Recipe(SGD(0.01), 4, 2), since=since)
+        with pytest.raises(ValueError, match=rf"step of 0 to 5 on, got since={since}"):
+            run.again(np.ones(12), since=since)
 
 
 def test_a_run_that_removed_rows_is_a_run_on_the_others():

@@ -578,6 +578,15 @@ def test_what_a_datamodel_says_of_its_change_goes_with_its_outputs():
     assert values(average([one, two])).change == (5.75 + 1) / 2
 
 
+def test_a_change_at_other_weights_is_not_that_of_everyone():
+    """Of in_run(weights=3): its change is that of three times everyone, its scores are per unit of weight."""
+    scores, told = np.array([[1.0], [2.0]]), {"change": [9.0]}
+    found = values(LinearDatamodel(scores, [9.0], 3.0, meta=told))
+    assert (found.change, found.remainder, found.empty) == (3.0, 0.0, 0.0)
+    gone = values(LinearDatamodel(scores, [2.5], [0.0, 1.0], meta={"change": [2.5]}))
+    assert gone.change == 2.5
+
+
 @pytest.mark.parametrize("source", [None, np.ones((3, 2)), "table"])
 def test_what_is_no_source_of_values(source):
     with pytest.raises(ValueError, match="expected a datamodel, a table of retrainings"):

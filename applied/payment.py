@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -98,8 +99,8 @@ def pay(
         raise ValueError(f"expected someone of positive worth at discount {discount:g}, got nobody")
 
     # plug in: shares of the budget
-    if not 0 < budget < math.inf:
-        raise ValueError(f"expected a positive budget, got {budget}")
+    if not (isinstance(budget, Real) and 0 < budget < math.inf):
+        raise ValueError(f"expected a positive budget, got {budget!r}")
     share = budget * worth / worth.sum()
     floor, cap = (
         _limits(name, limits, k)
@@ -264,6 +265,8 @@ def buy(
         raise ValueError(
             f"expected one positive price per player [{len(values)}], got {price.shape}"
         )
+    if not isinstance(budget, Real):
+        raise ValueError(f"expected a budget that is a number, got {budget!r}")
     if not budget >= price.min():
         raise ValueError(
             f"expected a budget for the cheapest player, {price.min():g}, got {budget}"

@@ -128,7 +128,8 @@ def knn_values(
         scores [n, t], base v_j(everyone), anchor 1: f̂(0) = 0 = v_j(nobody). `values` reads it.
 
     Raises:
-        ValueError: shapes that do not fit, features that are not finite, k below 1.
+        ValueError: shapes that do not fit, features that are not finite, k below 1; no training examples; labels
+            that are text beside numbers.
 
     Source: Jia et al. 2019, thm. 1; min(K, n)/(K n) for the last neighbour, which holds for n < K too.
 
@@ -147,6 +148,14 @@ def knn_values(
         )
     if k < 1 or not (np.isfinite(own).all() and np.isfinite(theirs).all()):
         raise ValueError(f"expected k of at least 1 and finite features, got k={k}")
+    if not len(own):
+        raise ValueError("expected at least one training example, got none")
+    text, asked = ({isinstance(label, str) for label in of.tolist()} for of in (labels, wanted))
+    if text and asked and text.isdisjoint(asked):
+        raise ValueError(
+            f"expected labels of one type, got {labels[:3].tolist()} and, of targets, {wanted[:3].tolist()}; a number "
+            "and its text never match"
+        )
     scores = np.empty((len(own), len(theirs)))
     for some in batches(len(theirs), max(1, BLOCK // len(own))):
         distance = cdist(theirs[some], own, "sqeuclidean")  # by differences: ties stay ties

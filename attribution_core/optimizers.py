@@ -1,6 +1,7 @@
 """Optimizers as two pure functions each, the state to start with and one update, and learning rates.
 
-The rules are torch.optim's.
+The rules are torch.optim's, where every parameter has a gradient: one that a batch does not reach has zeros here, by
+which momentum, Adam and weight decay move it on, while torch leaves out parameters whose `.grad` is None.
 """
 
 from __future__ import annotations

@@ -289,8 +289,10 @@ def retrain_pairs(
     if stack == "auto":  # every worker of every process gets some
         workers = size * (1 if jobs is None else effective_n_jobs(jobs))
         width = min(stack_size(problem, recipe, len(chosen))[0], -(-len(chosen) // workers))
+    elif isinstance(stack, (int, np.integer)):
+        width = int(stack)
     else:
-        width = stack
+        raise ValueError(f"expected stack='auto' or a number of trainings, got {stack!r}")
     work = _Work(problem, recipe, outputs, drop, width, stack == "auto")
     stacks = [[(k, *cells[k]) for k in some if not done[k]] for some in work.cut(cells, chosen)]
     mine = [some for some in stacks if some][rank::size]

@@ -34,6 +34,7 @@ def random_subsets(
     """
     index, players = _players(n)
     fractions = _fractions(keep)
+    _check_rows(m)
     rng = np.random.default_rng(seed)
     weights = np.zeros((m, players))
     for k, row in enumerate(weights):
@@ -55,6 +56,7 @@ def bernoulli_subsets(
     """
     index, players = _players(n)
     fractions = _fractions(keep)
+    _check_rows(m)
     rng = np.random.default_rng(seed)
     chance = np.resize(fractions, m)[:, None]
     return (rng.random((m, players)) < chance).astype(float)[:, index]
@@ -91,6 +93,7 @@ def permutation_subsets(n: Players, m: int, *, seed: int = 0) -> NDArray[np.floa
     [0.0, 1.0, 2.0]
     """
     index, players = _players(n)
+    _check_rows(m)
     rng = np.random.default_rng(seed)
     orders: list[NDArray[np.intp]] = []
     for k in range(m):
@@ -124,6 +127,11 @@ def _players(n: Players) -> tuple[NDArray[np.intp], int]:
     labels = np.arange(n) if isinstance(n, (int, np.integer)) else np.asarray(n)
     names, index = named(labels, labels.size)
     return index, len(names)
+
+
+def _check_rows(m: int) -> None:
+    if not isinstance(m, (int, np.integer)) or m < 0:
+        raise ValueError(f"expected a whole number m >= 0 of rows or orders, got {m!r}")
 
 
 def _fractions(keep: float | Sequence[float]) -> NDArray[np.float64]:

@@ -387,6 +387,16 @@ def test_knn_values_are_shapley_values(n, k):
     np.testing.assert_allclose(found.base, vote(np.ones(n, dtype=bool)), atol=1e-12)
 
 
+def test_labels_of_two_types_and_no_examples_are_told():
+    x = np.arange(4.0)[:, None]
+    with pytest.raises(ValueError, match=r"one type, got \[0, 1, 0\] and, of targets, \['0'\]"):
+        knn_values(x, [0, 1, 0, 1], x[:1], ["0"])
+    with pytest.raises(ValueError, match="at least one training example, got none"):
+        knn_values(x[:0], [], x[:1], [0])
+    named, numbers = (knn_values(x, y, x[:1], y[:1]) for y in (list("abab"), [0, 1, 0, 1]))
+    np.testing.assert_array_equal(named.scores, numbers.scores)
+
+
 def test_knn_values_by_blocks_of_targets(monkeypatch):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(50, 3)), rng.integers(0, 3, 50)

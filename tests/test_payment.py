@@ -70,6 +70,7 @@ def test_intervals_of_payments():
         ([-1.0, -2.0], 10, {}, "if the outputs are losses, data lower them: pass -values"),
         ([1.0, 2.0, -3.0], 10, {}, "A sum of 0 means values up to a common constant"),
         ([1.0, 2.0], 0, {}, "positive budget, got 0"),
+        ([1.0, 2.0], "10", {}, "positive budget, got '10'"),
         ([1.0, 2.0], 10, {"floors": 6}, "floors within the budget 10, got 12"),
         ([1.0, 2.0], 10, {"floors": 3, "caps": 2}, "0 <= floors <= caps"),
         ([1.0, 2.0, -1.0], 10, {"caps": 4}, "got at most 8 for those of worth"),
@@ -128,6 +129,7 @@ def test_owners_become_weights_of_their_examples():
         ([-1.0, -2.0], [1, 1], 1, "pass -values"),
         ([1.0, 2.0], [1, 0], 1, "one positive price per player"),
         ([1.0, 2.0], [1, 1, 1], 1, "one positive price per player"),
+        ([1.0, 2.0], [2, 3], "5", "a budget that is a number, got '5'"),
         ([1.0, 2.0], [2, 3], 1, "a budget for the cheapest player, 2, got 1"),
     ],
 )

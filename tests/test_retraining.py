@@ -1,6 +1,7 @@
 """attribution_core.retraining: tables equal to loops of train, side by side, resumed, refused."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +16,11 @@ from attribution_core import (
     Problem,
     Recipe,
     RetrainingTable,
+    bernoulli_subsets,
     cross_entropy,
     fit_datamodel,
     margin,
+    permutation_subsets,
     random_subsets,
     retrain,
     train,
@@ -315,6 +318,25 @@ def test_tables_are_joined():
     np.testing.assert_array_equal(both.per_seed[4:8], table.per_seed)
     with pytest.raises(ValueError, match="expected tables of the same seeds, n and t"):
         table.joined(made(seeds=(0,)))
+
+
+@pytest.mark.parametrize("draw", [random_subsets, bernoulli_subsets, permutation_subsets])
+@pytest.mark.parametrize("m", [-1, 2.0, "3"])
+def test_a_number_of_rows_that_is_none(draw, m):
+    keep = {} if draw is permutation_subsets else {"keep": 0.5}
+    with pytest.raises(ValueError, match=rf"whole number m >= 0 of rows or orders, got {m!r}"):
+        draw(4, m, **keep)
+
+
+def test_stacks_and_seeds_that_are_no_numbers():
+    problem = menagerie.mlp(6)
+    call = partial(
+        retrain, problem, Recipe(SGD(0.1), 3, 1), Outputs(margin, problem.train), np.ones((1, 6))
+    )
+    with pytest.raises(ValueError, match="stack='auto' or a number of trainings, got 'all'"):
+        call(seeds=1, stack="all")
+    with pytest.raises(ValueError, match=r"a number of seeds, or which ones, got 2\.0"):
+        call(seeds=2.0)
 
 
 def test_tables_of_other_outputs_are_not_joined():

@@ -615,3 +615,40 @@ def test_optimizers_that_make_no_sense(optimizer, message):
 def test_orders_that_make_no_sense(order, message):
     with pytest.raises(ValueError, match=message):
         train(menagerie.ridge(20), Recipe(SGD(0.1), 2, 1, order=order))
+
+
+class Either(nn.Module):
+    """One number for rows of 0, another for rows of 1; a batch without such rows does not reach it."""
+
+    def __init__(self):
+        super().__init__()
+        self.ends = nn.ParameterList([torch.ones(1).double(), torch.ones(1).double()])
+
+    def forward(self, x):
+        out = torch.zeros(len(x)).double()
+        for k, end in enumerate(self.ends):
+            if (x == k).any():
+                out = out + torch.where(x == k, end, 0.0)
+        return out
+
+
+def test_parameters_that_a_batch_does_not_reach_have_gradients_of_zero():
+    """torch leaves out what has no gradient, where momentum moves it on here; given zeros, it does as well."""
+    x = torch.tensor([0, 0, 1, 1])
+    problem = Problem(Either(), lambda m, b: m(b[0]) ** 2, (x,))
+    run = train(problem, Recipe(SGD(0.1, 0.9), 2, 1, order=[[0, 1], [2, 3]]))
+
+    def by_torch(zeros):
+        model = Either()
+        tool = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for rows in run.order:
+            tool.zero_grad()
+            (model(x[rows]) ** 2).mean().backward()
+            for p in model.parameters() if zeros else ():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            tool.step()
+        return torch.cat([p.detach() for p in model.parameters()])
+
+    found = torch.cat(list(run.params.values()))
+    torch.testing.assert_close(found, by_torch(zeros=True), rtol=1e-12, atol=0)
+    assert (found - by_torch(zeros=False)).abs()[0] > 0.1

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from recipes.embedded import Document
 
@@ -36,6 +38,10 @@ PRESETS = {
     "medium": Preset(width=512, layers=8, vocabulary=16384, length=256, batch_size=32, lr=1e-3),
 }
 PRETRAINED = Preset(width=0, layers=0, vocabulary=0, length=256, batch_size=8, lr=5e-5)
+SOME = 500  # documents that a tokeniser has to give back
+LOST = (
+    1e-3  # of their characters at most: a rare sign, which moves no printed digit of bits per byte
+)
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,11 @@ class LanguageModel:
 
     def decode(self, rows: Any) -> list[str]:
         """Texts of blocks of tokens, start and padding left out."""
-        return self.tokenizer.batch_decode(
-            [[t for t in row[1:] if t >= 0] for row in rows.tolist()]
-        )
+        return self.texts([[t for t in row[1:] if t >= 0] for row in rows.tolist()])
+
+    def texts(self, ids: list[list[int]]) -> list[str]:
+        """Texts of token ids, spaces before punctuation kept."""
+        return self.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
 
 
 def language_model(model: str, pool: Sequence[Document], folder: Path) -> LanguageModel:
@@ -206,8 +214,36 @@ def refuse_unfit(model: Any, tokenizer: Any, name: str) -> None:
         )
 
 
+def refuse_lossy(model: LanguageModel, documents: Sequence[Document], name: str) -> None:
+    """Raise where the tokeniser does not give text back: what it drops costs no nats, but its bytes are counted.
+
+    Outer white space and the form of accents (NFC), which some tokenisers change, lose nothing.
+
+    Raises:
+        ValueError: more than LOST of the characters of some documents do not come back; shows where.
+    """
+    some = documents[:: -(-len(documents) // SOME)]
+    read = model.texts(model.encode([doc.text for doc in some]))
+    pairs = [(_plain(doc.text), _plain(back)) for doc, back in zip(some, read, strict=True)]
+    lost = [(Counter(text) - Counter(back)).total() for text, back in pairs]
+    share = sum(lost) / max(1, sum(len(text) for text, _ in pairs))
+    if share > LOST:
+        worst = lost.index(max(lost))
+        text, back = pairs[worst]
+        at = next(k for k, sign in enumerate(text) if back[k : k + 1] != sign)
+        raise ValueError(
+            f"expected a tokeniser that gives text back, got one in {name!r} that loses {share:.1%} of the characters, "
+            f"{text[at : at + 30]!r} read back as {back[at : at + 30]!r} in {some[worst].id!r}; bits per byte and the "
+            "gate need every byte: take a model with a byte-level tokeniser"
+        )
+
+
+def _plain(text: str) -> str:
+    return normalize("NFC", text).strip()
+
+
 def bits_per_byte(nats: float, documents: Sequence[Document]) -> float:
-    """Total nats over documents as bits per byte of their text, a figure no tokeniser changes."""
+    """Total nats over documents as bits per byte of their text, a figure no tokeniser that gives text back changes."""
     return nats / math.log(2) / sum(len(doc.text.encode(errors="replace")) for doc in documents)
 
 

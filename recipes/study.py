@@ -21,7 +21,13 @@ from recipes import embedded
 from recipes.command import device_of
 from recipes.corpus import Blocks, in_both, once, read_documents, without_text
 from recipes.embedded import Document
-from recipes.language_model import LanguageModel, bits_per_byte, fingerprint_of, language_model
+from recipes.language_model import (
+    LanguageModel,
+    bits_per_byte,
+    fingerprint_of,
+    language_model,
+    refuse_lossy,
+)
 from recipes.select_data import Flags
 
 PARTS = ("score", "settle", "report")  # of the target text
@@ -103,6 +109,8 @@ def prepare(flags: Flags) -> Study:
     out = flags.out
     with first_goes_first():
         model = language_model(flags.model, pool, out)
+        for documents in (pool, held_out):
+            refuse_lossy(model, documents, flags.model)
         preset = model.preset
         cut = partial(
             Blocks.cut, encode=model.encode, start=model.start, length=preset.length,

@@ -17,7 +17,7 @@ import torch
 from attribution_core import LinearDatamodel
 from recipes import embedded
 from recipes.corpus import Blocks, once, read_documents
-from recipes.language_model import language_model
+from recipes.language_model import LanguageModel, language_model, refuse_lossy, train_bpe
 from recipes.select_data import run
 from recipes.selection import gate
 from recipes.selection_report import ends_of
@@ -256,6 +256,91 @@ def test_a_tokeniser_of_other_texts_is_trained_again(tmp_path):
     assert made[1].get_vocab() == made[2].get_vocab() == fresh.get_vocab() != made[0].get_vocab()
     language_model("tiny", other, tmp_path)
     assert (tmp_path / "tokenizer.json").stat().st_mtime_ns == times  # kept
+
+
+def lower_case(texts):
+    """Whole words in lower case, the rare ones unknown."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    made = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(vocab_size=60, special_tokens=["[UNK]", "<s>"])
+    made.train_from_iterator(texts, trainer)
+    return made
+
+
+def composed(texts):
+    """Byte-level BPE over composed accents."""
+    from tokenizers import normalizers
+
+    made = train_bpe(texts, 300)
+    made.normalizer = normalizers.NFC()
+    return made
+
+
+def pieces(texts, fallback=True):
+    """SentencePiece's manner: a space before the first word, bytes for unknown characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    signs = ["<unk>", "<s>", *(f"<0x{k:02X}>" for k in range(256) if fallback), "\u2581"]
+    signs += sorted({c for text in texts for c in text if c.isascii() and c.isalpha()})
+    made = Tokenizer(
+        models.BPE(
+            {s: k for k, s in enumerate(signs)}, [], unk_token="<unk>", byte_fallback=fallback
+        )
+    )
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return made
+
+
+TEXTS = ("Größe , for 60 cafe\u0301s .\n\n  a = [1]", "Two\tWords ", "ÀÉ 日本語")
+
+
+@pytest.mark.parametrize(
+    ("make", "lost"),
+    [
+        (lambda texts: train_bpe(texts, 300), False),
+        (composed, False),
+        (pieces, False),
+        (lambda texts: pieces(texts, fallback=False), True),
+        (lower_case, True),
+    ],
+    ids=["bytes", "composed", "pieces", "pieces without bytes", "lower case"],
+)
+def test_a_tokeniser_that_loses_text_is_refused(make, lost):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=make(TEXTS), bos_token="<s>", clean_up_tokenization_spaces=True
+    )
+    model = LanguageModel(tokenizer, None, None, False)
+    if lost:
+        with pytest.raises(ValueError, match=r"gives text back, got one in 'mine' that loses"):
+            refuse_lossy(model, documents(*TEXTS), "mine")
+    else:
+        refuse_lossy(model, documents(*TEXTS), "mine")
+        rare = documents("plain words " * 500, "one \u2581 sign")  # SentencePiece's own space
+        refuse_lossy(model, rare, "mine")
+
+
+def test_a_model_whose_tokeniser_loses_text_is_refused_before_it_trains(texts, tmp_path):
+    """Its bits per byte were far below the n-grams', which count every byte: the gate let it pass."""
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    made = lower_case([d.text for d in embedded.text_pool(60)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="<s>", unk_token="[UNK]"
+    )
+    config = GPT2Config(vocab_size=60, n_positions=32, n_embd=16, n_layer=1, n_head=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "lossy")
+    tokenizer.save_pretrained(tmp_path / "lossy")
+    said = refused(texts, tmp_path / "out", "--model", str(tmp_path / "lossy"))
+    assert "expected a tokeniser that gives text back" in said
+    assert not (tmp_path / "out" / "tokens").exists()
 
 
 def test_as_few_subsets_as_there_are(texts, finished, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from glob import glob
@@ -30,10 +32,11 @@ def read_documents(
 
     Raises:
         FileNotFoundError: no file matches.
-        ValueError: an unknown file type; a missing column (lists those there are); domains or ids that are empty or
-            nested; no documents; ids that repeat.
+        ValueError: an unknown file type; text that is not UTF-8; a missing column (lists those there are); domains or
+            ids that are empty or nested; no documents; ids that repeat.
     """
-    files = sorted(glob(where, recursive=True))
+    is_path = bool(where) and Path(where).exists()  # brackets in a name are no pattern then
+    files = [where] if is_path else sorted(glob(where, recursive=True))
     if len(files) == 1 and Path(files[0]).is_dir():
         documents = _from_table(_saved(files[0]), Path(files[0]).name, text, domain, id, "all")
     elif files:
@@ -56,11 +59,8 @@ def _from_file(file: str, text: str, domain: str | None, id: str | None) -> list
     if suffix not in KINDS:
         raise ValueError(f"expected {', '.join(KINDS)}, got {file!r}; convert it first")
     if suffix == ".txt":
-        content = Path(file).read_text(encoding="utf-8", errors="replace")
-        return [Document(file, content, Path(file).parent.name or "all", file)]
+        return [Document(file, _words(file), Path(file).parent.name or "all", file)]
     import pyarrow
-    from pyarrow import schema, string
-    from pyarrow.types import is_temporal
 
     try:
         if suffix == ".parquet":
@@ -68,19 +68,51 @@ def _from_file(file: str, text: str, domain: str | None, id: str | None) -> list
 
             table = read_table(file)
         else:
-            from pyarrow.json import ParseOptions, read_json
-
-            table = read_json(file)
-            # words that look like dates stay as they are written
-            dates = [
-                f for f in table.schema if f.name in (text, domain, id) and is_temporal(f.type)
-            ]
-            if dates:
-                words = schema([(field.name, string()) for field in dates])
-                table = read_json(file, parse_options=ParseOptions(explicit_schema=words))
+            table = _json_columns(file, [c for c in (text, domain, id) if c is not None])
+        asked = [c for c in table.column_names if c in (text, domain, id)]
+        table.select(asked).validate(full=True)  # that words are UTF-8
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file!r} cannot be read as {suffix[1:]}: {error}") from None
     return _from_table(table, file, text, domain, id, Path(file).stem)
+
+
+def _words(file: str) -> str:
+    """A text file without its byte-order mark."""
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"expected UTF-8 in {file!r}, got byte {error.object[error.start]:#04x} at {error.start}; convert it, e.g. "
+            "iconv -f latin1 -t utf-8 (or -f utf-16)"
+        ) from None
+
+
+def _json_columns(file: str, columns: list[str]) -> Any:
+    """These columns of a .jsonl file: what others hold, or that they mix types, is not looked at."""
+    from pyarrow import Table
+
+    found = {}
+    for column in dict.fromkeys(columns):
+        found[column] = _json_column(file, column)
+        if found[column].null_count == len(found[column]):  # as a column that is not there reads
+            with open(file, encoding="utf-8-sig", errors="replace") as lines:
+                names = {name for line in lines if line.strip() for name in json.loads(line)}
+            _refuse_missing(column, sorted(names), file)
+    return Table.from_pydict(found)
+
+
+def _json_column(file: str, column: str) -> Any:
+    """One column as words, which may look like dates; where it holds none, as numbers or what it is."""
+    import pyarrow
+    from pyarrow.json import ParseOptions, read_json
+
+    for kind in (pyarrow.string(), pyarrow.int64(), pyarrow.float64(), pyarrow.bool_()):
+        only = ParseOptions(
+            explicit_schema=pyarrow.schema([(column, kind)]), unexpected_field_behavior="ignore"
+        )
+        with suppress(pyarrow.ArrowInvalid):
+            return read_json(file, parse_options=only).column(column)
+    return read_json(file).column(column)  # nested, mixed or broken: says so
 
 
 def _saved(folder: str) -> Any:
@@ -109,11 +141,8 @@ def _from_table(
     table: Any, source: str, text: str, domain: str | None, id: str | None, default: str
 ) -> list[Document]:
     for column in (text, domain, id):
-        if column is not None and column not in table.column_names:
-            raise ValueError(
-                f"expected a column {column!r} in {source!r}, got {table.column_names}; "
-                "name yours with --text, --domain or --id"
-            )
+        if column is not None:
+            _refuse_missing(column, table.column_names, source)
     from pyarrow import types
 
     kind = table.column(text).type
@@ -129,6 +158,13 @@ def _from_table(
     ids = [f"{source}#{k}" for k in range(n)] if id is None else _names(table, id, source, "id")
     rows = zip(ids, texts, domains, strict=True)
     return [Document(i, t, d, f"{source}:{k}") for k, (i, t, d) in enumerate(rows)]
+
+
+def _refuse_missing(column: str, names: Sequence[str], source: str) -> None:
+    if column not in names:
+        raise ValueError(
+            f"expected a column {column!r} in {source!r}, got {names}; name yours with --text, --domain or --id"
+        )
 
 
 def _names(table: Any, column: str, source: str, flag: str) -> list[str]:

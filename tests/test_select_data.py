@@ -379,6 +379,74 @@ def test_text_is_read_as_it_is_written(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("café".encode("latin-1"), r"expected UTF-8 in '.*a.txt', got byte 0xe9 at 3; convert it"),
+        ("words".encode("utf-16"), r"expected UTF-8 in '.*a.txt', got byte 0xff at 0"),
+        ('{"text": "café"}'.encode("latin-1"), r"'.*a.jsonl' cannot be read as jsonl: .*UTF8"),
+    ],
+    ids=["latin-1", "utf-16", "latin-1 lines"],
+)
+def test_text_of_another_encoding_is_refused(tmp_path, content, words):
+    """It was chosen and written with U+FFFD in the place of its letters."""
+    path = tmp_path / ("a.jsonl" if content.startswith(b"{") else "a.txt")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        read_documents(str(path))
+
+
+def test_text_of_another_encoding_that_nobody_asked_for_does_not_matter(tmp_path):
+    import pyarrow
+
+    rest = pyarrow.array([b"\xe9"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": ["a"], "rest": rest}), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "b", "rest": "\xe9"}')
+    assert [d.text for d in read_documents(str(tmp_path / "*"))] == ["a", "b"]
+    with pytest.raises(ValueError, match=r"'.*a.parquet' cannot be read as parquet: .*UTF8"):
+        read_documents(str(tmp_path / "a.parquet"), text="rest")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("Käse", encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text('{"text": "Käse"}', encoding="utf-8-sig")
+    assert [d.text for d in read_documents(str(tmp_path / "[ab].*"))] == ["Käse", "Käse"]
+
+
+def test_a_file_with_brackets_in_its_name_is_no_pattern(tmp_path):
+    for name in ("br[1].jsonl", "br1.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}), encoding="utf-8")
+    assert [d.text for d in read_documents(str(tmp_path / "br[1].jsonl"))] == ["br[1].jsonl"]
+    assert [d.text for d in read_documents(str(tmp_path / "br[12].jsonl"))] == ["br1.jsonl"]
+
+
+@pytest.mark.parametrize("rest", [[1, "a"], [{"x": 1}, "a"], [[1], {"y": 2}], ["2020-01-01", 3]])
+@pytest.mark.parametrize(
+    ("ids", "names"),
+    [([1, 2], ["1", "2"]), ([1, 2.5], ["1.0", "2.5"]), ([True, False], ["True", "False"])],
+)
+def test_what_columns_hold_that_nobody_asked_for_does_not_matter(tmp_path, rest, ids, names):
+    rows = [{"text": t, "n": n, "rest": r} for t, n, r in zip((None, "b"), ids, rest, strict=True)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = read_documents(str(path), domain="n")
+    assert [(d.text, d.domain) for d in found] == [("", names[0]), ("b", names[1])]
+    with pytest.raises(ValueError, match=r"expected a column 'body' in .*'n', 'rest', 'text'"):
+        read_documents(str(path), text="body")
+
+
+def test_columns_that_were_asked_for_are_words_or_numbers(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for cells, words in (
+        ([1, "a"], "changed from number to string"),
+        ([{"x": 1}] * 2, "expected words or numbers in column 'n' of .*, got struct"),
+        ([None] * 2, "expected no empty cells in column 'n'"),
+    ):
+        path.write_text("\n".join(json.dumps({"text": "t", "n": n}) for n in cells))
+        with pytest.raises(ValueError, match=words):
+            read_documents(str(path), domain="n")
+
+
+@pytest.mark.parametrize(
     ("cells", "words"),
     [
         (["code", None, "prose", None], "got 2 of 4 empty; name them, or leave --domain out"),

@@ -74,7 +74,8 @@ def rank_correlation(
 ) -> Interval:
     """Spearman's rank correlation with its 95 % percentile interval over resampled pairs.
 
-    nan where it is not defined: fewer than three pairs, or a side without variation.
+    nan where it is not defined: fewer than three pairs, or a side without variation. The ends alone are
+    nan where all resamples agree: of a perfect order they say nothing of how sure it is.
     """
     from scipy.stats import rankdata
 
@@ -89,7 +90,8 @@ def rank_correlation(
     norm = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     rho = np.divide((a * b).sum(1), norm, out=np.full(len(norm), math.nan), where=norm > 0)
     known = rho[1:][np.isfinite(rho[1:])] if np.isfinite(rho[0]) else rho[:0]
-    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
+    agree = not len(known) or np.ptp(known) < 1e-9  # rounding
+    low, high = (math.nan, math.nan) if agree else np.quantile(known, [0.025, 0.975])
     return Interval(float(rho[0]), float(low), float(high))
 
 

@@ -191,6 +191,28 @@ def test_the_interval_is_the_bootstrap_of_scipy():
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=0.03)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_perfect_order_of_few_points_has_no_interval(sign):
+    """Every resample has it, too: an interval without width would claim to know it exactly."""
+    x = np.arange(6.0)
+    assert str(pictures.rank_correlation(x, sign * np.exp(x))) == f"{sign}"
+    assert "[" not in pictures.calibration(x, sign * np.exp(x)).axes[0].get_title(loc="left")
+
+
+@pytest.mark.parametrize(("noise", "pairs"), [(0.75, 6), (0.75, 12), (0.3, 12)])
+def test_the_interval_holds_the_true_rank_correlation(noise, pairs):
+    """In 19 of 20 samples; .9 is three standard errors below that for 200 of them."""
+    rng = np.random.default_rng(0)
+    rho = 1 / np.hypot(1, noise)
+    truth = 6 / np.pi * np.arcsin(rho / 2)  # of a bivariate normal
+    held = []
+    for _ in range(200):
+        x = rng.normal(size=pairs)
+        found = pictures.rank_correlation(x, x + noise * rng.normal(size=pairs), draws=300)
+        held.append(math.isnan(found.low) or found.low <= truth <= found.high)
+    assert np.mean(held) > 0.9
+
+
 @pytest.mark.parametrize(("x", "y"), [([], []), ([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3])])
 def test_an_undefined_rank_correlation_is_nan_and_said(x, y):
     assert math.isnan(pictures.rank_correlation(x, y).mean)

@@ -211,14 +211,23 @@ def _three_parts(target: Sequence[Document]) -> list[list[Document]]:
 
 
 def parse_quotas(quotas: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """'domain:low:high' -> {domain: (low, high)}."""
-    found = {}
+    """'domain:low:high' -> {domain: (low, high)}.
+
+    Raises:
+        ValueError: another form; a domain that comes twice.
+    """
+    found: dict[str, tuple[float, float]] = {}
     for quota in quotas:
         try:
             name, low, high = quota.rsplit(":", 2)
-            found[name] = (float(low), float(high))
+            limits = (float(low), float(high))
         except ValueError:
             raise ValueError(
                 f"expected --quota domain:low:high, got {quota!r}; e.g. web:0:0.6"
             ) from None
+        if name in found:
+            raise ValueError(
+                f"expected one --quota a domain, got {name!r} twice; write both limits in one, {name}:low:high"
+            )
+        found[name] = limits
     return found

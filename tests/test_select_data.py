@@ -173,6 +173,8 @@ def test_budgets_and_quotas_that_cannot_be_met(texts, tmp_path):
     assert "budget above 0" in refused(texts, tmp_path, "--budget", "0")
     assert "up to the pool's" in refused(texts, tmp_path, "--budget", "1e9")
     assert "domain:low:high" in refused(texts, tmp_path, "--quota", "code")
+    said = refused(texts, tmp_path, "--quota", "code:0:0.3", "code:0.1:1")
+    assert "expected one --quota a domain, got 'code' twice" in said
     assert "got ['wen']" in refused(texts, tmp_path, "--quota", "wen:0:1")
     said = refused(texts, tmp_path, "--quota", "code:0.7:1", "prose:0.6:1")
     assert "'code'" in said or "'prose'" in said

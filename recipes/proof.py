@@ -20,6 +20,15 @@ from recipes.study import Study, bar, say
 
 
 @dataclass(frozen=True)
+class Length:
+    """How long an arm is trained: steps go by blocks, of which a short document has one of its own."""
+
+    tokens: float
+    blocks: float
+    steps: float
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Retrained models: arms under several seeds, and many subsets under one."""
 
@@ -27,6 +36,7 @@ class Evidence:
     parts: tuple[str, ...]
     arms: dict[str, NDArray[np.float64]]  # name -> [seeds, parts], bits per byte
     weights: dict[str, NDArray[np.float64]]  # name -> [documents]
+    lengths: dict[str, Length]  # by arm; of the random ones the mean
     kinds: list[str]  # of each subset in the picture
     predicted: NDArray[np.float64]  # [subsets]
     actual: NDArray[np.float64]  # [subsets]
@@ -80,9 +90,23 @@ def prove(
         outputs.names,
         results,
         {"chosen": decision.weights, **arms},
+        {
+            name: length(study, np.atleast_2d(of))
+            for name, of in {"chosen": decision.weights, **arms, "random": random}.items()
+        },
         kinds,
         datamodel.predict(np.stack(subsets))[:, 0],
         np.array(actual),
+    )
+
+
+def length(study: Study, weights: NDArray[Any]) -> Length:
+    """The mean length of trainings on these documents, weights [k, documents]."""
+    rows = [np.flatnonzero(row[study.blocks.document]) for row in weights]
+    return Length(
+        float((weights @ study.tokens).mean()),
+        float(np.mean([len(some) for some in rows])),
+        float(np.mean([len(study.recipe.draw(some)) for some in rows])),
     )
 
 

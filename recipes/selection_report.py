@@ -16,8 +16,12 @@ from attribution_core import LinearDatamodel
 from attribution_core.processes import world
 from recipes.command import as_given
 from recipes.ends import ends
-from recipes.proof import Evidence
+from recipes.proof import Evidence, Length
 from recipes.study import Study, say
+
+UNEQUAL = (
+    0.1  # share by which an arm may be trained longer or shorter than random before it is said
+)
 
 
 def write_report(
@@ -42,6 +46,7 @@ def write_report(
             "random": evidence.verified.decision.baseline[0],
         },
         "arms": held,
+        "trained": {name: asdict(of) for name, of in evidence.lengths.items()},
         "rank_correlation": asdict(correlation),
         "subsets": len(evidence.actual),
         "seeds": list(evidence.verified.seeds),
@@ -52,6 +57,8 @@ def write_report(
     report.write_metrics(study.flags.out / "metrics.json", metrics)
     _page(study, datamodel, decision, evidence, held).save(study.flags.out / "report.html")
     say(_table(evidence, held))
+    if words := unequal(evidence.lengths):
+        say(f"warning: {words}")
     say(
         f"predicted against actual over {len(evidence.actual)} subsets: rank correlation {correlation}\n"
         f"report: {study.flags.out / 'report.html'}"
@@ -70,11 +77,29 @@ def _against(evidence: Evidence, name: str) -> dict[str, Any]:
     return found
 
 
+def unequal(lengths: dict[str, Length]) -> str:
+    """Which arms are trained for more or fewer steps than random documents, in a sentence; "" where none is."""
+    random = lengths["random"].steps
+    far = [
+        f"{name} {of.steps:,.0f}"
+        for name, of in lengths.items()
+        if abs(of.steps / random - 1) > UNEQUAL
+    ]
+    if not far:
+        return ""
+    return (
+        f"trained for other than the {random:,.0f} steps of random documents: {', '.join(far)}; a step takes so many "
+        "blocks, and a short document fills one of its own, so at equal tokens short documents train longer, and a "
+        "difference to random is of the documents and of the steps"
+    )
+
+
 def _table(evidence: Evidence, held: dict[str, Any]) -> str:
     """Every arm, the best first: target loss and its difference to random, with 95 % intervals."""
     lines = [
         f"{'held-out bits/byte':22s}"
         + "".join(f"{part:>10s}{'- random':>26s}" for part in evidence.parts)
+        + f"{'blocks':>10s}{'steps':>10s}"
     ]
     for name in sorted(held, key=lambda arm: held[arm]["report"]["loss"]["mean"]):
         cells = ""
@@ -84,7 +109,8 @@ def _table(evidence: Evidence, held: dict[str, Any]) -> str:
             if len(evidence.verified.seeds) > 1:
                 ends += f" [{gap['low']:+.3f}, {gap['high']:+.3f}]"
             cells += f"{loss['mean']:10.3f}{'' if name == 'random' else ends:>26s}"
-        lines.append(f"{name:22s}{cells}")
+        of = evidence.lengths[name]
+        lines.append(f"{name:22s}{cells}{of.blocks:10,.0f}{of.steps:10,.0f}")
     seeds = len(evidence.verified.seeds)
     noise = (
         "paired by seed, 95 % t intervals" if seeds > 1 else "which tells no noise: take --seeds"
@@ -104,7 +130,7 @@ def _page(
     subtitle = (
         f"{len(decision.ids):,} of {len(study.pool):,} documents, {decision.cost:,.0f} tokens. Retrained "
         f"{len(evidence.verified.seeds)} times, they change held-out target loss by {gap} bits per byte "
-        "against random documents of the same cost (95 % interval, paired by seed)."
+        "against random documents of as many tokens (95 % interval, paired by seed)."
     )
     histogram = pictures.histogram(density, decision.weights > 0, xlabel="score per token")
     sections = {
@@ -119,20 +145,24 @@ def _page(
 
 
 def _arms(evidence: Evidence, held: dict[str, Any]) -> list[str]:
-    """Every arm's loss on every part beside its difference to random, as a table and a picture."""
+    """Every arm's loss on every part, its difference to random and its length, as a table and a picture."""
     header, rows = ["trained on"], []
     for part in evidence.parts:
         header += [f"{part}, bits/byte", "less random"]
+    header += ["blocks", "steps"]
     for name in sorted(held, key=lambda arm: held[arm]["report"]["loss"]["mean"]):
         row: list[Any] = [name]
         for part in evidence.parts:
             row += [Interval(**held[name][part][kind]) for kind in ("loss", "minus_random")]
+        row += [round(evidence.lengths[name].blocks), round(evidence.lengths[name].steps)]
         rows.append(row)
     loss = [held[name]["report"]["loss"] for name in evidence.arms]
     columns = [[one[k] for one in loss] for k in ("mean", "low", "high")]
     label = "held-out target loss after retraining, bits per byte (lower is better)"
+    words = unequal(evidence.lengths)
     return [
         report.table(rows, header, best={header[1]: "low"}),
+        *([report.paragraph(f"Arms {words}.")] if words else []),
         report.picture(pictures.arms(list(evidence.arms), *columns, xlabel=label)),
     ]
 

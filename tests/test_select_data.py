@@ -14,13 +14,14 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from attribution_core import LinearDatamodel
+from attribution_core import SGD, LinearDatamodel, Recipe
 from recipes import embedded
 from recipes.corpus import Blocks, once, read_documents
 from recipes.language_model import LanguageModel, language_model, refuse_lossy, train_bpe
+from recipes.proof import Length, length
 from recipes.select_data import run
 from recipes.selection import gate
-from recipes.selection_report import ends_of
+from recipes.selection_report import ends_of, unequal
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "recipes" / "select_data.py")]
@@ -110,6 +111,40 @@ def test_every_arm_is_in_the_table_with_its_interval(finished):
             loss = arm[part]["loss"]
             assert loss["low"] <= loss["mean"] <= loss["high"]
     assert all(abs(arms["random"][p]["minus_random"]["mean"]) == 0 for p in ("report", "test"))
+
+
+def test_every_arm_says_how_long_it_is_trained(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    page = (finished / "report.html").read_text()
+    assert set(metrics["trained"]) == set(metrics["arms"])
+    chosen = parquet.read_table(finished / "selected.parquet").to_pydict()
+    blocks = sum(-(-n // 64) for n in chosen["tokens"])  # of 64 tokens, of one document each
+    assert metrics["trained"]["chosen"] == {
+        "tokens": sum(chosen["tokens"]), "blocks": blocks, "steps": round(blocks / 4),
+    }  # fmt: skip
+    assert f"{blocks:,}</td>" in page
+    far = [
+        name
+        for name, of in metrics["trained"].items()
+        if abs(of["steps"] / metrics["trained"]["random"]["steps"] - 1) > 0.1
+    ]
+    assert ("Arms trained for other than" in page) == bool(far)
+
+
+def test_arms_of_short_documents_train_longer_and_it_is_said(tmp_path):
+    """Twelve tokens each: one document of three blocks, two of two, six of one; two blocks a step."""
+    pool = documents("a" * 12, *["b" * 6] * 2, *["c" * 2] * 6)
+    blocks = Blocks.cut(pool, letters, 0, 4, tmp_path)
+    study = SimpleNamespace(
+        blocks=blocks, tokens=blocks.token_counts(), recipe=Recipe(SGD(0.1), 2, 2)
+    )
+    weights = np.repeat(np.eye(3), [1, 2, 6], axis=1)
+    lengths = [length(study, row[None]) for row in weights]
+    assert lengths == [Length(12, 3, 3), Length(12, 4, 4), Length(12, 6, 6)]
+    assert length(study, weights[1:]) == Length(12, 5, 5)
+    arms = dict(zip(("chosen", "random", "filter"), lengths, strict=True))
+    assert "the 4 steps of random documents: chosen 3, filter 6;" in unequal(arms)
+    assert unequal({"random": Length(12, 40, 40), "chosen": Length(12, 43, 43)}) == ""
 
 
 def test_the_report_is_one_file_with_every_section(finished):

@@ -295,17 +295,31 @@ def _check_same_kinds(frame: Any, held: Any, features: Sequence[str], path: str,
         )
 
 
+def refuse_no_table(path: str) -> None:
+    """Raise for a path to nothing, and to what is no table.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another ending.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"no file {path}; give a .parquet or .csv file, 'digits' or 'breast_cancer'"
+        )
+    if Path(path).suffix.lower() not in (".parquet", ".csv"):
+        raise ValueError(
+            f"expected a .parquet or .csv file, 'digits' or 'breast_cancer', got {path}"
+        )
+
+
 def _read(path: str) -> Any:
     """The table in a file."""
     import pandas as pd
 
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no file {path}; or 'digits', 'breast_cancer'")
-    readers = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
-    if Path(path).suffix.lower() not in readers:
-        raise ValueError(f"expected a .parquet or .csv file, got {path}")
+    refuse_no_table(path)
+    read = pd.read_csv if Path(path).suffix.lower() == ".csv" else pd.read_parquet
     try:
-        return readers[Path(path).suffix.lower()](path)
+        return read(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"expected {path} in UTF-8, got {error}; save it so") from None
 

@@ -42,7 +42,9 @@ def read_documents(
     elif files:
         documents = [doc for file in files for doc in _from_file(file, text, domain, id)]
     elif any(sign in where for sign in "*?[.") or where.startswith(("/", "~")):
-        raise FileNotFoundError(f"no file matches {where!r}; give a path, a glob or 'embedded'")
+        raise FileNotFoundError(
+            f"no file matches {where!r}; give a path or glob of {', '.join(KINDS)} files, a saved dataset or 'embedded'"
+        )
     else:
         documents = _from_table(_hub(where), where, text, domain, id, "all")
     if not documents:
@@ -118,7 +120,12 @@ def _json_column(file: str, column: str) -> Any:
 def _saved(folder: str) -> Any:
     from datasets import DatasetDict, load_from_disk
 
-    found = load_from_disk(folder)
+    try:
+        found = load_from_disk(folder)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"expected a saved dataset in the folder {folder!r}, got none; for the files in it give {folder + '/*'!r}"
+        ) from None
     if isinstance(found, DatasetDict):
         raise ValueError(
             f"expected one dataset in {folder!r}, got splits {list(found)}; give the folder of one"

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +40,7 @@ from attribution_core import (
     self_influence,
     train,
 )
-from recipes.classification import Classification, embedded, from_file, problem_of
+from recipes.classification import Classification, embedded, from_file, problem_of, refuse_no_table
 from recipes.command import at_least
 from recipes.value_data import bar
 
@@ -128,7 +127,7 @@ def checked(flags: Flags) -> None:
     """Raise where flags say nothing that can be done.
 
     Raises:
-        ValueError: budgets, rounds, splits or victims that are none.
+        ValueError: budgets, rounds, splits or victims that are none; data that are no table.
         FileNotFoundError: no such data.
     """
     if not flags.budgets or not all(0 < budget < 1 for budget in flags.budgets):
@@ -139,8 +138,8 @@ def checked(flags: Flags) -> None:
         if getattr(flags, name) < 1:
             raise ValueError(f"expected at least one of --{name}, got {getattr(flags, name)}")
     at_least(flags, width=0, decay=1e-12)
-    if flags.data not in EMBEDDED and not Path(flags.data).exists():
-        raise FileNotFoundError(f"no file {flags.data}; or {', '.join(map(repr, EMBEDDED))}")
+    if flags.data not in EMBEDDED:
+        refuse_no_table(flags.data)
 
 
 def study(flags: Flags) -> tuple[list[Outcome], list[Emptied]]:

@@ -219,7 +219,6 @@ def _blocks(
     from recipes.corpus import Blocks
     from recipes.language_model import fingerprint_of, kept_bpe, refuse_missing, refuse_unfit
 
-    folder.mkdir(parents=True, exist_ok=True)
     if model == "gpt2":
         path = kept_bpe(folder, [d.text for d in documents], VOCABULARY)
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<s>")

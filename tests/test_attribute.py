@@ -172,6 +172,7 @@ def test_models_that_do_not_fit_are_told(tmp_path):
     few = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="got 100 embeddings"):
         text_task(tmp_path / "b", 20, 4, model=saved(tmp_path / "gpt2", few, 270))
+    assert not (tmp_path / "b").exists()
 
 
 def test_rows_are_said_to_lower_or_to_raise_by_the_sign_of_their_score():

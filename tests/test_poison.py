@@ -179,7 +179,8 @@ def test_a_file_of_ones_own_and_one_split(tmp_path, capsys):
         (["--budgets", "0.0001"], "expected a budget of 1 to 300 rows"),
         (["--splits", "0"], "expected at least one of --splits, got 0"),
         (["--rounds", "0"], "expected at least one of --rounds, got 0"),
-        (["--data", "nothing.csv"], "no file nothing.csv"),
+        (["--data", "nothing.csv"], "no file nothing.csv; give a .parquet or .csv file, 'digits'"),
+        (["--data", __file__], "expected a .parquet or .csv file, 'digits'"),
         (["--data", "OWN", "--label", "diagnosis"], "expected columns ['diagnosis']"),
     ],
 )
@@ -192,9 +193,10 @@ def test_wrong_input_is_said_in_one_line(tmp_path, flags, words):
     assert "\n" not in str(stopped.value)
 
 
-def test_no_folder_is_made_for_data_that_are_not_there(tmp_path):
-    with pytest.raises(SystemExit, match="no file nothing"):
-        run([*QUICK, "--data", "nothing.csv", "--out", str(tmp_path / "out")])
+@pytest.mark.parametrize("data", ["nothing.csv", __file__])
+def test_no_folder_is_made_for_data_that_are_not_there(tmp_path, data):
+    with pytest.raises(SystemExit, match=r"no file nothing|expected a \.parquet or \.csv file"):
+        run([*QUICK, "--data", data, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 

@@ -178,6 +178,8 @@ def refused(texts, tmp_path, *more):
 
 def test_wrong_paths_columns_and_formats(texts, tmp_path):
     assert "no file matches" in refused(texts, tmp_path, "--pool", str(tmp_path / "none-*.jsonl"))
+    said = refused(texts, tmp_path, "--pool", str(texts))
+    assert f"expected a saved dataset in the folder {str(texts)!r}, got none" in said
     said = refused(texts, tmp_path, "--text", "content")
     assert "expected a column 'content'" in said
     assert "body" in said

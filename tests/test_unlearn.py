@@ -161,7 +161,8 @@ def test_a_cluster_is_of_one_class_and_about_as_large_as_asked():
         (["--forget-file", "WORDS"], "got ['two']"),
         (["--forget-file", "EMPTY"], "got none"),
         (["--forget-file", "TWICE"], "expected some of 500 rows, each once"),
-        (["--data", "nothing.csv"], "no file nothing.csv"),
+        (["--data", "nothing.csv"], "no file nothing.csv; give a .parquet or .csv file, 'digits'"),
+        (["--data", __file__], "expected a .parquet or .csv file, 'digits'"),
         (["--data", "mine.csv", "--forget-file", "TWICE"], "expected --test beside --forget-file"),
     ],
 )

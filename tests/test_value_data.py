@@ -156,7 +156,8 @@ def test_embedded_owners_are_unequal_and_spoiled():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--data", "nothing.csv"], "no file nothing.csv"),
+        (["--data", "nothing.csv"], "no file nothing.csv; give a .parquet or .csv file, 'digits'"),
+        (["--data", __file__], "expected a .parquet or .csv file, 'digits'"),
         (["--data", "MINE", "--label", "result"], "expected columns ['result']"),
         (
             ["--data", "MINE", "--label", "outcome", "--owner", "clinic"],

@@ -97,10 +97,22 @@ def _json_columns(file: str, columns: list[str]) -> Any:
     for column in dict.fromkeys(columns):
         found[column] = _json_column(file, column)
         if found[column].null_count == len(found[column]):  # as a column that is not there reads
-            with open(file, encoding="utf-8-sig", errors="replace") as lines:
-                names = {name for line in lines if line.strip() for name in json.loads(line)}
-            _refuse_missing(column, sorted(names), file)
+            _refuse_missing(column, _json_names(file), file)
     return Table.from_pydict(found)
+
+
+def _json_names(file: str) -> list[str]:
+    """The names in a .jsonl file, whose objects may lie over several lines."""
+    text = Path(file).read_text(encoding="utf-8-sig", errors="replace")
+    names: set[str] = set()
+    at = 0
+    while at < len(text):
+        if text[at].isspace():
+            at += 1
+        else:
+            row, at = json.JSONDecoder().raw_decode(text, at)
+            names.update(row)
+    return sorted(names)
 
 
 def _json_column(file: str, column: str) -> Any:

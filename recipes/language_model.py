@@ -39,9 +39,7 @@ PRESETS = {
 }
 PRETRAINED = Preset(width=0, layers=0, vocabulary=0, length=256, batch_size=8, lr=5e-5)
 SOME = 500  # documents that a tokeniser has to give back
-LOST = (
-    1e-3  # of their characters at most: a rare sign, which moves no printed digit of bits per byte
-)
+LOST = 1e-3  # of their characters at most: rare signs, which hardly move a printed digit
 
 
 @dataclass(frozen=True)

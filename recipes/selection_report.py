@@ -19,9 +19,7 @@ from recipes.ends import ends
 from recipes.proof import Evidence, Length
 from recipes.study import Study, say
 
-UNEQUAL = (
-    0.1  # share by which an arm may be trained longer or shorter than random before it is said
-)
+UNEQUAL = 0.1  # of random's steps: by how many more or fewer an arm may be trained unsaid
 
 
 def write_report(

@@ -471,6 +471,9 @@ def test_what_columns_hold_that_nobody_asked_for_does_not_matter(tmp_path, rest,
     assert [(d.text, d.domain) for d in found] == [("", names[0]), ("b", names[1])]
     with pytest.raises(ValueError, match=r"expected a column 'body' in .*'n', 'rest', 'text'"):
         read_documents(str(path), text="body")
+    path.write_text("\n".join(json.dumps(row, indent=1) for row in rows), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"expected a column 'body' in .*'n', 'rest', 'text'"):
+        read_documents(str(path), text="body")
 
 
 def test_columns_that_were_asked_for_are_words_or_numbers(tmp_path):

@@ -28,7 +28,7 @@ from attribution_core.data import named
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.groups import group_table
 from attribution_core.retraining import RetrainingTable
-from attribution_core.semivalues import Kind, beyond, semivalues, telling
+from attribution_core.semivalues import Kind, beyond, levelling, semivalues, telling
 from attribution_core.subsets import all_subsets, leave_out_subsets, permutation_subsets
 
 __all__ = [
@@ -233,23 +233,8 @@ def _of_table(
     everyone, nobody = (
         float(outputs[size == s, :, 0].mean()) if (size == s).any() else math.nan for s in (n, 0)
     )
-    told = kind == "banzhaf" and size.min() <= (n - 1) / 2 < size.max()  # by the slope around n/2
-    if how == "subsets by size" and math.isnan(everyone - nobody) and not told:
-        missing = [who for who, f in (("everyone", everyone), ("nobody", nobody)) if math.isnan(f)]
-        warnings.warn(
-            f"the table has no row for {' and '.join(missing)}: values are known up to a common constant; "
-            "add such rows, or only compare players",
-            ValuationWarning,
-            stacklevel=3,
-        )
-    if how == "subsets by size" and (far := beyond(size, kind, beta, n)) > FAR:
-        warnings.warn(
-            f"expected subsets of the sizes that {kind} values look at, got {far:.0%} of these sizes beyond those "
-            "drawn: values go on as they are at drawn sizes, and intervals do not hold what changes; add rows of "
-            f"random_subsets(keep={telling(kind, beta, n)})",
-            ValuationWarning,
-            stacklevel=3,
-        )
+    if how == "subsets by size" and (words := _untold(size, kind, beta, n)):
+        warnings.warn("; ".join(words), ValuationWarning, stacklevel=3)
     return Values(
         values=found[:, 0], standard_error=error[:, 0], per_target=found[:, 1:],
         players=np.arange(n) if owners is None else np.unique(np.asarray(owners)), kind=kind,
@@ -257,6 +242,29 @@ def _of_table(
         labels=None if owners is None else np.asarray(owners),
         meta={"from": how, "rows": len(inside), "seeds": len(table.seeds)},
     )  # fmt: skip
+
+
+def _untold(size: NDArray[Any], kind: Kind, beta: tuple[float, float], n: int) -> list[str]:
+    """What subsets of such sizes do not tell of values."""
+    words = []
+    if not levelling(size, kind, n).any():
+        missing = [who for who, s in (("everyone", n), ("nobody", 0)) if not (size == s).any()]
+        lacks, add = f"row for {' and '.join(missing)}", "such rows"
+        if kind == "banzhaf":
+            lacks, add = (
+                "subsets on both sides of half of the players",
+                "random_subsets(keep=[0.4, 0.6])",
+            )
+        words.append(
+            f"the table has no {lacks}: values are known up to a common constant; add {add}, or only compare players"
+        )
+    if (far := beyond(size, kind, beta, n)) > FAR:
+        words.append(
+            f"expected subsets of the sizes that {kind} values look at, got {far:.0%} of these sizes beyond those "
+            "drawn: values go on as they are at drawn sizes, and intervals do not hold what changes; add rows of "
+            f"random_subsets(keep={telling(kind, beta, n)})"
+        )
+    return words
 
 
 # --- controls ----------------------------------------------------------------------------------------

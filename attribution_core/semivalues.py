@@ -44,7 +44,21 @@ def semivalues(
         return _enumerated(inside, outputs, q), "all subsets"
     if (orders := _orders(inside)) is not None:
         return _marginals(orders, outputs, q), f"{len(orders)} permutations"
-    return _by_size(inside, outputs, size, q), "subsets by size"
+    level = levelling(size, kind, n)
+    return _by_size(inside, outputs, size, q, level), "subsets by size"
+
+
+def levelling(size: NDArray[Any], kind: str, n: int) -> NDArray[np.bool_]:
+    """[m], rows that tell how large values are on average: all that are told by how f rises from one size to the next.
+
+    Banzhaf values look at n/2 ± √n (two standard deviations) alone: where two sizes or more on both sides of the
+    middle are drawn there, f may rise as it likes elsewhere. None, where it must.
+    """
+    if kind != "banzhaf":
+        return np.full(len(size), size.min() == 0 and size.max() == n)
+    near = np.abs(size - n / 2) <= math.sqrt(n)
+    across = near.any() and size[near].min() <= (n - 1) / 2 < size[near].max()
+    return near if across else np.zeros(len(size), dtype=bool)
 
 
 def size_weights(kind: str, n: int, beta: tuple[float, float]) -> NDArray[np.float64]:
@@ -156,8 +170,9 @@ def _enumerated(inside: NDArray[Any], outputs: NDArray[Any], q: NDArray[np.float
 
 
 def _by_size(
-    inside: NDArray[Any], outputs: NDArray[Any], size: NDArray[Any], q: NDArray[np.float64]
-) -> Estimate:
+    inside: NDArray[Any], outputs: NDArray[Any], size: NDArray[Any], q: NDArray[np.float64],
+    level: NDArray[np.bool_],
+) -> Estimate:  # fmt: skip
     """Values from random subsets, by what a player makes among subsets of one size.
 
         value_i = Σ_s q_s (μ_{s+1} − μ_s) + Σ_s [q_{s−1} (1 − s/n) + q_s s/n] D_i(s)
@@ -165,7 +180,7 @@ def _by_size(
     with μ_s the mean of f over sets of size s, and D_i(s) its mean over those with i less that over those
     without. (Both lines are exact over all sets.) Sizes with too few rows are taken together, sizes
     that were not drawn are interpolated, and beyond them μ goes on as it does between them. The D_i of a size
-    add up to zero, and are made to.
+    add up to zero, and are made to. Rows of `level` tell μ, all rows if there are none.
     """
     n = inside.shape[1]
     y = outputs.mean(1)
@@ -180,10 +195,11 @@ def _by_size(
     share = count @ np.stack([np.interp(s, centres, one) for one in np.eye(len(centres))], axis=1)
     seeds = outputs.shape[1]
     noise = outputs.var(axis=1, ddof=1).mean(0) / seeds if seeds > 1 else None
-    level, level_variance = _levels(y, size, q, noise)
+    told = level if level.any() else np.ones(len(y), dtype=bool)
+    mean, mean_variance = _levels(y[told], size[told], q, noise)
     spread = np.tensordot(share**2, variance, axes=1)
-    error = np.sqrt(spread + level_variance)
-    return level + np.tensordot(share, d, axes=1), error, _freedom(share, rows)
+    error = np.sqrt(spread + mean_variance)
+    return mean + np.tensordot(share, d, axes=1), error, _freedom(share, rows)
 
 
 def beyond(size: NDArray[Any], kind: str, beta: tuple[float, float], n: int) -> float:

@@ -330,6 +330,9 @@ def test_values_at_sizes_that_were_not_drawn_are_told(kind, keep, far):
         assert np.mean([np.abs(one.values - true) <= one.half for one in some]) > 0.9
 
 
+@pytest.mark.filterwarnings(
+    "ignore:the table has no subsets on both sides"
+)  # the level is known here
 def test_intervals_of_few_subsets_are_students():
     """6 subsets of 6 players, each in some 3 of them: normal intervals held the values in .87 of cases."""
     hits = []
@@ -343,6 +346,28 @@ def test_intervals_of_few_subsets_are_students():
             hits.append(np.abs(found.values - 1) <= found.half)
     # some 260 draws, players of a draw as one: a standard error of .013
     assert np.mean(hits) > 0.95 - 2.5 * 0.013
+
+
+@pytest.mark.parametrize("keep", [[0.4, 0.6], [0.4, 0.5, 0.6]])
+def test_banzhaf_values_stand_where_subsets_of_half_the_players_put_them(keep):
+    """Of log(1 + 3 Σ a), which rises most at the start: from nobody on, the mean value was half as large again."""
+    worth = np.random.default_rng(0).uniform(size=12)
+    edges = np.array([np.zeros(12), np.ones(12)])
+
+    def found(weights):
+        outputs = np.log1p(3 * (weights @ worth))
+        made = RetrainingTable(weights, outputs[:, None, None], (0,))
+        return values(made, kind="banzhaf").values.mean()
+
+    true = found(all_subsets(12))
+    drawn = [
+        found(np.concatenate([random_subsets(12, 200, keep=keep, seed=s), edges]))
+        for s in range(10)
+    ]
+    # standard errors of .03; sets of 3 and of 8 players count too, between which f bends: 5 % less
+    assert np.mean(drawn) == pytest.approx(true, rel=0.05 + 3 * 0.03)
+    with pytest.warns(ValuationWarning, match=r"both sides of half of the players.*\[0.4, 0.6\]"):
+        values(table(random_subsets(12, 50), lambda inside: inside @ worth), kind="banzhaf")
 
 
 def test_a_thousand_and_more_players():

@@ -83,7 +83,8 @@ def influence(
             run: its own.
         curvature_rows: estimate the curvature on so many rows, drawn with a fixed seed; all if not given.
         engine, batch_size: how gradients are taken; change cost, never the result.
-        folder: keep scores there, block by block; the same call resumes. [n, t] float32.
+        folder: keep scores there, block by block; the same call resumes. [n, t] float32. What it does not
+            notice: see `store.fingerprint`.
         progress: wraps the loops over solver iterations and training rows (tqdm).
 
     Returns:

@@ -224,7 +224,9 @@ def retrain(
         weights: [m, n] or [n], one training set a row.
         seeds: which seeds (the recipe's order and init), or how many, counted from 0.
         folder: keep every finished training there; the same call resumes, and a larger table of the
-            same problem and recipe trains only what is new. A kill loses the stacks in flight, no more.
+            same problem and recipe trains only what is new. A kill loses the stacks in flight, no more. Edits of
+            your own functions and classes are noticed, those of installed packages and of files that they read
+            are not (`store.fingerprint`).
         drop: "row" removes examples of weight 0 and trains on the rest, with as many epochs: what
             happens when data are really taken away. "weight" keeps every batch and counts them as
             nothing: the counterfactual that a same-order metagradient predicts.

@@ -9,14 +9,14 @@ Every process writes its own blocks. A killed run loses the blocks in flight, no
 
 from __future__ import annotations
 
-import dis
 import functools
 import hashlib
-import inspect
 import json
 import os
+import re
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,16 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
+from attribution_core.behaviour import (
+    BARE,
+    is_data,
+    is_own,
+    is_plain,
+    of_class,
+    own_classes,
+    read_globals,
+    settings,
+)
 from attribution_core.processes import failing_together, from_first, wait, world
 
 FORMAT = 1
@@ -110,9 +120,8 @@ class Store:
         if not from_first(path.exists()):
             tensor, about = make()
             if world()[0] == 0:
-                part = path.with_suffix(".part.npz")
-                np.savez(part, tensor=tensor.cpu().numpy(), about=json.dumps(about))
-                part.replace(path)
+                with whole(path) as part, part.open("wb") as file:
+                    np.savez(file, tensor=tensor.cpu().numpy(), about=json.dumps(about))
             wait()
         with np.load(path) as held:
             return torch.from_numpy(held["tensor"]), json.loads(str(held["about"]))
@@ -169,11 +178,21 @@ def _create(folder: Path, head: dict[str, Any]) -> None:
     write_text(folder / "store.json", json.dumps(head, indent=1))
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that then takes its place, whole or not at all; each process writes one of its own."""
+    part = path.with_name(path.name + f".part{os.getpid()}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    part = path.with_name(path.name + f".part{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def ending(path: str | Path, *known: str) -> str:
@@ -214,10 +233,17 @@ def claim(folder: str | Path, name: str, what: str, made_of: str) -> Path:
 
 
 def fingerprint(*parts: Any) -> str:
-    """sha256 of models, tensors, arrays, data, functions and settings: equal content, equal print."""
+    """sha256 of models, tensors, arrays, data, functions and settings: equal content, equal print.
+
+    Classes and functions count by their code where they are the user's, installed ones by their names. Not seen are
+    other versions of installed packages, files read on the way, attributes set through strings, and whole numbers
+    and containers that methods change.
+    """
     digest = _Digest()
     for part in parts:
         _feed(digest, part)
+    for part in digest.named:  # which grows on the way
+        _feed(digest, _behaviour(part))
     return digest.content.hexdigest()
 
 
@@ -227,66 +253,24 @@ class _Digest:
     def __init__(self) -> None:
         self.content = hashlib.sha256()
         self.inside: set[int] = set()
-        self.functions: dict[int, int] = {}  # those that were read already -> their number
+        # functions, classes and objects, each read once, after what names it: they may name one another without end
+        self.named: list[Any] = []
+        self.number: dict[int, int] = {}
 
     def update(self, data: bytes) -> None:
         self.content.update(data)
 
-
-def _settings(part: Any) -> dict[str, Any]:
-    """The attributes of an object that say what it does, by name.
-
-    What a constructor was given under the same name (or _name), and public numbers with a fraction, texts, arrays and
-    functions; whole numbers and containers else may be counters and caches, which change as an object is used.
-    """
-    try:
-        given = set(inspect.signature(type(part).__init__).parameters)
-    except (TypeError, ValueError):
-        given = set()
-    given -= KEPT_BY_TORCH
-    held = {k: v for k, v in vars(part).items() if not k.startswith("_") or k[1:] in given}
-    return {
-        name: held[name]
-        for name in sorted(held)
-        if isinstance(held[name], SETTINGS)
-        or (name.removeprefix("_") in given and _is_plain(held[name]))
-    }
+    def name(self, part: Any) -> None:
+        """The number of a function, class or object in the place of its content."""
+        if id(part) not in self.number:
+            self.number[id(part)] = len(self.named)
+            self.named.append(part)
+        self.update(b"@%d" % self.number[id(part)])
 
 
-KEPT_BY_TORCH = {
-    "modules",
-    "parameters",
-    "buffers",
-}  # as _modules ..., which are read by themselves
-SETTINGS = (
-    float, str, np.ndarray, torch.Tensor, torch.dtype, functools.partial, types.FunctionType,
-    types.BuiltinFunctionType, nn.Module,
-)  # fmt: skip
-
-
-def _globals(function: Any) -> dict[str, Any]:
-    """Global numbers, texts and arrays that a function reads and does not set, and functions of its own module.
-
-    Containers and objects may be caches, which change as they are used.
-    """
-    scope, module = function.__globals__, function.__module__
-    codes, read, written = [function.__code__], set(), set()
-    while codes:
-        code = codes.pop()
-        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
-        for step in dis.get_instructions(code):
-            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                read.add(step.argval)
-            elif step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-                written.add(step.argval)
-    found = {name: scope[name] for name in sorted(read - written) if name in scope}
-    plain = (bool, int, float, str, bytes, np.ndarray, torch.Tensor, torch.dtype)
-    return {
-        name: value
-        for name, value in found.items()
-        if isinstance(value, plain)
-        or (isinstance(value, types.FunctionType) and value.__module__ == module)
-    }
+def _unplaced(text: str) -> str:
+    """A text without addresses, which differ between processes."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 def _inside(part: torch.Tensor) -> list[torch.Tensor]:
@@ -297,24 +281,15 @@ def _inside(part: torch.Tensor) -> list[torch.Tensor]:
     return [whole.indices(), whole.values()]
 
 
-def _text(config: Any) -> str:
-    """A model's configuration in words, without what transformers notes in it on a first pass with labels."""
+def _configuration(config: Any) -> Any:
+    """A model's configuration, without what transformers notes in it on a first pass with labels."""
     if not hasattr(config, "to_dict"):
-        return str(config)
+        return config if is_plain(config) else _unplaced(str(config))
     held = dict(config.to_dict())
     noted = "regression" if held.get("num_labels", 2) == 1 else "single_label_classification"
     if held.get("problem_type") == noted:
         held["problem_type"] = None
     return json.dumps(held, sort_keys=True, default=str)
-
-
-def _is_plain(value: Any) -> bool:
-    """Numbers, texts, functions and arrays, and containers of such."""
-    if isinstance(value, Mapping):
-        return all(_is_plain(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, *SETTINGS))
 
 
 def _feed(digest: Any, part: Any) -> None:
@@ -332,19 +307,21 @@ def _feed(digest: Any, part: Any) -> None:
 def _content(digest: Any, part: Any) -> None:
     if isinstance(part, (str, bytes)):
         digest.update(f"{type(part).__qualname__}:{part!r};".encode())
-    elif hasattr(part, "_fingerprint"):  # a datasets.Dataset, or data that know their own
+    elif hasattr(part, "_fingerprint") and not isinstance(
+        part, type
+    ):  # a datasets.Dataset, or data that know their own
         digest.update(str(part._fingerprint).encode())
     elif isinstance(part, nn.Module):
         # what the weights alone do not tell: heads of a transformer, frozen parameters
         configs = {
             id(c): c for m in part.modules() if (c := getattr(m, "config", None)) is not None
         }
-        _feed(digest, [str(part), *(_text(config) for config in configs.values())])
+        _feed(digest, [_unplaced(str(part)), *map(_configuration, configs.values())])
         _feed(digest, [name for name, p in part.named_parameters() if p.requires_grad])
         kept = part.state_dict()
         _feed(digest, kept)
         _feed(digest, {name: b for name, b in part.named_buffers() if name not in kept})
-        _feed(digest, [_settings(module) for module in part.modules()])
+        _feed(digest, [[own_classes(type(m)), settings(m)] for m in part.modules()])
         drawn = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
         active = [name for name, m in part.named_modules() if isinstance(m, drawn) and m.training]
         _feed(digest, active)
@@ -366,7 +343,7 @@ def _content(digest: Any, part: Any) -> None:
             _feed(digest, str(name))
             _feed(digest, part[name])
     elif is_dataclass(part) and not isinstance(part, type):
-        _feed(digest, type(part).__qualname__)
+        _feed(digest, [type(part).__qualname__, *own_classes(type(part))])
         for item in fields(part):
             _feed(digest, getattr(part, item.name))
     elif isinstance(part, Sequence):
@@ -379,25 +356,37 @@ def _content(digest: Any, part: Any) -> None:
         _feed(digest, ["partial", part.func, part.args, part.keywords])
     elif isinstance(part, types.CodeType):
         _feed(digest, [part.co_code, part.co_names, part.co_consts])
-    elif isinstance(part, types.FunctionType) and id(part) in digest.functions:
-        digest.update(b"@%d" % digest.functions[id(part)])
-    elif isinstance(part, (types.FunctionType, types.MethodType)):
-        if isinstance(part, types.FunctionType):
-            digest.functions[id(part)] = len(digest.functions)
-        _feed(digest, [part.__module__, part.__qualname__, part.__code__])
-        _feed(digest, [part.__defaults__, getattr(part, "__kwdefaults__", None)])
-        _feed(digest, getattr(part, "__self__", None))
-        held = [cell.cell_contents for cell in part.__closure__ or ()]
-        _feed(digest, [value for value in held if value is not part])
-        _feed(digest, _globals(part))
+    elif isinstance(part, types.FunctionType):
+        digest.name(part)
+    elif isinstance(part, types.MethodType):
+        _feed(digest, [part.__func__, part.__self__])
     elif isinstance(part, (type, types.BuiltinFunctionType)):
         _feed(digest, f"{part.__module__}.{part.__qualname__}")
-    elif hasattr(part, "__len__") and hasattr(part, "__getitem__"):
+        if isinstance(part, type) and is_own(part.__module__):
+            digest.name(part)
+    elif isinstance(part, functools._lru_cache_wrapper):
+        _feed(digest, ["cached", part.__wrapped__])
+    elif isinstance(part, BARE):
+        _feed(digest, dict(sorted(vars(part).items())))
+    elif is_data(part):
         for start in range(0, len(part), 1024):  # data of one's own, read as methods read them
             _feed(digest, part[list(range(start, min(start + 1024, len(part))))])
     else:
         text = repr(part)  # an address is no content, and differs between processes
         unnamed = " at 0x" in text
         digest.update(f"{type(part).__qualname__}:{'' if unnamed else text};".encode())
-        if unnamed and hasattr(part, "__dict__"):
-            _feed(digest, _settings(part))
+        if (unnamed or is_own(type(part).__module__)) and hasattr(part, "__dict__"):
+            digest.name(part)
+
+
+def _behaviour(part: Any) -> list[Any]:
+    """What a function, a class or an object does."""
+    if isinstance(part, type):
+        return [own_classes(part)[1:], of_class(part)]
+    if not isinstance(part, types.FunctionType):
+        return [own_classes(type(part)), settings(part)]
+    held = [cell.cell_contents for cell in part.__closure__ or ()]
+    return [
+        part.__module__, part.__qualname__, part.__code__, part.__defaults__, part.__kwdefaults__,
+        [value for value in held if value is not part], read_globals(part),
+    ]  # fmt: skip

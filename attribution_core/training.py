@@ -256,7 +256,8 @@ def train(
         shard: under torchrun, share the rows of each batch between the processes, with one all-reduce a
             step; without it every process trains the whole model by itself.
         folder: keep the run there; the same call reads it back instead of training again, and goes on
-            where a killed one stopped. Under torchrun the first process writes and the others read.
+            where a killed one stopped. Under torchrun the first process writes and the others read. What
+            it does not notice: see `store.fingerprint`.
         progress: wraps the loop over steps (tqdm).
 
     Raises:

@@ -1,5 +1,6 @@
 """Moved inputs: killed and resumed, shown to other victims, refused where they break the threat model."""
 
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,9 +12,7 @@ from applied.poisoning import ThreatModel, perturb
 from attribution_core import LinearDatamodel, Problem, cross_entropy
 
 THREAT = ThreatModel(3, "inputs", epsilon=0.3, box=(0.0, 1.0))
-FAILS_AT = {
-    "step": None
-}  # a global: what a surrogate closes over is part of its folder's fingerprint
+FAILS_AT = "PERTURB_FAILS_AT"  # in the environment: what a surrogate reads else is part of its folder's fingerprint
 
 
 def small():
@@ -25,7 +24,7 @@ def small():
 
 
 def surrogate(problem, rows, step):
-    if step == FAILS_AT["step"]:
+    if str(step) == os.environ.get(FAILS_AT):
         raise KeyboardInterrupt
     x = problem.train[rows.tolist()][0].numpy()
     wave = np.cos(3 * x + step + np.arange(4)).reshape(-1, 1)  # depends on the step and the inputs
@@ -50,10 +49,10 @@ def inputs(attack):
 
 def test_a_killed_attack_goes_on_where_it_stopped(tmp_path, monkeypatch):
     whole = moved()
-    monkeypatch.setitem(FAILS_AT, "step", 3)
+    monkeypatch.setenv(FAILS_AT, "3")
     with pytest.raises(KeyboardInterrupt):
         moved(tmp_path)
-    monkeypatch.setitem(FAILS_AT, "step", 2)  # steps that are done are not asked for again
+    monkeypatch.setenv(FAILS_AT, "2")  # steps that are done are not asked for again
     again = moved(tmp_path)
     assert np.array_equal(inputs(again), inputs(whole))
     assert np.array_equal(again.predicted, whole.predicted)
@@ -62,7 +61,7 @@ def test_a_killed_attack_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 def test_other_victims_see_the_same_inputs(tmp_path, monkeypatch):
     first = moved(tmp_path)
-    monkeypatch.setitem(FAILS_AT, "step", 0)  # nothing is asked of the surrogate
+    monkeypatch.setenv(FAILS_AT, "0")  # nothing is asked of the surrogate
     other = moved(tmp_path, threat=replace(THREAT, knowledge="grey-box"), seeds=4)
     assert np.array_equal(inputs(first), inputs(other))
     assert len(other.outputs()) == 4

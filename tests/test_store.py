@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -330,10 +332,150 @@ def test_heads_of_a_transformer_are_part_of_it():
     assert fingerprint(one) != fingerprint(other)
 
 
+def edited(source, *changes, name="made", **scope):
+    """What `source` defines as `name`, as an edit of the user's own file leaves it."""
+    for before, after in changes:
+        assert before in source
+        source = source.replace(before, after)
+    space = {"__name__": "a_module", "torch": torch, "nn": nn, "functools": functools, **scope}
+    exec(source, space)
+    return space[name]
+
+
+NET = """
+from types import SimpleNamespace
+SCALES = {"first": 1, "all": [2, 3]}
+config = SimpleNamespace(power=2)
+SEEN, CACHE = [], {}
+
+def squashed(x):
+    return torch.tanh(x)
+
+class Options:
+    depth = 4
+    def __init__(self):
+        self.width = 5
+
+options = Options()
+
+class Base(nn.Module):
+    RANK = 6
+    def inner(self, x):
+        return x + 7
+    @property
+    def times(self):
+        return 8
+    @staticmethod
+    @functools.lru_cache
+    def table(n):
+        return n * 9
+
+class Net(Base):
+    def __init__(self, depth=10):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(2, 2)
+        self.loops, self._hidden, self.sizes, self.by_name = depth, 11, [12], {"a": 13}
+        self.build()
+        self.calls, self.shapes, self.cache, self.rows = 0, [], {}, {}
+
+    def build(self):
+        self.late = 14
+
+    def forward(self, x):
+        self.calls += 1
+        self.shapes.append(len(x))
+        self.cache[len(x), "key"] = x
+        self.rows["n"] = self.rows.get("n", 0) + 1
+        self.rows["n"] += 1
+        SEEN.append(len(x))
+        CACHE[len(SEEN)] = x
+        y = squashed(self.layer(x)) * SCALES["first"] ** config.power
+        return y + self.inner(x) + self.times + self.table(2) + options.width
+
+class Loss:
+    def __init__(self, k):
+        self._power, self.given = k, {"k": k}
+        self.calls = 0
+    def __call__(self, model, batch):
+        self.calls += 1
+        return model(batch[0]).sum(1) * self._power
+
+made, loss = Net(), Loss(15)
+"""
+EDITS = [
+    ("tanh", "relu"), ('"first": 1', '"first": 0'), ("[2, 3]", "[2, 4]"), ("(power=2)", "(power=0)"), ("depth = 4", "depth = 0"),
+    ("width = 5", "width = 0"), ("RANK = 6", "RANK = 0"), ("x + 7", "x + 0"), ("return 8", "return 0"), ("n * 9", "n * 0"),
+    ("depth=10", "depth=0"), ("_hidden, self.sizes, self.by_name = depth, 11", "_hidden, self.sizes, self.by_name = depth, 0"),
+    ("[12]", "[0]"), ('"a": 13', '"a": 0'), ("late = 14", "late = 0"), ("y + self.inner", "y - self.inner"),
+]  # fmt: skip
+
+
+def test_edits_of_ones_own_model_and_its_settings_are_told_and_its_use_is_not():
+    """The same weights and names; what forward computes, reads and is built with differs."""
+    net = edited(NET)
+    before = fingerprint(net)
+    assert fingerprint(edited(NET)) == before
+    assert fingerprint(edited("# a comment\n" + NET)) == before
+    found = [fingerprint(edited(NET, edit)) for edit in EDITS]
+    assert len({before, *found}) == 1 + len(EDITS)
+    net(torch.ones(3, 2))
+    net(torch.ones(3, 2))
+    assert net.calls == 2
+    assert fingerprint(net) == before
+
+
+def test_edits_of_callable_losses_and_of_optimizers_are_told_and_their_use_is_not():
+    loss = edited(NET, name="loss")
+    before = fingerprint(loss)
+    assert fingerprint(edited(NET, name="loss")) == before
+    for edit in (("Loss(15)", "Loss(0)"), ("self._power\n", "-self._power\n"), ("{'k': k}", "{}")):
+        edit = (edit[0].replace("'", '"'), edit[1])
+        assert fingerprint(edited(NET, edit, name="loss")) != before
+    loss(nn.Linear(2, 2), (torch.ones(1, 2),))
+    assert fingerprint(loss) == before
+    source = (
+        "class Mine(SGD):\n    def update(self, *given):\n        return given[1]\nmade = Mine(0.1)"
+    )
+    one, same, other = (edited(source, ("[1]", to), SGD=SGD) for to in ("[1]", "[1]", "[0]"))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    wrapped = [functools.lru_cache(f) for f in (closure(1), closure(1), closure(2))]
+    assert fingerprint(wrapped[0]) == fingerprint(wrapped[1]) != fingerprint(wrapped[2])
+
+
+def test_what_is_taken_from_a_module_of_ones_own_is_part_of_a_print(monkeypatch):
+    """Helpers of other files; of an installed one, its name."""
+    prints = []
+    for k in (1, 1, 2):
+        helpers = types.ModuleType("helpers_of_mine")
+        exec(f"def scaled(x):\n    return x * {k}", vars(helpers))
+        monkeypatch.setitem(sys.modules, "helpers_of_mine", helpers)
+        source = "import helpers_of_mine as h\nmade = lambda m, b: h.scaled(m(b))"
+        taken = "from helpers_of_mine import scaled\nmade = lambda m, b: scaled(m(b))"
+        prints.append((fingerprint(edited(source)), fingerprint(edited(taken))))
+    assert prints[0] == prints[1]
+    assert prints[0][0] != prints[2][0]
+    assert prints[0][1] != prints[2][1]
+
+
+class Odd:
+    """What cannot be pickled, compared or printed the same twice."""
+
+    def __init__(self, lock):
+        self.lock, self.file, self.rows = lock, (k for k in range(3)), {object()}
+        self.options = {"lock": lock}
+
+
+def test_what_cannot_be_read_is_passed_over():
+    held = [edited("made = lambda m, b: odd", odd=Odd(threading.Lock())) for _ in range(2)]
+    assert fingerprint(held[0]) == fingerprint(held[1])
+
+
 def everything():
     """Of all kinds that have a print, some that Python orders or names by address."""
     held = {"a", "b", "c", "d"}
     return fingerprint(
+        [edited(NET, name=name) for name in ("made", "loss", "Net", "options")],
         Problem(menagerie.mlp().model, lambda m, b: b in {"x", "y", "z"}, Own(torch.ones(3, 2))),
         Outputs(margin, menagerie.mlp().train).mean(by=list("aabbcc")),
         Recipe(SGD(0.1), 2, 1, schedule=lambda step: len(held) / (step + 1)),

@@ -23,9 +23,11 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from attribution_core.behaviour import settings
 from attribution_core.data import Batch, Rows, batches, rows_in, take
 from attribution_core.optimizers import clipped
 from attribution_core.problem import Outputs, Params, Problem, batch_norms, call, trainable
+from attribution_core.store import fingerprint
 from attribution_core.training import Drop, Recipe, checked_weights, first_gradient, steps_of
 
 Cell = tuple[NDArray[np.float64], int]  # (weights [n], seed)
@@ -153,6 +155,8 @@ class Stack:
             same = other.keys() == fixed.keys() and trainable(model).keys() == free
             if not same or not all(torch.equal(other[k], v) for k, v in fixed.items()):
                 raise ValueError("initial models whose frozen parameters or buffers differ")
+            if _made_of(model) != _made_of(first):
+                raise ValueError("initial models whose layers or settings differ")
 
     def _row_by_row(self) -> None:
         """Raise where short batches are filled up with other rows, and a row's loss depends on its batch."""
@@ -316,6 +320,11 @@ def _fixed(model: nn.Module) -> Params:
     """Frozen parameters and buffers by name; tied ones once."""
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     return {**frozen, **dict(model.named_buffers())}
+
+
+def _made_of(model: nn.Module) -> str:
+    """A print of a model's layers and of what they hold beside parameters and buffers."""
+    return fingerprint([[type(module), settings(module)] for module in model.modules()])
 
 
 @contextmanager

@@ -202,6 +202,42 @@ def test_initial_models_that_differ_in_buffers():
         retrain(problem, recipe, outputs, np.ones((3, 12)), seeds=2, stack=6)
 
 
+class RandomFeatures(nn.Module):
+    """Its fixed features are no buffer: a plain tensor, drawn with the model."""
+
+    def __init__(self, seed, private):
+        super().__init__()
+        drawn = torch.randn(2, 5, generator=torch.Generator().manual_seed(seed)).double()
+        self.features, self._features = (None, drawn) if private else (drawn, None)
+        self.linear = nn.Linear(5, 3).double()
+
+    def forward(self, x):
+        return self.linear(
+            torch.cos(x @ (self.features if self._features is None else self._features))
+        )
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_initial_models_that_differ_in_plain_attributes_go_one_by_one(private):
+    """The stack computed the first seed's features for all."""
+
+    def init(seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return RandomFeatures(seed, private)
+
+    problem, outputs = odd(init(0))
+    recipe = Recipe(SGD(0.1), 4, 2, init=init)
+    weights = random_subsets(12, 3, keep=0.5)
+    auto, one = (
+        retrain(problem, recipe, outputs, weights, seeds=2, stack=stack).per_seed
+        for stack in ("auto", 1)
+    )
+    np.testing.assert_array_equal(auto, one)
+    with pytest.raises(ValueError, match="stacked, got initial models whose layers or settings"):
+        retrain(problem, recipe, outputs, weights, seeds=2, stack=6)
+
+
 def test_another_function_when_stacked_is_found_out():
     """A loss that looks at where it is: under vmap it would train on something else."""
 

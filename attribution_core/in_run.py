@@ -46,6 +46,7 @@ from attribution_core.training import (
     Drop,
     Recipe,
     Run,
+    check_drop,
     check_steps,
     checked_weights,
     removed_rows,
@@ -388,8 +389,7 @@ def _warn(lag: int, wanted: int, size: int) -> None:
 
 def _check(recipe: Recipe, order: int, every: int | str, drop: str, zeros: bool) -> None:
     """Raise what cannot be read."""
-    if drop not in ("weight", "row"):
-        raise ValueError(f"unknown drop {drop!r}; 'weight' keeps batches, 'row' removes examples")
+    check_drop(drop)
     if drop == "row" and recipe.order is not None and zeros:
         raise ValueError("a recipe with an explicit order cannot be redrawn; use drop='weight'")
     if order not in (1, 2):

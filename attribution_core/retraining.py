@@ -19,8 +19,8 @@ from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import failing_together, from_first, sum_over_processes, world
 from attribution_core.seeds import listed
 from attribution_core.stacked import Cell, Diverged, Stack, stack_size
-from attribution_core.store import claim, ending, fingerprint
-from attribution_core.training import Drop, Recipe, train
+from attribution_core.store import claim, ending, fingerprint, whole
+from attribution_core.training import Drop, Recipe, check_drop, train
 
 
 @dataclass(frozen=True)
@@ -272,6 +272,7 @@ def retrain_pairs(
     """Outputs [len(pairs), t] of trainings given as (weights [n], seed); see `retrain`."""
     from joblib import effective_n_jobs
 
+    check_drop(drop)
     cells = [(np.asarray(row, dtype=float), int(seed)) for row, seed in pairs]
     if not cells:
         raise ValueError("expected at least one training: a row of weights and a seed, got none")

@@ -18,7 +18,7 @@ from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import flatten
 from attribution_core.problem import Problem
 from attribution_core.soundness import refuse_unsound
-from attribution_core.training import Drop, Run
+from attribution_core.training import Drop, Run, check_drop
 
 OWN = "a run brings its own weights and exposure; do not give them again"
 
@@ -76,6 +76,7 @@ def trained(
         return Trained(
             problem, source.weights, source.exposure, source.drawn, damping.double().cpu()
         )
+    check_drop(drop)
     refuse_unsound(source)  # before anything else passes through it
     w = np.ones(source.n) if weights is None else np.array(weights, dtype=float)
     if w.shape != (source.n,) or not 0 < exposure <= 1:
@@ -85,7 +86,13 @@ def trained(
     if not np.isfinite(w).all():
         bad = np.flatnonzero(~np.isfinite(w))[:5].tolist()
         raise ValueError(f"expected finite weights, got NaN or infinity for rows {bad}")
-    return Trained(source, w, exposure, int((w > 0).sum()) if drop == "row" else source.n)
+    drawn = int((w > 0).sum()) if drop == "row" else source.n
+    if drawn == 0:
+        raise ValueError(
+            "expected a problem trained on at least one row, got weight 0 for every example and drop='row'; give "
+            "the weights it was trained at, or drop='weight'"
+        )
+    return Trained(source, w, exposure, drawn)
 
 
 def several(

@@ -270,8 +270,7 @@ def train(
     w = checked_weights(weights, problem.n)
     if not 0 < exposure <= 1:
         raise ValueError(f"expected an exposure in (0, 1], got {exposure}; .5 is half of the steps")
-    if drop not in ("weight", "row"):
-        raise ValueError(f"unknown drop {drop!r}; 'weight' keeps batches, 'row' removes examples")
+    check_drop(drop)
     if drop == "row" and not (w > 0).any():
         raise ValueError(
             "expected something to train on, got weight 0 for every example and drop='row'"
@@ -472,6 +471,12 @@ def _values(batch: Any) -> list[Tensor]:
 def detached(params: Params) -> Params:
     """The same parameters, outside any graph."""
     return {name: value.detach() for name, value in params.items()}
+
+
+def check_drop(drop: str) -> None:
+    """Raise where weight 0 is to mean neither."""
+    if drop not in ("weight", "row"):
+        raise ValueError(f"unknown drop {drop!r}; 'weight' keeps batches, 'row' removes examples")
 
 
 def checked_weights(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:

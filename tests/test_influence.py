@@ -295,6 +295,15 @@ def test_a_run_that_removed_rows_has_the_curvature_of_its_own_batches():
     np.testing.assert_allclose(influence(run, outputs).scores[kept], expected, **EXACT)
 
 
+def test_another_meaning_of_weight_0_and_rows_all_gone_are_refused():
+    problem = menagerie.softmax()
+    outputs = menagerie.unseen(problem)
+    with pytest.raises(ValueError, match="unknown drop 'rows'"):
+        influence(problem, outputs, drop="rows")
+    with pytest.raises(ValueError, match="trained on at least one row, got weight 0 for every"):
+        influence(problem, outputs, weights=np.zeros(problem.n), drop="row")
+
+
 def test_damping_is_the_inverse_reach_of_the_run():
     """1 / Σ (lr of each step), over (1 − momentum) for SGD and over (√v̂ + eps) for Adam."""
     problem = menagerie.ridge()

@@ -61,6 +61,16 @@ def test_one_row_of_weights_and_a_number_of_seeds():
     assert table.seeds == (0, 1)
 
 
+@pytest.mark.parametrize("stack", [1, "auto", 4])
+def test_another_meaning_of_weight_0_is_refused(stack):
+    """Stacked, any word but "row" was read as "weight"."""
+    problem, recipe, outputs, weights = world()
+    with pytest.raises(
+        ValueError, match="unknown drop 'rows'; 'weight' keeps batches, 'row' removes"
+    ):
+        retrain(problem, recipe, outputs, weights, seeds=SEEDS, drop="rows", stack=stack)
+
+
 def initial(seed):
     """In the default dtype, which also says what a seed draws."""
     torch.manual_seed(seed)

@@ -26,7 +26,7 @@ from applied.versions import rewritten
 from attribution_core.data import Column, floating_column, row_numbers, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.problem import Problem
-from attribution_core.store import claim, fingerprint
+from attribution_core.store import claim, fingerprint, whole
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 InputSurrogate = Callable[[Problem, NDArray[np.intp], int], LinearDatamodel]
@@ -213,10 +213,9 @@ class _Ascent:
         """Keep them, where somebody wants that."""
         if path is None:
             return
-        part = path.with_suffix(".part.npz")
         of = {name: getattr(self, name) for name in ("rows", "x", "mean", "targets")}
-        np.savez(part, levels=np.stack(self.levels), **of)
-        part.replace(path)  # whole or not at all
+        with whole(path) as part, part.open("wb") as file:
+            np.savez(file, levels=np.stack(self.levels), **of)
 
     @classmethod
     def resumed(

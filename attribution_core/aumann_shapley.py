@@ -27,7 +27,7 @@ from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import from_first, wait, world
 from attribution_core.retraining import retrain
 from attribution_core.smoothness import MetagradientWarning
-from attribution_core.store import claim, fingerprint
+from attribution_core.store import claim, fingerprint, whole
 from attribution_core.training import Adam, Recipe, Run, train
 
 Method = Callable[[Run, Outputs], LinearDatamodel]
@@ -251,8 +251,7 @@ def _point(
         np.add.at(total, index, scores)
         scores = total
     if kept is not None and world()[0] == 0:
-        part = kept.with_suffix(".part.npy")
-        np.save(part, scores)
-        part.replace(kept)  # whole or not at all
+        with whole(kept) as part, part.open("wb") as file:
+            np.save(file, scores)
     wait()
     return scores

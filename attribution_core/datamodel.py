@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.data import named
+from attribution_core.store import whole, write_text
 
 FORMAT = 1  # of the saved folder; another number is refused
 OF_OUTPUTS = ("change", "weight_decay", "remainder")  # lists in meta with a number for each output
@@ -225,15 +226,11 @@ class LinearDatamodel:
                 (folder / f"{name}.npy").unlink(missing_ok=True)
                 continue
             array = np.asarray(getattr(self, name))
-            part = (
-                folder / f"{name}.part.npy"
-            )  # the array may be a map of the very file it replaces
-            np.save(part, _typed(array))
-            part.replace(folder / f"{name}.npy")
+            # beside it: the array may be a map of the very file it replaces
+            with whole(folder / f"{name}.npy") as part, part.open("wb") as file:
+                np.save(file, _typed(array))
         text = json.dumps({"format": FORMAT, "meta": dict(self.meta)}, indent=1, default=plain)
-        part = folder / "datamodel.part.json"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / "datamodel.json")
+        write_text(folder / "datamodel.json", text)
 
     @classmethod
     def load(cls, folder: str | Path, *, mmap: bool = True) -> LinearDatamodel:

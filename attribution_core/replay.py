@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from attribution_core.problem import Params
 from attribution_core.steps import Steps, TrainingState
+from attribution_core.store import whole
 
 States = Literal["auto", "all", "sqrt"] | int
 SAME = 1e-3  # of the parameters' norm, by which a run without digests may end elsewhere: other kernels, not other steps
@@ -156,11 +157,11 @@ def save_training_state(path: Path, state: TrainingState) -> None:
     groups = {"params": state.params, "buffers": state.buffers}
     groups |= {f"moments.{name}": held for name, held in state.moments.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(
-        {f"{g}/{k}": v.contiguous() for g, held in groups.items() for k, v in held.items()}, part
-    )
-    part.replace(path)
+    with whole(path) as part:
+        save_file(
+            {f"{g}/{k}": v.contiguous() for g, held in groups.items() for k, v in held.items()},
+            part,
+        )
 
 
 def load_training_state(path: Path, like: TrainingState) -> TrainingState:

@@ -69,16 +69,14 @@ class RetrainingTable:
             ValueError: another ending.
         """
         suffix = ending(path, ".npz", ".parquet", "")
-        part = Path(path).with_name(Path(path).name + ".part")
-        if suffix == ".parquet":
-            _write_parquet(self, part)
-        else:
-            with part.open("wb") as file:
+        with whole(Path(path)) as part, part.open("wb") as file:
+            if suffix == ".parquet":
+                _write_parquet(self, file)
+            else:
                 np.savez_compressed(
                     file, weights=self.weights, per_seed=self.per_seed, seeds=np.array(self.seeds),
                     meta=json.dumps(self.meta, default=plain),
                 )  # fmt: skip
-        part.replace(path)  # whole or not at all
 
     @classmethod
     def load(cls, path: str | Path) -> RetrainingTable:
@@ -144,7 +142,7 @@ class RetrainingTable:
         )
 
 
-def _write_parquet(table: RetrainingTable, path: Path) -> None:
+def _write_parquet(table: RetrainingTable, file: Any) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -158,7 +156,7 @@ def _write_parquet(table: RetrainingTable, path: Path) -> None:
     made = pa.table(columns).replace_schema_metadata(
         {"meta": json.dumps(table.meta, default=plain)}
     )
-    pq.write_table(made, path)
+    pq.write_table(made, file)
 
 
 def _lists(rows: NDArray[np.float64]) -> Any:
@@ -342,9 +340,8 @@ class _Cache:
             ) from None
 
     def put(self, cell: Cell, values: NDArray[np.float64]) -> None:
-        part = self._path(cell).with_suffix(f".part{world()[0]}.npy")
-        np.save(part, values)
-        part.replace(self._path(cell))  # whole or not at all
+        with whole(self._path(cell)) as part, part.open("wb") as file:
+            np.save(file, values)
 
 
 @dataclass(frozen=True)

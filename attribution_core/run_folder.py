@@ -22,7 +22,7 @@ from attribution_core.optimizers import Checkpoint, load_state, save_state
 from attribution_core.problem import Params
 from attribution_core.replay import StatesOnDisk, load_training_state, save_training_state
 from attribution_core.steps import Steps, TrainingState
-from attribution_core.store import write_text
+from attribution_core.store import whole, write_text
 
 if TYPE_CHECKING:
     from attribution_core.training import Run
@@ -84,9 +84,8 @@ class RunFolder:
         if time.monotonic() - self.clock["last"] < EVERY:
             return
         save_training_state(self.path / f"resume{step}.safetensors", state)
-        part = self.path / "resume.part.npz"
-        np.savez(part, step=step, losses=losses, digests=digests, fingerprint=self.fingerprint)
-        part.replace(self.path / "resume.npz")  # names the state to read
+        with whole(self.path / "resume.npz") as part, part.open("wb") as file:  # names the state
+            np.savez(file, step=step, losses=losses, digests=digests, fingerprint=self.fingerprint)
         for old in self.path.glob("resume*.safetensors"):
             if old.name != f"resume{step}.safetensors":
                 old.unlink()

@@ -24,7 +24,7 @@ from attribution_core.problem import Outputs
 from attribution_core.processes import from_first, sum_over_processes, wait, world
 from attribution_core.replay import backwards, refuse_another_end
 from attribution_core.steps import Steps
-from attribution_core.store import fingerprint
+from attribution_core.store import fingerprint, whole
 from attribution_core.training import Run
 
 CHUNK = 32  # targets that share a walk, unless their adjoints take more than WIDE numbers
@@ -246,11 +246,11 @@ class _Total:
 
 def _write(path: Path, made_of: str, chunk: NDArray[np.intp], found: Walked) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.npz")
-    np.savez(
-        part, made_of=made_of, chunk=chunk, owed=found.owed, growth=found.growth, held=found.held
-    )
-    part.replace(path)
+    with whole(path) as part, part.open("wb") as file:
+        np.savez(
+            file, made_of=made_of, chunk=chunk, owed=found.owed, growth=found.growth,
+            held=found.held,
+        )  # fmt: skip
 
 
 def _read(path: Path, made_of: str, chunk: NDArray[np.intp]) -> Walked | None:

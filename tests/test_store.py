@@ -16,7 +16,18 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from attribution_core import SGD, Outputs, Problem, Recipe, influence, margin
+from attribution_core import (
+    SGD,
+    Outputs,
+    Problem,
+    Recipe,
+    aumann_shapley,
+    influence,
+    magic,
+    margin,
+    retrain,
+    train,
+)
 from attribution_core.store import Store, fingerprint
 from tests import menagerie
 
@@ -187,6 +198,39 @@ def test_what_is_remembered_is_made_once(tmp_path):
         assert tensor.tolist() == [0, 1, 2]
         assert about == {"damping": 0.5}
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("method", ["retrain", "influence", "magic", "aumann_shapley"])
+def test_two_calls_into_one_folder_do_not_write_into_one_another(method, tmp_path, monkeypatch):
+    """Another process writes the same file between a call's writing and its renaming."""
+    problem, recipe = menagerie.softmax(8), Recipe(SGD(0.1), 4, 1)
+    outputs = menagerie.unseen(problem)
+    run = train(problem, recipe)
+    call = {
+        "retrain": lambda folder: retrain(problem, recipe, outputs, np.ones(8), seeds=2, folder=folder, stack=1).outputs,
+        "influence": lambda folder: influence(problem, outputs, damping=0.1, folder=folder).scores,
+        "magic": lambda folder: magic(run, outputs, folder=folder, check=False).scores,
+        "aumann_shapley": lambda folder: aumann_shapley(problem, recipe, outputs, points=1, path="exposure", folder=folder).scores,
+    }[method]  # fmt: skip
+    expected = np.array(call(tmp_path / "by itself"))
+    beside = []
+
+    def writing(save):
+        def saved(*given, **named):
+            save(*given, **named)
+            if not beside:
+                beside.append(1)
+                with monkeypatch.context() as other:
+                    other.setattr(os, "getpid", lambda: 1)
+                    np.testing.assert_array_equal(call(tmp_path / "shared"), expected)
+
+        return saved
+
+    for name in ("save", "savez"):
+        monkeypatch.setattr(np, name, writing(getattr(np, name)))
+    np.testing.assert_array_equal(call(tmp_path / "shared"), expected)
+    assert beside
+    assert not list((tmp_path / "shared").rglob("*.part*"))
 
 
 # --- fingerprints ----------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def group_directional(
             gradient = summed_gradient(problem, params, rows, w[rows], batch_size)
             if not torch.isfinite(gradient).all():
                 raise ValueError(
-                    f"expected finite gradients, got NaN or infinity in group {names[g].item()!r}; `directional` "
+                    f"expected finite gradients, got NaN or infinity in group {names.tolist()[g]!r}; `directional` "
                     "names the rows"
                 )
             parts = zip(flat.split(BLOCK, dim=1), gradient.split(BLOCK), strict=True)
@@ -155,7 +155,7 @@ def group_table(table: RetrainingTable, groups: ArrayLike) -> RetrainingTable:
         row, i = np.argwhere(differ)[0]
         raise ValueError(
             f"expected one weight for all members of a group, but in row {row} of the table group "
-            f"{names[index[i]].item()!r} has {table.weights[row, i]:g} and {weights[row, index[i]]:g}; "
+            f"{names.tolist()[index[i]]!r} has {table.weights[row, i]:g} and {weights[row, index[i]]:g}; "
             "retrain on group_subsets(groups, ...)"
         )
     return RetrainingTable(

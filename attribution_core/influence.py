@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attribution_core.curvature import Curvature, Form, Kind, fit_curvature
 from attribution_core.damping import choose_damping
-from attribution_core.data import Rows, sample
+from attribution_core.data import Rows, named, sample
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.ekfac import Labels
 from attribution_core.gradients import Engine, Progress, directional, flatten, output_gradients
@@ -142,7 +142,8 @@ def influence(
             problem, directions, groups, batch_size=batch_size, progress=progress
         )
         scores = found.cpu().numpy()
-        anchor = np.array([anchor[np.asarray(groups) == name].mean() for name in names])
+        _, index = named(groups, problem.n)
+        anchor = np.bincount(index, anchor) / np.bincount(index)
     elif folder is None:
         directions, fitted = solve()
         mine = my_rows(np.arange(problem.n))

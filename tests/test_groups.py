@@ -111,6 +111,27 @@ def test_influence_of_groups_is_the_sum_of_its_members(curvature):
         np.testing.assert_array_equal(found.anchor, expected.anchor)
 
 
+class Labels:
+    """Labels that count how often an array is made of them."""
+
+    def __init__(self, labels):
+        self.labels, self.made = labels, 0
+
+    def __array__(self, dtype=None, copy=None):
+        self.made += 1
+        return np.array(self.labels, dtype=dtype)
+
+
+def test_labels_are_read_a_few_times_and_not_once_a_group():
+    problem = menagerie.softmax(40)
+    labels, weights = Labels(np.arange(40) % 20), np.linspace(0.5, 1, 40)
+    found = influence(
+        problem, menagerie.unseen(problem), groups=labels, weights=weights, curvature="identity", damping=1.0
+    )  # fmt: skip
+    np.testing.assert_allclose(found.anchor, weights.reshape(2, 20).mean(0), rtol=1e-15)
+    assert labels.made < 5
+
+
 def test_a_curvature_of_group_sums_would_be_another():
     """Σ_G g_G g_Gᵀ depends on the grouping, by as much as its own size: why none is built from sums."""
     problem = menagerie.refit(menagerie.softmax())
@@ -224,6 +245,8 @@ def test_members_of_a_group_must_share_their_weight():
         group_table(table, LABELS)
     with pytest.raises(ValueError, match=r"one group label per example, \[n=6\], got \(5,\)"):
         group_table(table, LABELS[:5])
+    with pytest.raises(ValueError, match="group 'b' has"):  # as a column of pandas is
+        group_table(table, LABELS.astype(object))
 
 
 # --- ways to form groups ---------------------------------------------------------------------
@@ -309,6 +332,8 @@ def test_gradients_that_are_not_finite_name_their_group():
     bad = replace(problem, loss=loss)
     with pytest.raises(ValueError, match="NaN or infinity in group 'a'"):
         group_directional(bad, directions_of(problem), LABELS)
+    with pytest.raises(ValueError, match="NaN or infinity in group 'a'"):
+        group_directional(bad, directions_of(problem), LABELS.astype(object))
 
 
 @pytest.mark.parametrize("nobody", [None, float("nan"), np.datetime64("NaT")])

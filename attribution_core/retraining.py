@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -174,8 +175,9 @@ def _read_parquet(path: str | Path) -> tuple[Any, Any, tuple[int, ...], dict[str
         raise ValueError(
             f"expected columns weights and outputs (and seed) in {path}, got {held.column_names}"
         )
-    weights = np.array(held["weights"].to_pylist(), dtype=float)
-    outputs = np.array(held["outputs"].to_pylist(), dtype=float).reshape(len(weights), -1)
+    weights, outputs = (
+        _numbers(held[name], f"{name} in {path}") for name in ("weights", "outputs")
+    )
     column = held["seed"].to_pylist() if "seed" in held.column_names else [0] * len(weights)
     seeds = list(dict.fromkeys(column))  # in the order that they were written in
     if "row" in held.column_names:
@@ -198,6 +200,20 @@ def _read_parquet(path: str | Path) -> tuple[Any, Any, tuple[int, ...], dict[str
     per_seed[rank, place] = outputs
     meta = json.loads((held.schema.metadata or {}).get(b"meta", b"{}"))
     return weights[np.sort(first)], per_seed, tuple(int(seed) for seed in seeds), meta
+
+
+def _numbers(column: Any, where: str) -> NDArray[np.float64]:
+    """A column of numbers, or of lists of one length, as an array [lines, numbers], by Arrow's own buffers."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    nested = pa.types.is_nested(column.type)
+    lengths = pc.unique(pc.list_value_length(column)).to_pylist() if nested else [1]
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(f"expected lists of one length as {where}, got lengths {lengths[:10]}")
+    chunks = (chunk.flatten() if nested else chunk for chunk in column.chunks)
+    flat = np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in chunks])
+    return flat.astype(float, copy=False).reshape(-1, lengths[0])
 
 
 def retrain(
@@ -279,7 +295,7 @@ def retrain_pairs(
             raise ValueError(
                 f"expected weights [n={problem.n}] for every training, got {row.shape}"
             )
-    names = [(row.tobytes(), seed) for row, seed in cells]
+    names = _names(cells)
     places = {name: k for k, name in reversed(list(enumerate(names)))}
     first = [places[name] for name in names]  # a training that repeats is done once
     cache = None if folder is None else _Cache.open(folder, problem, recipe, outputs, drop)
@@ -307,6 +323,13 @@ def retrain_pairs(
     if cache is None:  # each process filled its own
         return sum_over_processes(torch.from_numpy(found)).numpy()[first]
     return np.stack([cache.get(cell) for cell in cells])
+
+
+def _names(cells: Sequence[Cell]) -> list[tuple[bytes, int]]:
+    """(print of the weights, seed) of each training; a row that several seeds share is read once."""
+    rows = {id(row): row for row, _ in cells}
+    prints = {k: hashlib.sha256(np.ascontiguousarray(row).data).digest() for k, row in rows.items()}
+    return [(prints[id(row)], seed) for row, seed in cells]
 
 
 Numbered = tuple[int, NDArray[np.float64], int]  # (place in the table, weights [n], seed)

@@ -43,7 +43,7 @@ from attribution_core.problem import (
     trainable,
     widened,
 )
-from attribution_core.soundness import refuse_unsound
+from attribution_core.soundness import refuse_mixed_outputs, refuse_unsound
 
 Engine = Literal["auto", "ghost", "jvp", "rows"]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # tqdm fits
@@ -371,6 +371,7 @@ def valued_gradients(
 ) -> tuple[Tensor, Params]:
     """(the outputs [t], float64 on the CPU, their gradients), of one pass but where many rows are
     differentiated together."""
+    refuse_mixed_outputs(model, outputs)
     params = trainable(model) if params is None else params
     if outputs.matrix is not None:
         return _mean_gradients(model, outputs, batch_size, params)

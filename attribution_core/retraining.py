@@ -19,6 +19,7 @@ from attribution_core.gradients import Progress, Sized
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import failing_together, from_first, sum_over_processes, world
 from attribution_core.seeds import listed
+from attribution_core.soundness import refuse_mixed_outputs
 from attribution_core.stacked import Cell, Diverged, Stack, stack_size
 from attribution_core.store import claim, ending, fingerprint, whole
 from attribution_core.training import Drop, Recipe, check_drop, train
@@ -256,8 +257,9 @@ def retrain(
         progress: wraps the loop over trainings (tqdm).
 
     Raises:
-        ValueError: weights that do not fit; a folder that belongs to another run; a failed training; a
-            problem that cannot be stacked, where a number asks for it.
+        ValueError: weights that do not fit; a folder that belongs to another run; a failed training; outputs
+            that depend on the other rows of their batch; a problem that cannot be stacked, where a number
+            asks for it.
     """
     table = np.atleast_2d(np.asarray(weights, dtype=float))
     chosen = tuple(listed(seeds))
@@ -295,6 +297,7 @@ def retrain_pairs(
             raise ValueError(
                 f"expected weights [n={problem.n}] for every training, got {row.shape}"
             )
+    refuse_mixed_outputs(problem.model, outputs)
     names = _names(cells)
     places = {name: k for k, name in reversed(list(enumerate(names)))}
     first = [places[name] for name in names]  # a training that repeats is done once

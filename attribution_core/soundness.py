@@ -6,9 +6,11 @@ buffers that it changes, rows that see one another, is found by passing a few ro
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch.utils._pytree import tree_map
 from attribution_core.data import Batch, rows_in, take
 from attribution_core.layers import owners
 from attribution_core.problem import (
+    Outputs,
     Params,
     Problem,
     call,
@@ -31,12 +34,16 @@ from attribution_core.swapping import refuse_hidden_parameters
 TRIED = 8  # rows that are passed through together, and some of them alone
 ALONE = 2
 APART = 1e-3  # relative difference of losses, far above the rounding of float32
+# of outputs: those that compare rows differ by as much as they are; bfloat16 inside a float32 model, whose batches of
+# other sizes take other kernels, by less
+COMPARED = 0.25
 STEP = 1e-6  # of a central difference in float64, in norms of the parameters
 STOPPED = 0.02  # relative difference of slopes, above what a kink within a step makes
 SMALL = 1e-2  # nats beside which losses are told apart: those near 0 are all rounding
 
 # those that were found to be, and which of their modules were in training mode then
 _SOUND: WeakKeyDictionary[Problem, tuple[bool, ...]] = WeakKeyDictionary()
+_OF_ROWS: WeakSet[Outputs] = WeakSet()
 
 
 def refuse_unsound(problem: Problem, rows: NDArray[np.intp] | None = None) -> None:
@@ -57,11 +64,44 @@ def refuse_unsound(problem: Problem, rows: NDArray[np.intp] | None = None) -> No
         return  # whatever it is, the pass that is really needed says it
     with nothing_else_changes(problem.model, "call model.eval()"):
         together = _losses(problem, batch, problem.params)
-    _refuse_mixed_rows(problem, batch, together)
+    alone = _mixed(problem, batch, together, APART)
+    if alone is not None and together is not None:
+        raise ValueError(
+            f"expected a loss for each row that does not depend on the other rows of its batch, got "
+            f"{together[: len(alone)].tolist()} beside {len(together) - 1} others and {alone.tolist()} alone; divide by constants "
+            "(a mean over a batch's tokens is no loss of a row), and use GroupNorm where statistics are a batch's own"
+        )
     refuse_hidden_parameters(
         problem.model, problem.loss, lambda: take(problem.train, few[:2], problem.device)
     )
     _SOUND[problem] = modes
+
+
+def refuse_mixed_outputs(model: nn.Module, outputs: Outputs) -> None:
+    """Raise where outputs are no functions of their own row, of which every batch size makes others; tried once.
+
+    Raises:
+        ValueError: outputs that depend on the other rows of a batch.
+    """
+    if outputs in _OF_ROWS:
+        return
+    if any(module.training for module in model.modules()):
+        model = copy.deepcopy(model).eval()
+    problem = Problem(model, outputs.function, outputs.data)
+    try:
+        batch = take(problem.train, np.arange(min(TRIED, problem.n)), problem.device)
+    except Exception:
+        return  # whatever it is, the pass that is really needed says it
+    with torch.random.fork_rng([]):  # outputs that draw leave the caller's numbers alone
+        together = _losses(problem, batch, problem.params)
+        alone = _mixed(problem, batch, together, COMPARED)
+    if alone is not None and together is not None:
+        raise ValueError(
+            f"expected an output for each row that does not depend on the other rows of its batch, got "
+            f"{together[: len(alone)].tolist()} beside {len(together) - 1} others and {alone.tolist()} alone; compare rows "
+            "with constants, or with rows that the function holds itself"
+        )
+    _OF_ROWS.add(outputs)
 
 
 def stopped(problem: Problem) -> bool:
@@ -139,22 +179,17 @@ def _losses(problem: Problem, batch: Batch, params: Params) -> Tensor | None:
     return found if found.shape == (rows_in(batch),) else None
 
 
-def _refuse_mixed_rows(problem: Problem, batch: Batch, together: Tensor | None) -> None:
-    """Raise where the loss of one of the first rows is another without those beside it, in float64, too."""
+def _mixed(problem: Problem, batch: Batch, together: Tensor | None, apart: float) -> Tensor | None:
+    """The losses of the first rows alone, where they are others without those beside them, in float64, too."""
     alone = _alone(problem, batch, problem.params)
-    if together is None or alone is None or not _apart(together, alone, problem.params):
-        return
+    if together is None or alone is None or not _apart(together, alone, problem.params, apart):
+        return None
     # losses that are small beside what cancels in them differ by rounding
     wide = {name: value.double() for name, value in problem.params.items()}
     doubled = tree_map(lambda x: x.double() if x.is_floating_point() else x, batch)
     again, again_alone = _losses(problem, doubled, wide), _alone(problem, doubled, wide)
-    if again is not None and again_alone is not None and not _apart(again, again_alone, wide):
-        return
-    raise ValueError(
-        f"expected a loss for each row that does not depend on the other rows of its batch, got "
-        f"{together[: len(alone)].tolist()} beside {len(together) - 1} others and {alone.tolist()} alone; divide by constants "
-        "(a mean over a batch's tokens is no loss of a row), and use GroupNorm where statistics are a batch's own"
-    )
+    told = again is not None and again_alone is not None
+    return None if told and not _apart(again, again_alone, wide, apart) else alone
 
 
 def _alone(problem: Problem, batch: Batch, params: Params) -> Tensor | None:
@@ -167,8 +202,8 @@ def _alone(problem: Problem, batch: Batch, params: Params) -> Tensor | None:
     return torch.cat(told) if len(told) == len(found) else None
 
 
-def _apart(together: Tensor, alone: Tensor, params: Params) -> bool:
+def _apart(together: Any, alone: Any, params: Params, apart: float) -> bool:
     """Whether losses differ by more than rounding."""
     eps = max(rounding(value) for value in params.values())
-    most = max(APART, 8 * eps) * (together.abs().max() + SMALL)
+    most = max(apart, 8 * eps) * (together.abs().max() + SMALL)
     return bool(((together[: len(alone)] - alone).abs() > most).any())

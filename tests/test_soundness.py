@@ -18,6 +18,7 @@ from attribution_core import (
     magic,
     newton,
     representation_similarity,
+    retrain,
     soundness,
     source,
     tracin,
@@ -27,7 +28,7 @@ from attribution_core import (
 from attribution_core.curvature import DiagonalWarning
 from attribution_core.gradients import directional
 from attribution_core.groups import group_directional
-from attribution_core.soundness import stopped
+from attribution_core.soundness import refuse_mixed_outputs, stopped
 from tests import menagerie
 from tests.test_swapping import HandTied
 
@@ -429,3 +430,41 @@ def test_embeddings_that_change_as_they_are_looked_up():
         with pytest.raises(ValueError, match="max_norm=1 in '0'; renormalise"):
             act()
     assert torch.equal(model[0].weight, before)
+
+
+def centred(model, batch):
+    z = model(batch[0])[:, 0]
+    return z - z.mean()
+
+
+def test_outputs_that_depend_on_the_other_rows_of_a_batch_are_refused():
+    """Stacked they were others than one by one: batches of 256 rows, or of 32."""
+    problem = menagerie.softmax(12)
+    run = train(problem, Recipe(SGD(0.1), 4, 1))
+    told = "an output for each row that does not depend on the other rows"
+    for outputs in (Outputs(centred, problem.train), Outputs(centred, problem.train).mean()):
+        for stack in ("auto", 1):
+            with pytest.raises(ValueError, match=told):
+                retrain(problem, run.recipe, outputs, np.ones((6, 12)), seeds=1, stack=stack)
+        for method in (influence, magic):
+            with pytest.raises(ValueError, match=told):
+                method(run, outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inside", [False, True])
+def test_rounding_by_batch_size_is_no_dependence(dtype, inside):
+    """Deep nets whose rows are rounded anew in batches of other sizes, as other kernels do: 2 % of the output."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rounded(model, batch):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            z = model(batch[0])
+        noise = torch.finfo(torch.bfloat16).eps * torch.randn(z.shape, generator=generator)
+        return (z * (1 + (noise if inside else 0))).sum(1)
+
+    layers = [layer for _ in range(8) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Linear(64, 5)).to(dtype)
+    for seed in range(5):
+        x = torch.randn(40, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        refuse_mixed_outputs(model, Outputs(rounded, (x,)))

@@ -100,8 +100,10 @@ def detect(
 
     "neighbours": the share of the nearest rows with another label. "combined": rows vote on each other's labels by
     kernel ridge regression, margin_i = p_i(own label) − max other p_i, each by a vote that it has no part in (exact
-    leave-one-out). Trusted rows always vote; of the others first those that trusted rows and signals doubt least,
-    then those that the vote before agrees with. Its score is −margin. Without trusted rows or labels it is the mean
+    leave-one-out). There are two votes, one of rows that count alike and one of classes that do, and the larger margin
+    stands: the first disputes honest rows of rare classes, the second rows of common ones. Trusted rows always vote; of
+    the others first those that trusted rows and signals doubt least, then those that the vote before agrees with. Its
+    score is −margin. Without trusted rows or labels it is the mean
     over detectors of −log(1 − rank), and says nothing about where to stop.
 
     Args:
@@ -239,15 +241,26 @@ class _Vote:
         return self.one(believed)
 
     def one(self, believed: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Margins [n] by the votes of trusted rows and those believed; nobody votes on itself."""
+        """The larger margin [n] of two votes: of rows that count alike, and of classes that do."""
+        count = self.trusted_own.sum(axis=0) + self.own[believed].sum(axis=0)
+        there = count > 0
+        # a class counts as much as another, all of them as much as there are voters
+        even = np.where(there, count.sum() / (there.sum() * np.maximum(count, 1)), 0.0)
+        return np.maximum(self.weighed(believed, np.ones(len(count))), self.weighed(believed, even))
+
+    def weighed(
+        self, believed: NDArray[np.bool_], of_class: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Margins [n] by the votes of trusted rows and those believed, of_class [c] each; nobody votes on itself."""
         phi = np.concatenate([self.trusted_phi, self.phi[believed]])
         own = np.concatenate([self.trusted_own, self.own[believed]])
-        inverse = np.linalg.inv(phi.T @ phi + PENALTY * np.eye(phi.shape[1]))
-        p = self.phi @ (inverse @ (phi.T @ own))
-        leverage = np.einsum(
+        weighed = phi * (own @ of_class)[:, None]
+        inverse = np.linalg.inv(weighed.T @ phi + PENALTY * np.eye(phi.shape[1]))
+        p = self.phi @ (inverse @ (weighed.T @ own))
+        mine = self.own[believed]
+        leverage = (mine @ of_class) * np.einsum(
             "ij,jk,ik->i", self.phi[believed], inverse, self.phi[believed], optimize=True
         )
-        mine = self.own[believed]
         p[believed] = mine - (mine - p[believed]) / (1 - leverage)[:, None]
         right = (p * self.own).sum(axis=1)
         return right - np.where(self.own > 0, -np.inf, p).max(axis=1)

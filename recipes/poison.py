@@ -58,11 +58,11 @@ def main(flags: Flags) -> None:
     from recipes.poison_report import print_table, write_report
     from recipes.poisoning import checked, study
 
-    checked(flags)
+    data = checked(flags)
     flags.out.mkdir(parents=True, exist_ok=True)
     outcomes, lost = study(flags)
     print_table(outcomes, lost)
-    write_report(flags, outcomes, lost)
+    write_report(flags, data, outcomes, lost)
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -17,6 +17,8 @@ from applied import report
 from applied.detection import COMBINED
 from applied.recipe import Interval, paired_interval
 from applied.threat import ThreatModel
+from recipes import classification
+from recipes.classification import Classification
 from recipes.command import as_given
 from recipes.poisoning import ACCURACY, HELD_OUT, SURROGATES, TARGET, Emptied, Outcome
 
@@ -42,7 +44,7 @@ class Row:
     """A line of the table, over splits: accuracy in points, predicted and random of the target loss.
 
     `recovered`, `by_random` (removal) and `possible` (exactly the changed rows removed) are shares of the damage to the
-    held-out loss, over all splits; nan where nobody was suspected or no damage can be told.
+    held-out loss, over all splits; nan where nothing was removed (but for `possible`) or no damage can be told.
     """
 
     budget: float
@@ -55,6 +57,7 @@ class Row:
     random: float
     auc: dict[str, float]
     suspects: float
+    removed: float
     caught: float
     recovered: Interval
     by_random: Interval
@@ -87,7 +90,8 @@ def row_of(some: Sequence[Outcome]) -> Row:
         predicted=over(lambda x: x.predicted.get(TARGET, math.nan)).mean,
         random=over(lambda x: x.random[TARGET]).mean,
         auc={name: float(np.mean([x.auc[name] for x in some])) for name in detectors},
-        suspects=over(lambda x: x.suspects).mean, caught=over(lambda x: x.caught).mean,
+        suspects=over(lambda x: x.suspects).mean, removed=over(lambda x: x.removed).mean,
+        caught=over(lambda x: x.caught).mean,
         **{arm: mean(comes_back(some, arm)) for arm in ("recovered", "by_random", "possible")},
     )  # fmt: skip
 
@@ -99,7 +103,7 @@ def comes_back(some: Sequence[Outcome], arm: str) -> list[float]:
 
     (the ratio estimator and its residuals: Cochran 1977, ch. 6; a mean of ratios is ruled by splits of hardly
     any damage). Nothing where there is less of it than `DAMAGE` of the clean loss, where its own interval over splits
-    holds 0 (a ratio to it may be anything), or where nobody was suspected.
+    holds 0 (a ratio to it may be anything), or where nothing was removed.
     """
     pairs = [(x.changed[HELD_OUT], getattr(x, arm).get(HELD_OUT, math.nan)) for x in some]
     known = np.array([(d, d * share) for d, share in pairs if math.isfinite(share)]).reshape(-1, 2)
@@ -133,7 +137,7 @@ def cells(row: Row) -> dict[str, str]:
         "accuracy, points": spread(row.accuracy, "+.1f"),
         "held-out loss": spread(row.held_out, "+.3f"), "target loss": spread(row.target, "+.3f"),
         "predicted": number(row.predicted, "+.3f"), "random attack": number(row.random, "+.3f"),
-        **starred(row), "removed / caught": f"{row.suspects:.0f} / {row.caught:.0f}",
+        **starred(row), "removed / caught": f"{row.removed:.0f} / {row.caught:.0f}",
         "recovered": spread(row.recovered, ".2f"), "at most": number(row.possible.mean, ".2f"),
     }  # fmt: skip
 
@@ -183,10 +187,25 @@ def words_of(
         f"Detectors by AUC, * the best. {verdict(rows)}",
         agreement(rows),
         "Removed: rows whose label the combined detector disputes, and how many of them were changed; recovered: of "
-        "the damage to the held-out loss, without them (- where there is hardly any, or none that its interval over splits "
-        "tells from 0); at most: where exactly the changed rows are removed.",
+        "the damage to the held-out loss, without them (- where nothing was removed, where there is hardly any damage, or "
+        f"none that its interval over splits tells from 0); at most: where exactly the changed rows are removed.{untouched(outcomes)}",
         *([left_out(lost)] if lost else []),
     ]  # fmt: skip
+
+
+def untouched(outcomes: Sequence[Outcome]) -> str:
+    """Where suspects stay, as a class would go with them."""
+    kept = [x for x in outcomes if x.spared]
+    each = [
+        f"{name_of(x)} in split {x.split} ({x.suspects} suspects, class {', '.join(map(repr, x.spared[:5]))})"
+        for x in kept
+    ]
+    if not each:
+        return ""
+    return (
+        " Nothing was removed where that, or as many rows at random, would take a class away: "
+        f"{'; '.join(each)}. More trusted rows of such a class tell more."
+    )
 
 
 def left_out(lost: Sequence[Emptied]) -> str:
@@ -225,9 +244,14 @@ def name_of(x: Row | Outcome | Emptied) -> str:
     return f"{x.attack} at {100 * x.budget:g} %"
 
 
-def write_report(flags: Flags, outcomes: Sequence[Outcome], lost: Sequence[Emptied] = ()) -> None:
-    """report.html, metrics.json and outcomes.parquet."""
-    rows, facts = rows_of(outcomes), facts_of(flags, outcomes)
+def write_report(
+    flags: Flags,
+    data: Classification,
+    outcomes: Sequence[Outcome],
+    lost: Sequence[Emptied] = (),
+) -> None:
+    """report.html, metrics.json and outcomes.parquet; data: those of the first split."""
+    rows, facts = rows_of(outcomes), facts_of(flags, data, outcomes)
     budgets = " or ".join(f"{100 * budget:g} %" for budget in dict.fromkeys(x.budget for x in rows))
     words = words_of(outcomes, rows, lost)
     sections = {
@@ -264,7 +288,7 @@ def moved(row: Row) -> dict[str, Any]:
 
 def mended(row: Row) -> dict[str, Any]:
     """Rows removed, and what that brings back."""
-    counts = {"removed": row.suspects, "of them changed": row.caught, "changed in all": row.rows}
+    counts = {"removed": row.removed, "of them changed": row.caught, "changed in all": row.rows}
     shares = {
         "recovered": row.recovered,
         "at most": row.possible,
@@ -318,7 +342,7 @@ def recovery(outcomes: Sequence[Outcome]) -> Any:
     return pictures.recovery(of("recovered"), of("by_random"), output=HELD_OUT)
 
 
-def facts_of(flags: Flags, outcomes: Sequence[Outcome]) -> dict[str, str]:
+def facts_of(flags: Flags, data: Classification, outcomes: Sequence[Outcome]) -> dict[str, str]:
     """What the numbers stand on."""
     threats = dict.fromkeys(str(ThreatModel(x.budget, "labels")) for x in outcomes)
     if flags.width:
@@ -337,6 +361,7 @@ def facts_of(flags: Flags, outcomes: Sequence[Outcome]) -> dict[str, str]:
         "surrogate": f"{surrogate}; attacks in rounds ask it up to {flags.rounds} times", "victims": victims,
         "splits": f"{len({x.split for x in outcomes})}, with other {'training, ' * (flags.test is None)}target, trusted and "
         f"held-out rows each{', the same training rows' * (flags.test is not None)}",
+        **classification.facts_of(data),
     }  # fmt: skip
 
 

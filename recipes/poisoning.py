@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +40,7 @@ from attribution_core import (
     self_influence,
     train,
 )
-from recipes.classification import Classification, embedded, from_file, problem_of, refuse_no_table
+from recipes.classification import Classification, embedded, from_file, problem_of
 from recipes.command import at_least
 from recipes.value_data import bar
 
@@ -64,8 +64,10 @@ class Outcome:
             same budget; means over victims. predicted: output -> change, where it was predicted.
         auc: detector -> chance that a changed row looks more suspicious than another.
         possible: output -> share that comes back where exactly the changed rows are removed.
-        suspects, caught: rows that were removed, and how many of them were changed ones.
-        recovered: output -> share of the damage that came back; by_random: by removing as many at random.
+        suspects: rows whose label is disputed; removed: all of them, or none; caught: changed ones among these.
+        spared: classes of which removing the suspects, or as many rows at random, would leave no row.
+        recovered: output -> share of the damage that came back; by_random: by removing as many at random; nan where
+            nothing was removed.
         curves: detector -> ROC curve, (false, true) positive rates.
     """
 
@@ -79,7 +81,9 @@ class Outcome:
     predicted: dict[str, float]
     auc: dict[str, float]
     suspects: int
+    removed: int
     caught: int
+    spared: Sequence[str]
     recovered: dict[str, float]
     by_random: dict[str, float]
     possible: dict[str, float]
@@ -123,11 +127,11 @@ class Bench:
     seeds: list[int]
 
 
-def checked(flags: Flags) -> None:
-    """Raise where flags say nothing that can be done.
+def checked(flags: Flags) -> Classification:
+    """The first split's data.
 
     Raises:
-        ValueError: budgets, rounds, splits or victims that are none; data that are no table.
+        ValueError: budgets, rounds, splits or victims that are none; data that are no table of classes.
         FileNotFoundError: no such data.
     """
     if not flags.budgets or not all(0 < budget < 1 for budget in flags.budgets):
@@ -138,8 +142,17 @@ def checked(flags: Flags) -> None:
         if getattr(flags, name) < 1:
             raise ValueError(f"expected at least one of --{name}, got {getattr(flags, name)}")
     at_least(flags, width=0, decay=1e-12)
-    if flags.data not in EMBEDDED:
-        refuse_no_table(flags.data)
+    data = data_of(flags, flags.seed)
+    for budget in flags.budgets:
+        ThreatModel(budget, "labels").rows(len(data.x))
+    return data
+
+
+def data_of(flags: Flags, split: int) -> Classification:
+    """The rows of a split."""
+    if flags.data in EMBEDDED:
+        return embedded(flags.data, 0.0, 0, split)
+    return from_file(flags.data, flags.label, None, flags.test, split, flags.ignore)
 
 
 def study(flags: Flags) -> tuple[list[Outcome], list[Emptied]]:
@@ -184,7 +197,8 @@ def one_part(flags: Flags, split: int, budget: float) -> list[Outcome | Emptied]
     shared = ("out", "jobs", "splits", "seed", "budgets")
     settings = {k: v for k, v in asdict(flags).items() if k not in shared}
     bench = prepared(flags, split)
-    made_of = fingerprint(bench.problem, bench.data, settings, split)[:16]
+    told = [field.name for field in fields(Outcome)]  # of an earlier version: others
+    made_of = fingerprint(bench.problem, bench.data, settings, split, told)[:16]
     outcomes: list[Outcome | Emptied] = []
     for name in ATTACKS:
         file = f"{split}-{budget:g}-{name.replace(' ', '-')}-{made_of}.json"
@@ -204,10 +218,7 @@ def one_part(flags: Flags, split: int, budget: float) -> list[Outcome | Emptied]
 
 def prepared(flags: Flags, split: int) -> Bench:
     """Training, target, trusted and test rows, and how models are made of them."""
-    if flags.data in EMBEDDED:
-        data = embedded(flags.data, 0.0, 0, split)
-    else:
-        data = from_file(flags.data, flags.label, None, flags.test, split, flags.ignore)
+    data = data_of(flags, split)
     half = len(data.target_x) // 2
     trusted = data.target_x[half:], data.target_y[half:]
     target = data.target_x[:half], data.target_y[:half]
@@ -313,14 +324,14 @@ def judged(bench: Bench, budget: float, name: str, rounds: int, split: int) -> O
     attack = attacked(bench, budget, name, rounds, split)
     found = searched(bench, attack)
     labels = labels_of(attack.poisoned.train)[1]
-    left = np.delete(labels, found.suspects)
-    # nothing is mended where nobody is suspected, or where a whole class is
-    possible = len(found.suspects) and len(np.unique(left)) == len(np.unique(labels))
-    try:
-        mended = repair(attack, found, bench.victim) if possible else None
-    except ClassGone:  # removed at random, or with the changed rows
-        mended = None
-    return outcome(bench, attack, found, mended, budget, name, split)
+    lost = np.setdiff1d(labels, np.delete(labels, found.suspects))
+    spared, mended = [bench.data.classes[k] for k in lost], None
+    if len(found.suspects) and not spared:
+        try:
+            mended = repair(attack, found, bench.victim)
+        except ClassGone as error:  # removed at random, or with the changed rows
+            spared = list(error.args)
+    return outcome(bench, attack, found, mended, spared, budget, name, split)
 
 
 def attacked(bench: Bench, budget: float, name: str, rounds: int, split: int) -> Attack:
@@ -379,7 +390,8 @@ def searched(bench: Bench, attack: Attack) -> Detection:
 
 
 def outcome(
-    bench: Bench, attack: Attack, found: Detection, mended: Repair | None, budget: float, name: str, split: int
+    bench: Bench, attack: Attack, found: Detection, mended: Repair | None, spared: Sequence[str], budget: float,
+    name: str, split: int,
 ) -> Outcome:  # fmt: skip
     """The numbers of one attack."""
     from sklearn.metrics import roc_curve
@@ -394,6 +406,13 @@ def outcome(
     def each(values: Callable[[int], float]) -> dict[str, float]:
         return {target: float(values(j)) for j, target in enumerate(names)}
 
+    repaired, at_random = (
+        (None, None)
+        if mended is None
+        else (mended.verified.actual, mended.verified.control["random"])
+    )
+    best = without_changed(bench, attack)
+    removed = found.suspects if mended is not None else found.suspects[:0]
     return Outcome(
         split=split, budget=budget, attack=name, rows=len(attack.changed),
         clean=each(lambda j: attack.outputs("no attack")[:, j].mean()),
@@ -402,16 +421,27 @@ def outcome(
         predicted={t: float(p) for t, p in zip(names, attack.predicted, strict=True) if np.isfinite(p)},
         auc={detector: found.auc(detector) for detector in found.scores},
         suspects=len(found.suspects),
-        caught=int(attack.planted[found.suspects].sum()),
-        recovered={} if mended is None else each(lambda j: share(mended, j)),
-        by_random={} if mended is None else each(lambda j: share(mended, j, "random")),
-        possible={} if mended is None else each(lambda j: share(mended, j, "planted")),
+        removed=len(removed), caught=int(attack.planted[removed].sum()), spared=spared,
+        recovered=each(lambda j: share(attack, repaired, j)),
+        by_random=each(lambda j: share(attack, at_random, j)),
+        possible=each(lambda j: share(attack, best, j)),
         curves=curves,
     )  # fmt: skip
 
 
-def share(mended: Repair, j: int, arm: str = "repaired") -> float:
-    """Recovered of the damage, ratio of means over victims."""
-    outputs = mended.verified.actual if arm == "repaired" else mended.verified.control[arm]
-    lost = (mended.attacked[:, j] - mended.clean[:, j]).mean()
-    return float((mended.attacked[:, j] - outputs[:, j]).mean() / lost) if lost else float("nan")
+def without_changed(bench: Bench, attack: Attack) -> NDArray[np.float64] | None:
+    """Outputs [s, t] of victims without exactly the changed rows; None where these are a whole class."""
+    kept = attack.weights * attack.versions.clean
+    try:
+        return bench.victim(attack.versions.problem, kept[None], bench.seeds).per_seed[0]
+    except ClassGone:
+        return None
+
+
+def share(attack: Attack, outputs: NDArray[np.float64] | None, j: int) -> float:
+    """Recovered of the damage, ratio of means over victims; nan without outputs [s, t], or damage."""
+    attacked = attack.outputs()[:, j]
+    lost = (attacked - attack.outputs("no attack")[:, j]).mean()
+    if outputs is None or not lost:
+        return float("nan")
+    return float((attacked - outputs[:, j]).mean() / lost)

@@ -16,6 +16,7 @@ from sklearn.datasets import load_breast_cancer
 from applied.pictures import digits
 from applied.recipe import paired_interval
 from recipes import poisoning
+from recipes.classification import embedded
 from recipes.poison import run
 from recipes.poison_report import print_table, rows_of, write_report
 from recipes.poisoning import ATTACKS, Emptied, Outcome, parted
@@ -61,7 +62,7 @@ def check_files(folder, said):
             star = "*" if value == max(row["auc"].values()) else ""
             assert f"{value:.4f}{star}" in line
             assert f"{value:.4f}{star}" in page
-        assert f"{mine.suspects.mean():.0f} / {mine.caught.mean():.0f}" in line
+        assert f"{mine.removed.mean():.0f} / {mine.caught.mean():.0f}" in line
         assert_recovered(row["recovered"]["mean"], kept, page)
         assert row["random"] == pytest.approx(mine["random.target loss"].mean())
     clean = table["clean.held-out loss"].mean()
@@ -111,7 +112,7 @@ def outcome_of(split, damage, recovered):
     held = "held-out loss"
     return Outcome(
         split=split, budget=0.1, attack="random", rows=3, clean={held: 0.5}, changed={held: damage}, random={},
-        predicted={}, auc={}, suspects=1, caught=1, recovered={held: recovered}, by_random={}, possible={}, curves={},
+        predicted={}, auc={}, suspects=1, removed=1, caught=1, spared=[], recovered={held: recovered}, by_random={}, possible={}, curves={},
     )  # fmt: skip
 
 
@@ -200,6 +201,69 @@ def test_no_folder_is_made_for_data_that_are_not_there(tmp_path, data):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data", "OWN", "--label", "diagnosis"], r"expected columns \['diagnosis'\]"),
+        (
+            ["--data", "OWN", "--label", "outcome", "--budgets", "0.001"],
+            "a budget of 1 to 120 rows",
+        ),
+    ],
+)
+def test_input_is_looked_at_before_a_bar_begins_and_a_folder_is_made(
+    tmp_path, capsys, flags, words
+):
+    written(tmp_path)
+    given = [str(tmp_path / "mine.csv") if flag == "OWN" else flag for flag in flags]
+    with pytest.raises(SystemExit, match=words):
+        run([*QUICK, *given, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    assert "splits x budgets" not in capsys.readouterr().err
+
+
+def test_held_out_rows_that_are_trained_on_stand_in_the_report(tmp_path):
+    own = [*written(tmp_path, 60), "--test", str(tmp_path / "mine.csv")]
+    quick = ["--splits", "1", "--jobs", "1", "--budgets", "0.1", "--rounds", "1"]
+    run([*own, *quick, "--out", str(tmp_path / "out")])
+    facts = read(tmp_path / "out")["facts"]
+    assert facts["held-out rows that are also training rows"] == "60 of 60"
+    assert facts["features"].startswith("2 columns (radius, texture)")
+    assert "held-out rows that are also training rows" in (tmp_path / "out/report.html").read_text()
+
+
+def test_suspects_that_are_a_whole_class_are_not_removed_and_it_is_said(
+    tmp_path, capsys, monkeypatch
+):
+    """Every row of the small class is disputed: nothing is removed; what the best removal does is known all the same."""
+    found = poisoning.detect
+
+    def whole(x, y, **given):
+        told = found(x, y, **given)
+        small = y == np.bincount(y).argmin()
+        return replace(told, scores={**told.scores, "combined": np.where(small, 1.0, -1.0)})
+
+    monkeypatch.setattr(poisoning, "detect", whole)
+    quick = ["--splits", "1", "--jobs", "1", "--budgets", "0.1", "--rounds", "1"]
+    run([*written(tmp_path), *quick, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    table = pq.read_table(tmp_path / "out" / "outcomes.parquet").to_pandas()
+    assert (table.suspects > 0).all()
+    assert table.removed.tolist() == table.caught.tolist() == [0] * len(ATTACKS)
+    assert table["recovered.held-out loss"].isna().all()
+    assert table["by_random.held-out loss"].isna().all()
+    assert np.isfinite(table["possible.held-out loss"]).all()
+    for row, (_, kept) in zip(read(tmp_path / "out")["rows"], table.iterrows(), strict=True):
+        line = next(x for x in said.splitlines() if f"10 %  {row['attack']} " in x)
+        assert re.search(r" 0 / 0 +- +\S+$", line)
+        if row["possible"]["mean"] is not None:
+            assert line.endswith(f"{kept['possible.held-out loss']:.2f}")
+        told = f"{row['attack']} at 10 % in split 0 ({kept['suspects']} suspects, class '{kept['spared'][0]}')"
+        assert told in said
+    assert "Nothing was removed where that" in said
+    assert "Nothing was removed where that" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_help_imports_neither_torch_nor_numpy():
     code = (
         "import sys, recipes.poison as r\n"
@@ -221,7 +285,7 @@ def made_up(split=0, attack="one shot", auc=(0.7, 0.8), **other):
         "clean": dict(zip(names, (0.5, 0.4, 0.9), strict=True)),
         "changed": dict(zip(names, (0.2 + 0.1 * split, 0.1, -0.02), strict=True)),
         "random": dict.fromkeys(names, 0.01), "predicted": {"target loss": 0.125},
-        "auc": dict(zip(("combined", "loss"), auc, strict=True)), "suspects": 8, "caught": 4,
+        "auc": dict(zip(("combined", "loss"), auc, strict=True)), "suspects": 8, "removed": 8, "caught": 4, "spared": [],
         "recovered": dict.fromkeys(names, 0.75), "by_random": dict.fromkeys(names, -0.5), "possible": dict.fromkeys(names, 0.9), "curves": curves,
     }  # fmt: skip
     return Outcome(**{**given, **other})
@@ -253,6 +317,7 @@ def test_nobody_suspected_and_nothing_predicted(tmp_path, capsys):
     none = {
         "predicted": {},
         "suspects": 0,
+        "removed": 0,
         "caught": 0,
         "recovered": {},
         "by_random": {},
@@ -260,7 +325,7 @@ def test_nobody_suspected_and_nothing_predicted(tmp_path, capsys):
     }
     outcomes = [made_up(k, **none) for k in range(2)]
     print_table(outcomes)
-    write_report(replace(Flags(), out=tmp_path), outcomes)
+    write_report(replace(Flags(), out=tmp_path), embedded("digits", 0.0, 0, 0), outcomes)
     said = capsys.readouterr().out
     assert "nothing was predicted" in said
     line = next(x for x in said.splitlines() if "one shot" in x)
@@ -314,7 +379,7 @@ def test_an_attack_is_left_out_where_it_took_a_class_in_any_split(tmp_path, caps
     assert len(outcomes) == 6
     assert [(x.budget, x.attack) for x in outcomes].count((0.1, "one shot")) == 0
     print_table(outcomes, lost)
-    write_report(replace(Flags(), out=tmp_path), outcomes, lost)
+    write_report(replace(Flags(), out=tmp_path), embedded("digits", 0.0, 0, 0), outcomes, lost)
     assert "one shot at 10 % in split 1 ('rare')" in capsys.readouterr().out
     assert (tmp_path / "report.html").read_text().count("<img") == 3 + 1 + 1
     with pytest.raises(ValueError, match=r"leaves rows of every class, got none.*\['rare'\]"):

@@ -396,18 +396,36 @@ def refuse_random_layers(model: nn.Module) -> None:
 
 def refuse_dropout(model: nn.Module, cure: str) -> None:
     """Raise where dropout is active in a module, by its layers or by a rate that it keeps."""
+    for name, module, rate in dropouts(model):
+        if module.training:
+            raise ValueError(
+                f"expected a deterministic model, got active dropout in {name!r} (p={rate}); {cure}"
+            )
+
+
+def refuse_idle_masks(model: nn.Module) -> None:
+    """Raise where masks would be drawn for nothing: all dropout, or the whole model, is in eval mode."""
+    found = [(name, module.training) for name, module, _ in dropouts(model)]
+    # dropout by a function of torch's has no module, and follows the mode of the model
+    modes = [training for _, training in found] or [m.training for m in model.modules()]
+    if not any(modes):
+        what = f"{found[0][0]!r}, the first of its dropout," if found else "all of it"
+        raise ValueError(
+            f"expected a model that trains with dropout beside masks, got one with {what} in eval mode; call "
+            "model.train(), or leave masks out"
+        )
+
+
+def dropouts(model: nn.Module) -> Iterator[tuple[str, nn.Module, float]]:
+    """(name, module, rate above 0) of dropout, active or not."""
     for name, module in model.named_modules():
-        if not module.training:
-            continue
         # attention and recurrent layers keep theirs as a number
         rates = [getattr(module, at, 0) for at in ("dropout", "attention_dropout")]
         if isinstance(module, nn.modules.dropout._DropoutNd):
             rates.append(module.p)
-        active = [rate for rate in rates if isinstance(rate, (int, float)) and rate > 0]
-        if active:
-            raise ValueError(
-                f"expected a deterministic model, got active dropout in {name!r} (p={active[0]}); {cure}"
-            )
+        above = [rate for rate in rates if isinstance(rate, (int, float)) and rate > 0]
+        if above:
+            yield name, module, above[0]
 
 
 def batch_norms(model: nn.Module) -> Iterator[tuple[str, Any]]:

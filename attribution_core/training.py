@@ -42,6 +42,7 @@ from attribution_core.problem import (
     batch_norms,
     refuse_dropout,
     refuse_embeddings,
+    refuse_idle_masks,
 )
 from attribution_core.processes import failing_together, from_first, wait, world
 from attribution_core.replay import MEMORY, States, first_pass, states_held
@@ -262,7 +263,7 @@ def train(
 
     Raises:
         ValueError: weights that are not [n], finite and non-negative; no rows left to train on; an
-            exposure outside (0, 1]; dropout without `masks`, or a forward pass that draws random numbers
+            exposure outside (0, 1]; dropout without `masks`, or `masks` where all dropout is in eval mode; a forward pass that draws random numbers
             or changes buffers in another way than batch norm; batch norm or dropout where a batch is
             cut into parts; weights that swapping parameters does not reach (activation checkpointing, a
             loss of another model); more checkpoints than steps; a step since which there are none; a loss that is not finite (names step and rows).
@@ -346,6 +347,8 @@ def check_steps(steps: Steps) -> None:
         refuse_dropout(
             model, "say which masks by Recipe(masks=seed), or call model.eval() or set p=0"
         )
+    else:
+        refuse_idle_masks(model)
     mixed = [name for name, _ in batch_norms(model)]
     if (mixed or steps.masks is not None) and (steps.accumulate > 1 or steps.shards > 1):
         what = f"batch norm on statistics of the batch ({mixed[0]!r})" if mixed else "dropout masks"

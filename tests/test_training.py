@@ -449,6 +449,28 @@ def test_dropout_must_say_which_masks():
         train(with_layer(nn.Dropout(0.5)), Recipe(SGD(0.1), 2, 1))
 
 
+def test_masks_of_a_model_in_eval_mode_are_refused():
+    """They would be drawn for nothing; one layer in training mode is enough, and so is a function of torch's."""
+    problem = menagerie.mlp()
+    recipe = Recipe(SGD(0.1), batch_size=4, epochs=1, masks=0)
+
+    def trained(*layers, mode=True):
+        model = nn.Sequential(copy.deepcopy(problem.model), *layers).double().train(mode)
+        return model, lambda: train(replace(problem, model=model), recipe, states=0)
+
+    model, again = trained(nn.Dropout(0.5), nn.Dropout(0.2), mode=False)
+    with pytest.raises(
+        ValueError,
+        match=r"got one with '1', .* in eval mode; call model.train\(\), or leave masks out",
+    ):
+        again()
+    model[2].train()
+    again()
+    with pytest.raises(ValueError, match="got one with all of it in eval mode"):
+        trained(mode=False)[1]()
+    trained()[1]()
+
+
 def test_a_loss_of_nan_names_the_step_and_the_rows():
     x, y = menagerie.mlp().train.columns
     x[4, 0] = float("nan")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 KINDS = ("random", "cluster", "mislabelled")
 HELD = 500  # rows at most that validate
+LARGER = 1.5  # than asked for: a cluster that is cut to its middle
 FEWEST = 4  # models; a spread of fewer says nothing
 
 
@@ -116,7 +117,10 @@ def from_text(path: Path, n: int) -> NDArray[np.intp]:
 
 
 def cluster(x: NDArray[Any], y: NDArray[Any], size: int, seed: int = 0) -> NDArray[np.intp]:
-    """Rows of one class that lie together: the k-means cluster inside a class nearest to the size."""
+    """Rows of one class that lie together: the k-means cluster inside a class nearest to the size.
+
+    Where that is `LARGER` times as large or more, as in classes of many rows, those nearest to its middle.
+    """
     from sklearn.cluster import KMeans
 
     found: list[NDArray[np.intp]] = []
@@ -127,4 +131,8 @@ def cluster(x: NDArray[Any], y: NDArray[Any], size: int, seed: int = 0) -> NDArr
                 continue  # one of two classes whole: nothing would be left to tell apart
             labels = KMeans(k, n_init=3, random_state=seed).fit_predict(x[rows])
             found += [rows[labels == j] for j in range(k)]
-    return min(found, key=lambda rows: abs(len(rows) - size))
+    best = min(found, key=lambda rows: abs(len(rows) - size))
+    if len(best) < LARGER * size:
+        return best
+    far = np.linalg.norm(x[best] - x[best].mean(axis=0), axis=1)
+    return np.sort(best[np.argsort(far, kind="stable")[:size]])

@@ -148,6 +148,19 @@ def test_a_cluster_is_of_one_class_and_about_as_large_as_asked():
         assert abs(len(rows) - size) < 5
 
 
+def test_a_cluster_of_many_rows_is_cut_to_its_middle():
+    """Fifths of classes of 500 rows are larger than asked for: the 25 rows nearest to the middle of one stay."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2], 500)
+    x = rng.normal(size=(1500, 2)) + 20 * y[:, None]
+    rows = cluster(x, y, 25)
+    assert len(rows) == 25
+    assert len(set(y[rows])) == 1
+    assert (np.diff(rows) > 0).all()
+    # of a fifth of a normal cloud, some 100 rows, those within half of its reach
+    assert np.ptp(x[rows], axis=0).max() < 1.5 < np.ptp(x[y == 0], axis=0).min() / 3
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

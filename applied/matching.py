@@ -154,6 +154,11 @@ class Goal:
                     f"{'' if torch.isfinite(part).all() else ' with NaN or infinity'}"
                 )
 
+    def share_missed(self, before: nn.Module, after: nn.Module, change: Any) -> float:
+        """Of the squared change of logits that was wanted; 0 is all of it reached, 1 none or as far beside it."""
+        wanted = self._missed(before, before, change)
+        return self._missed(before, after, change) / wanted if wanted else 0.0
+
     def _missed(self, before: nn.Module, after: nn.Module, change: Any) -> float:
         """Mean squared distance of logits from those wanted, both sets alike."""
         was, now = self.logits(before), self.logits(after)

@@ -211,6 +211,7 @@ def unlearn(
         models, how, matching = goal.matched(several, to, left, seed, progress)
         spent += matching
         meta["matching"] = how
+        meta["missed"] = goal.share_missed(several[0].model, models[0], to)
         if how is None and change is None:
             warnings.warn(LEFT_ALONE, UnlearningWarning, stacklevel=2)
     meta = {"method": method, "budget": budget, **meta}

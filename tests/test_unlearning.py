@@ -246,6 +246,7 @@ def test_a_change_that_is_all_noise_leaves_models_alone(trained, monkeypatch):
     with pytest.warns(unlearning.UnlearningWarning, match="have forgotten nothing"):
         found = unlearning.unlearn(runs[:2], rows, outputs, budget=0.5)
     assert moved(runs[0].model, found.models[0]).abs().max() < 1e-12
+    assert found.meta["missed"] in (0.0, 1.0)  # nothing was wanted, or all of it is missed
 
 
 def test_one_run_is_enough(trained):
@@ -258,6 +259,7 @@ def test_one_run_is_enough(trained):
     )
     assert change < -2
     assert found.model is found.models[0]
+    assert 0 < found.meta["missed"] < 1  # of the squared change of logits
 
 
 def test_outputs_alone_cost_no_models(trained):

@@ -1,7 +1,7 @@
 """What an object does, for its fingerprint: the code of one's own classes, its settings, the globals a function reads.
 
-Nothing is called. Whole numbers and containers may be counters and caches, which change as an object is used: they
-are settings where no code beside them changes them.
+Nothing is called. Numbers may be counters and containers caches, which change as an object is used: an attribute that
+a method sets again is no setting, nor is a container that is named in code which changes containers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import inspect
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,13 @@ def own_classes(cls: type) -> list[type]:
 
 def of_class(cls: type) -> dict[str, Any]:
     """A class's functions, and the plain attributes that its functions do not set or change, by name."""
-    made, changed = _set_by([cls])
+    use = _Use.of([cls])
     found = {}
     for name, value in sorted(vars(cls).items()):
         functions = _functions(value)
         if functions:
             found[name] = functions
-        elif not name.startswith("__") and name not in made | changed and is_plain(value):
+        elif not name.startswith("__") and name not in use.made and use.keeps(name, value):
             found[name] = value
     return found
 
@@ -76,15 +77,15 @@ def settings(part: Any) -> dict[str, Any]:
     except (TypeError, ValueError):
         given = set()
     classes = own_classes(type(part))
-    made, changed = _set_by(classes)
+    use = _Use.of(classes)
 
     def tells(name: str, value: Any) -> bool:
         named = name.removeprefix("_") in given
         private = name.startswith("_")
         if (named and is_plain(value)) or (not private and isinstance(value, SETTINGS)):
             return True
-        seen = bool(classes) and (name in made or not private)
-        return seen and name not in changed and is_plain(value)
+        seen = bool(classes) and (name in use.made or not private)
+        return seen and use.keeps(name, value)
 
     held = {name: value for name, value in vars(part).items() if name not in KEPT_BY_TORCH}
     return {name: held[name] for name in sorted(held) if tells(name, held[name])}
@@ -97,10 +98,11 @@ def read_globals(function: Any) -> dict[str, Any]:
     """
     scope, module = function.__globals__, function.__module__
     own = is_own(module)
-    read, written, changed = set(), set(), _changes(function.__code__)[1]
+    read, written = set(), set()
     found: dict[str, Any] = {}
     for code in _codes(function.__code__):
-        for step, after in pairwise(_steps(code)):
+        steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+        for step, after in pairwise(steps):
             if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                 written.add(step.argval)
             elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -110,12 +112,13 @@ def read_globals(function: Any) -> dict[str, Any]:
                     found[f"{step.argval}.{after.argval}"] = vars(at).get(after.argval)
     found |= {name: scope[name] for name in read - written if name in scope}
     plain = (*SCALAR, np.ndarray, torch.Tensor, torch.dtype)
+    still = own and not _changes(function.__code__)[1]
     return {
         name: value
         for name, value in sorted(found.items())
         if isinstance(value, plain)
         or (isinstance(value, types.FunctionType) and value.__module__ == module)
-        or (own and name not in changed and is_plain(value))
+        or (still and is_plain(value))
     }
 
 
@@ -137,25 +140,51 @@ def is_data(value: Any) -> bool:
     return hasattr(type(value), "__len__") and hasattr(type(value), "__getitem__")
 
 
-def _set_by(classes: Iterable[type]) -> tuple[set[str], set[str]]:
-    """Attributes that constructors set, with the methods they name; and those that other methods set or change."""
-    functions = [
-        (name, function.__code__)
-        for cls in classes
-        for name, value in vars(cls).items()
-        for function in _functions(value)
-    ]
-    named = {other for name, code in functions if name in BUILT_BY for other in code.co_names}
-    building = (named | BUILT_BY) - {"forward", "__call__"}
-    made: set[str] = set()
-    changed: set[str] = set()
-    for name, code in functions:
-        stored, inside = _changes(code)
-        if name in building:
-            made |= stored
-        else:
-            changed |= stored | inside
-    return made, changed
+@dataclass(frozen=True)
+class _Use:
+    """What the functions of classes do with attributes.
+
+    Args:
+        made: those that constructors set, with the methods they name.
+        set_again: those that other methods set.
+        in_changing: those named in other methods that change containers.
+    """
+
+    made: frozenset[str]
+    set_again: frozenset[str]
+    in_changing: frozenset[str]
+
+    @classmethod
+    def of(cls, classes: Iterable[type]) -> _Use:
+        """As their code has it."""
+        functions = [
+            (name, function.__code__)
+            for one in classes
+            for name, value in vars(one).items()
+            for function in _functions(value)
+        ]
+        named = {other for name, code in functions if name in BUILT_BY for other in code.co_names}
+        building = (named | BUILT_BY) - {"forward", "__call__"}
+        made: set[str] = set()
+        again: set[str] = set()
+        changing: set[str] = set()
+        for name, code in functions:
+            stored, changes = _changes(code)
+            if name in building:
+                made |= stored
+            else:
+                again |= stored
+                changing |= {name for one in _codes(code) for name in one.co_names if changes}
+        return cls(frozenset(made), frozenset(again), frozenset(changing))
+
+    def keeps(self, name: str, value: Any) -> bool:
+        """Whether a plain attribute stays as it is while an object is used."""
+        simple = isinstance(value, (*SCALAR, *SETTINGS))
+        return (
+            name not in self.set_again
+            and is_plain(value)
+            and (simple or name not in self.in_changing)
+        )
 
 
 def _functions(value: Any) -> list[types.FunctionType]:
@@ -172,9 +201,6 @@ def _functions(value: Any) -> list[types.FunctionType]:
     return [function for one in inner for function in _functions(one)]
 
 
-# --- bytecode ----------------------------------------------------------------------------------
-
-
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     """A function's code and that of the functions inside it."""
     yield code
@@ -183,42 +209,15 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(inner)
 
 
-def _steps(code: types.CodeType) -> list[dis.Instruction]:
-    return [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
-
-
 @functools.lru_cache(2**12)  # a model has many modules of a class
-def _changes(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of attributes that code sets, and of globals and attributes that it changes inside.
-
-    x.n = 1 sets n and changes x; so do x.n += 1, x[k] = 1, x[k] += 1 and x.append(1) change x.
-    """
+def _changes(code: types.CodeType) -> tuple[frozenset[str], bool]:
+    """Names of attributes that code sets, and whether it changes a container: by an item, or by a method's name."""
     stored: set[str] = set()
-    inside: set[str] = set()
+    changes = False
     for one in _codes(code):
-        steps = _steps(one)
-        for k, step in enumerate(steps):
+        for step in dis.get_instructions(one):
             if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
                 stored.add(step.argval)
-            at = _changed_by(steps, k)
-            while at >= 0 and steps[at].opname in ("LOAD_ATTR", "LOAD_GLOBAL", "LOAD_NAME"):
-                inside.add(steps[at].argval)
-                at = at - 1 if steps[at].opname == "LOAD_ATTR" else -1
-    return frozenset(stored), frozenset(inside)
-
-
-def _changed_by(steps: list[dis.Instruction], k: int) -> int:
-    """The step that loads what step k changes; −1 where it changes nothing."""
-    name, arg = steps[k].opname, steps[k].arg
-    if name in ("STORE_ATTR", "DELETE_ATTR", "DUP_TOP") or (name == "COPY" and arg == 1):
-        return k - 1
-    if name in ("LOAD_METHOD", "LOAD_ATTR") and steps[k].argval in CHANGING:
-        return k - 1
-    twice = name == "DUP_TOP_TWO" or (name == "COPY" and arg == 2)  # x[k] += 1 keeps x and k
-    between = {"STORE_SUBSCR": 1, "DELETE_SUBSCR": 1, "STORE_SLICE": 2}.get(name, int(twice))
-    if not between:
-        return -1
-    while between > 0 and k > 0:  # over the key, however it is computed
-        k -= 1
-        between -= dis.stack_effect(steps[k].opcode, steps[k].arg)
-    return k - 1
+            changes |= step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE")
+        changes |= not CHANGING.isdisjoint(one.co_names)
+    return frozenset(stored), changes

@@ -393,7 +393,7 @@ config = SimpleNamespace(power=2)
 SEEN, CACHE = [], {}
 
 def squashed(x):
-    return torch.tanh(x)
+    return torch.tanh(x) * SCALES["first"] ** config.power + options.width
 
 class Options:
     depth = 4
@@ -434,8 +434,8 @@ class Net(Base):
         self.rows["n"] += 1
         SEEN.append(len(x))
         CACHE[len(SEEN)] = x
-        y = squashed(self.layer(x)) * SCALES["first"] ** config.power
-        return y + self.inner(x) + self.times + self.table(2) + options.width
+        y = squashed(self.layer(x))
+        return y + self.inner(x) + self.times + self.table(2)
 
 class Loss:
     def __init__(self, k):

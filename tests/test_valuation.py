@@ -367,7 +367,9 @@ def test_banzhaf_values_stand_where_subsets_of_half_the_players_put_them(keep):
     # standard errors of .03; sets of 3 and of 8 players count too, between which f bends: 5 % less
     assert np.mean(drawn) == pytest.approx(true, rel=0.05 + 3 * 0.03)
     with pytest.warns(ValuationWarning, match=r"both sides of half of the players.*\[0.4, 0.6\]"):
-        values(table(random_subsets(12, 50, keep=0.5), lambda inside: inside @ worth), kind="banzhaf")
+        values(
+            table(random_subsets(12, 50, keep=0.5), lambda inside: inside @ worth), kind="banzhaf"
+        )
 
 
 def test_a_thousand_and_more_players():

@@ -28,7 +28,7 @@ from attribution_core.data import named
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.groups import group_table
 from attribution_core.retraining import RetrainingTable
-from attribution_core.semivalues import Kind, beyond, levelling, semivalues, telling
+from attribution_core.semivalues import Kind, around, beyond, levelling, semivalues, telling
 from attribution_core.subsets import all_subsets, leave_out_subsets, permutation_subsets
 
 __all__ = [
@@ -253,7 +253,7 @@ def _untold(size: NDArray[Any], kind: Kind, beta: tuple[float, float], n: int) -
         if kind == "banzhaf":
             lacks, add = (
                 "subsets on both sides of half of the players",
-                "random_subsets(keep=[0.4, 0.6])",
+                f"random_subsets(keep={around(n)})",
             )
         words.append(
             f"the table has no {lacks}: values are known up to a common constant; add {add}, or only compare players"

@@ -1,19 +1,20 @@
 """What an object does, for its fingerprint: the code of one's own classes, its settings, the globals a function reads.
 
-Nothing is called. Numbers may be counters and containers caches, which change as an object is used: an attribute that
-a method sets again is no setting, nor is a container that is named in code which changes containers.
+Nothing is called. Counters, caches and stamps of time change from one run to the next and are no settings: only what
+constructors were given, numbers that no method sets again, and dicts of plain values that nothing changes are.
 """
 
 from __future__ import annotations
 
 import argparse
 import dis
+import enum
 import functools
 import inspect
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,26 +23,22 @@ import numpy as np
 import torch
 from torch import nn
 
-KEPT_BY_TORCH = frozenset(
-    vars(nn.Module())
-)  # _parameters ..., which are read by themselves; training
+KEPT_BY_TORCH = frozenset(vars(nn.Module()))  # _parameters ..., read by themselves; training
 BARE = (types.SimpleNamespace, argparse.Namespace)  # nothing but their attributes
-SCALAR = (bool, int, float, str, bytes, type(None))
+SCALAR = (bool, int, float, str, bytes, type(None), enum.Enum)
 SETTINGS = (
-    float, str, np.ndarray, torch.Tensor, torch.dtype, functools.partial, types.FunctionType,
+    float, str, enum.Enum, np.ndarray, torch.Tensor, torch.dtype, functools.partial, types.FunctionType,
     types.MethodType, types.BuiltinFunctionType, functools._lru_cache_wrapper, nn.Module,
 )  # fmt: skip
-CHANGING = {  # methods of containers
-    "add", "append", "appendleft", "clear", "difference_update", "discard", "extend", "insert",
-    "intersection_update", "pop", "popitem", "popleft", "remove", "reverse", "setdefault", "sort",
-    "symmetric_difference_update", "update",
-}  # fmt: skip
 BUILT_BY = {"__init__", "__post_init__", "__new__", "__setstate__"}
+CHANGING = {"clear", "pop", "popitem", "setdefault", "update"}  # methods of dicts
 
 
 def is_own(module: str | None) -> bool:
     """Whether a module is the user's: neither Python's, nor of an installed package, nor of this one."""
     top = (module or "builtins").partition(".")[0]
+    if top == "__main__":
+        return True
     path = getattr(sys.modules.get(module or ""), "__file__", None) or ""
     known = top in sys.stdlib_module_names or top == __name__.partition(".")[0]
     return not known and not {"site-packages", "dist-packages"} & {*Path(path).parts}
@@ -53,39 +50,36 @@ def own_classes(cls: type) -> list[type]:
 
 
 def of_class(cls: type) -> dict[str, Any]:
-    """A class's functions, and the plain attributes that its functions do not set or change, by name."""
-    use = _Use.of([cls])
-    found = {}
-    for name, value in sorted(vars(cls).items()):
-        functions = _functions(value)
-        if functions:
-            found[name] = functions
-        elif not name.startswith("__") and name not in use.made and use.keeps(name, value):
-            found[name] = value
-    return found
+    """A class's functions, and the numbers and texts that they do not set, by name."""
+    held = {name: _functions(value) or value for name, value in sorted(vars(cls).items())}
+    again = _set_again([cls])
+    return {
+        name: value
+        for name, value in held.items()
+        if isinstance(value, list)
+        or (isinstance(value, SCALAR) and not name.startswith("__") and name not in again)
+    }
 
 
 def settings(part: Any) -> dict[str, Any]:
     """The attributes of an object that say what it does, by name.
 
     What a constructor was given under the same name (or _name), and public numbers with a fraction, texts, arrays and
-    functions; of one's own classes also what is plain else, private where their constructors set it, unless their
-    methods change it.
+    functions; of one's own classes also whole numbers and arrays that no method but the constructor sets.
     """
     try:
         given = set(inspect.signature(type(part).__init__).parameters)
     except (TypeError, ValueError):
         given = set()
     classes = own_classes(type(part))
-    use = _Use.of(classes)
+    again = _set_again(classes)
 
     def tells(name: str, value: Any) -> bool:
-        named = name.removeprefix("_") in given
-        private = name.startswith("_")
-        if (named and is_plain(value)) or (not private and isinstance(value, SETTINGS)):
+        if name.removeprefix("_") in given and is_plain(value):
             return True
-        seen = bool(classes) and (name in use.made or not private)
-        return seen and use.keeps(name, value)
+        if classes and isinstance(value, (int, np.ndarray, torch.Tensor)) and name not in again:
+            return True
+        return not name.startswith("_") and isinstance(value, SETTINGS)
 
     held = {name: value for name, value in vars(part).items() if name not in KEPT_BY_TORCH}
     return {name: held[name] for name in sorted(held) if tells(name, held[name])}
@@ -94,14 +88,19 @@ def settings(part: Any) -> dict[str, Any]:
 def read_globals(function: Any) -> dict[str, Any]:
     """Global numbers, texts and arrays that a function reads and does not set, and functions of its own module.
 
-    Of one's own functions also what is plain else and not changed in them, and what they take from one's own modules.
+    Of one's own functions also configurations (dataclasses, namespaces, dicts of plain values that the function does
+    not change), classes, those of other objects, and what they take from one's own modules.
     """
     scope, module = function.__globals__, function.__module__
     own = is_own(module)
-    read, written = set(), set()
+    read: set[str] = set()
+    written: set[str] = set()
     found: dict[str, Any] = {}
+    changes = False
     for code in _codes(function.__code__):
         steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+        changes |= not CHANGING.isdisjoint(code.co_names)
+        changes |= any(step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") for step in steps)
         for step, after in pairwise(steps):
             if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                 written.add(step.argval)
@@ -112,79 +111,56 @@ def read_globals(function: Any) -> dict[str, Any]:
                     found[f"{step.argval}.{after.argval}"] = vars(at).get(after.argval)
     found |= {name: scope[name] for name in read - written if name in scope}
     plain = (*SCALAR, np.ndarray, torch.Tensor, torch.dtype)
-    still = own and not _changes(function.__code__)[1]
-    return {
-        name: value
-        for name, value in sorted(found.items())
-        if isinstance(value, plain)
-        or (isinstance(value, types.FunctionType) and value.__module__ == module)
-        or (still and is_plain(value))
-    }
+    told = {}
+    for name, value in sorted(found.items()):
+        beside = isinstance(value, types.FunctionType) and value.__module__ == module
+        if isinstance(value, plain) or beside or (own and _configures(value, changes)):
+            told[name] = value
+        elif own and is_own(type(value).__module__):
+            told[name] = type(value)
+    return told
 
 
 def is_plain(value: Any) -> bool:
-    """Numbers, texts, functions, arrays, classes, objects of one's own classes, and containers of such."""
+    """Numbers, texts, functions, arrays and classes, and containers of such."""
     if isinstance(value, Mapping):
         return all(is_plain(item) for item in value.values())
     if isinstance(value, (list, tuple)):
         return all(is_plain(item) for item in value)
     if isinstance(value, (set, frozenset)):
         return all(isinstance(item, SCALAR) for item in value)
-    if isinstance(value, (*SCALAR, *SETTINGS, *BARE, type)):
-        return True
-    return is_own(type(value).__module__) and not is_data(value)
+    configures = is_dataclass(value) and is_own(type(value).__module__)
+    return configures or isinstance(value, (*SCALAR, *SETTINGS, *BARE, type))
 
 
-def is_data(value: Any) -> bool:
-    """Whether rows are read from an object by their numbers."""
-    return hasattr(type(value), "__len__") and hasattr(type(value), "__getitem__")
-
-
-@dataclass(frozen=True)
-class _Use:
-    """What the functions of classes do with attributes.
-
-    Args:
-        made: those that constructors set, with the methods they name.
-        set_again: those that other methods set.
-        in_changing: those named in other methods that change containers.
-    """
-
-    made: frozenset[str]
-    set_again: frozenset[str]
-    in_changing: frozenset[str]
-
-    @classmethod
-    def of(cls, classes: Iterable[type]) -> _Use:
-        """As their code has it."""
-        functions = [
-            (name, function.__code__)
-            for one in classes
-            for name, value in vars(one).items()
-            for function in _functions(value)
-        ]
-        named = {other for name, code in functions if name in BUILT_BY for other in code.co_names}
-        building = (named | BUILT_BY) - {"forward", "__call__"}
-        made: set[str] = set()
-        again: set[str] = set()
-        changing: set[str] = set()
-        for name, code in functions:
-            stored, changes = _changes(code)
-            if name in building:
-                made |= stored
-            else:
-                again |= stored
-                changing |= {name for one in _codes(code) for name in one.co_names if changes}
-        return cls(frozenset(made), frozenset(again), frozenset(changing))
-
-    def keeps(self, name: str, value: Any) -> bool:
-        """Whether a plain attribute stays as it is while an object is used."""
-        simple = isinstance(value, (*SCALAR, *SETTINGS))
-        return (
-            name not in self.set_again
-            and is_plain(value)
-            and (simple or name not in self.in_changing)
+def _configures(value: Any, changes: bool) -> bool:
+    """Whether a global is a class or a function of one's own, or holds settings."""
+    if isinstance(value, (type, types.FunctionType)):
+        return is_own(value.__module__)
+    if isinstance(value, BARE):
+        value = vars(value)
+    if type(value) is dict:
+        simple = all(
+            isinstance(x, SCALAR)
+            or (isinstance(x, (list, tuple)) and all(isinstance(y, SCALAR) for y in x))
+            for x in value.values()
         )
+        return not changes and simple and all(isinstance(key, str) for key in value)
+    return is_dataclass(value) and is_own(type(value).__module__)
+
+
+def _set_again(classes: list[type]) -> set[str]:
+    """Attributes that functions of classes set, but for their constructors."""
+    return {
+        step.argval
+        for cls in classes
+        for name, value in vars(cls).items()
+        for function in _functions(value)
+        for code in _codes(function.__code__)
+        if name not in BUILT_BY or code is not function.__code__
+        for step in dis.get_instructions(code)
+        if step.opname in ("STORE_ATTR", "DELETE_ATTR")
+    }
 
 
 def _functions(value: Any) -> list[types.FunctionType]:
@@ -207,17 +183,3 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             yield from _codes(inner)
-
-
-@functools.lru_cache(2**12)  # a model has many modules of a class
-def _changes(code: types.CodeType) -> tuple[frozenset[str], bool]:
-    """Names of attributes that code sets, and whether it changes a container: by an item, or by a method's name."""
-    stored: set[str] = set()
-    changes = False
-    for one in _codes(code):
-        for step in dis.get_instructions(one):
-            if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
-                stored.add(step.argval)
-            changes |= step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE")
-        changes |= not CHANGING.isdisjoint(one.co_names)
-    return frozenset(stored), changes

@@ -75,7 +75,8 @@ def lds(datamodel: Predictor, table: RetrainingTable) -> LDS:
     """Compare a datamodel's predictions with a table of retrained outputs, in the table's order of targets.
 
     Raises:
-        ValueError: other numbers of examples or targets; other names of targets, where both have some; fewer than 3 rows; outputs or predictions
+        ValueError: other numbers of examples or targets; other names of targets, where both have some; fewer than 3
+            rows; outputs or predictions
             that are not finite, or do not vary, so that no correlation is defined.
     """
     m, n = table.weights.shape

@@ -404,15 +404,12 @@ def refuse_dropout(model: nn.Module, cure: str) -> None:
 
 
 def refuse_idle_masks(model: nn.Module) -> None:
-    """Raise where masks would be drawn for nothing: all dropout, or the whole model, is in eval mode."""
-    found = [(name, module.training) for name, module, _ in dropouts(model)]
-    # dropout by a function of torch's has no module, and follows the mode of the model
-    modes = [training for _, training in found] or [m.training for m in model.modules()]
-    if not any(modes):
-        what = f"{found[0][0]!r}, the first of its dropout," if found else "all of it"
+    """Raise where masks would be drawn for nothing: a model with dropout, all of which is in eval mode."""
+    found = [name for name, _, _ in dropouts(model)]
+    if found and not any(module.training for module in model.modules()):
         raise ValueError(
-            f"expected a model that trains with dropout beside masks, got one with {what} in eval mode; call "
-            "model.train(), or leave masks out"
+            f"expected a model that trains with dropout beside masks, got one with {found[0]!r} and all else in eval "
+            "mode; call model.train(), or leave masks out"
         )
 
 

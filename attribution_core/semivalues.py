@@ -51,14 +51,17 @@ def semivalues(
 def levelling(size: NDArray[Any], kind: str, n: int) -> NDArray[np.bool_]:
     """[m], rows that tell how large values are on average: all that are told by how f rises from one size to the next.
 
-    Banzhaf values look at n/2 ± √n (two standard deviations) alone: where two sizes or more on both sides of the
-    middle are drawn there, f may rise as it likes elsewhere. None, where it must.
+    Banzhaf values look at n/2 ± √n (two standard deviations) alone: f may rise as it likes elsewhere. Where no two sizes
+    on both sides of the middle are drawn there, the two that are nearest to it tell. None, where there are none.
     """
     if kind != "banzhaf":
         return np.full(len(size), size.min() == 0 and size.max() == n)
     near = np.abs(size - n / 2) <= math.sqrt(n)
+    below, above = size[(size > 0) & (size <= (n - 1) / 2)], size[(size < n) & (size > (n - 1) / 2)]
+    if not len(below) or not len(above):
+        return np.zeros(len(size), dtype=bool)
     across = near.any() and size[near].min() <= (n - 1) / 2 < size[near].max()
-    return near if across else np.zeros(len(size), dtype=bool)
+    return near if across else np.isin(size, (below.max(), above.min()))
 
 
 def size_weights(kind: str, n: int, beta: tuple[float, float]) -> NDArray[np.float64]:
@@ -221,6 +224,12 @@ def telling(kind: str, beta: tuple[float, float], n: int) -> list[float]:
     up_to = np.cumsum(count) / count.sum()
     sizes = s[np.searchsorted(up_to, [0.05, 0.25, 0.5, 0.75, 0.95])]
     return sorted({float(f"{size / n:.2g}") for size in sizes})
+
+
+def around(n: int) -> list[float]:
+    """Keep fractions on both sides of half of n players, two standard deviations of Banzhaf's sizes apart."""
+    apart = max(1.0, math.sqrt(n) / 2) / n
+    return [float(f"{0.5 - apart:.2g}"), float(f"{0.5 + apart:.2g}")]
 
 
 def _counts(q: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:

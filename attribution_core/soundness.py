@@ -6,9 +6,9 @@ buffers that it changes, rows that see one another, is found by passing a few ro
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -23,11 +23,13 @@ from attribution_core.layers import owners
 from attribution_core.problem import (
     Outputs,
     Params,
+    PerExample,
     Problem,
     call,
     normal_like,
     refuse_random_layers,
     rounding,
+    trainable,
 )
 from attribution_core.swapping import refuse_hidden_parameters
 
@@ -62,9 +64,10 @@ def refuse_unsound(problem: Problem, rows: NDArray[np.intp] | None = None) -> No
         batch = take(problem.train, few, problem.device)
     except Exception:
         return  # whatever it is, the pass that is really needed says it
+    tried = _Rows(problem.model, problem.loss, batch)
     with nothing_else_changes(problem.model, "call model.eval()"):
-        together = _losses(problem, batch, problem.params)
-    alone = _mixed(problem, batch, together, APART)
+        together = tried.at(problem.params)
+    alone = tried.mixed(problem.params, together, APART)
     if alone is not None and together is not None:
         raise ValueError(
             f"expected a loss for each row that does not depend on the other rows of its batch, got "
@@ -78,30 +81,45 @@ def refuse_unsound(problem: Problem, rows: NDArray[np.intp] | None = None) -> No
 
 
 def refuse_mixed_outputs(model: nn.Module, outputs: Outputs) -> None:
-    """Raise where outputs are no functions of their own row, of which every batch size makes others; tried once.
+    """Raise where outputs change by much with the other rows of their batch, at the model as it stands; tried once.
 
     Raises:
-        ValueError: outputs that depend on the other rows of a batch.
+        ValueError: outputs of one of the first rows alone that are others than beside more rows.
     """
     if outputs in _OF_ROWS:
         return
-    if any(module.training for module in model.modules()):
-        model = copy.deepcopy(model).eval()
-    problem = Problem(model, outputs.function, outputs.data)
+    params = trainable(model)
+    device = next(iter(params.values())).device
     try:
-        batch = take(problem.train, np.arange(min(TRIED, problem.n)), problem.device)
+        batch = take(outputs.data, np.arange(min(TRIED, len(outputs.data))), device)
     except Exception:
         return  # whatever it is, the pass that is really needed says it
-    with torch.random.fork_rng([]):  # outputs that draw leave the caller's numbers alone
-        together = _losses(problem, batch, problem.params)
-        alone = _mixed(problem, batch, together, COMPARED)
-    if alone is not None and together is not None:
+    tried = _Rows(model, outputs.function, batch)
+    with torch.random.fork_rng([]), _in_eval_mode(model):
+        together, again = tried.at(params), tried.at(params)
+        if together is None or again is None or not torch.equal(together, again):
+            return  # they draw random numbers
+        alone = tried.mixed(params, together, COMPARED)
+    if alone is not None:
         raise ValueError(
             f"expected an output for each row that does not depend on the other rows of its batch, got "
             f"{together[: len(alone)].tolist()} beside {len(together) - 1} others and {alone.tolist()} alone; compare rows "
             "with constants, or with rows that the function holds itself"
         )
     _OF_ROWS.add(outputs)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module, as trained models are asked for outputs."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def stopped(problem: Problem) -> bool:
@@ -126,8 +144,9 @@ def stopped(problem: Problem) -> bool:
         total = call(problem.model, problem.loss, leaf, batch).sum()
         found = torch.autograd.grad(total, list(leaf.values()), materialize_grads=True)
         slopes = torch.cat([(g * x).flatten() for g, x in zip(found, v.values(), strict=True)])
+        tried = _Rows(problem.model, problem.loss, batch)
         ends = [
-            _losses(problem, batch, {name: value + h * v[name] for name, value in wide.items()})
+            tried.at({name: value + h * v[name] for name, value in wide.items()})
             for h in (STEP, -STEP)
         ]
     except Exception:
@@ -169,37 +188,44 @@ def nothing_else_changes(model: nn.Module, cure: str) -> Iterator[None]:
         )
 
 
-def _losses(problem: Problem, batch: Batch, params: Params) -> Tensor | None:
-    """The losses of a batch; None where there are none, for which the pass that is really needed says why."""
-    try:
-        with torch.no_grad():
-            found = call(problem.model, problem.loss, params, batch)
-    except Exception:
-        return None
-    return found if found.shape == (rows_in(batch),) else None
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """A few rows, and what is asked of each: losses, or outputs."""
 
+    model: nn.Module
+    function: PerExample
+    batch: Batch
 
-def _mixed(problem: Problem, batch: Batch, together: Tensor | None, apart: float) -> Tensor | None:
-    """The losses of the first rows alone, where they are others without those beside them, in float64, too."""
-    alone = _alone(problem, batch, problem.params)
-    if together is None or alone is None or not _apart(together, alone, problem.params, apart):
-        return None
-    # losses that are small beside what cancels in them differ by rounding
-    wide = {name: value.double() for name, value in problem.params.items()}
-    doubled = tree_map(lambda x: x.double() if x.is_floating_point() else x, batch)
-    again, again_alone = _losses(problem, doubled, wide), _alone(problem, doubled, wide)
-    told = again is not None and again_alone is not None
-    return None if told and not _apart(again, again_alone, wide, apart) else alone
+    def at(self, params: Params) -> Tensor | None:
+        """[b]; None where there are none, for which the pass that is really needed says why."""
+        try:
+            with torch.no_grad():
+                found = call(self.model, self.function, params, self.batch)
+        except Exception:
+            return None
+        return found if found.shape == (rows_in(self.batch),) else None
 
+    def alone(self, params: Params) -> Tensor | None:
+        """Of the first rows, each by itself."""
+        found = [
+            replace(self, batch=tree_map(lambda x, k=k: x[k : k + 1], self.batch)).at(params)
+            for k in range(min(ALONE, rows_in(self.batch)))
+        ]
+        told = [one for one in found if one is not None]
+        return torch.cat(told) if len(told) == len(found) else None
 
-def _alone(problem: Problem, batch: Batch, params: Params) -> Tensor | None:
-    """The losses of the first rows, each by itself."""
-    found = [
-        _losses(problem, tree_map(lambda x, k=k: x[k : k + 1], batch), params)
-        for k in range(min(ALONE, rows_in(batch)))
-    ]
-    told = [one for one in found if one is not None]
-    return torch.cat(told) if len(told) == len(found) else None
+    def mixed(self, params: Params, together: Tensor | None, apart: float) -> Tensor | None:
+        """Of the first rows alone, where that is another without those beside them, in float64, too."""
+        alone = self.alone(params)
+        if together is None or alone is None or not _apart(together, alone, params, apart):
+            return None
+        # what is small beside what cancels in it differs by rounding
+        wide = {name: value.double() for name, value in params.items()}
+        doubled = tree_map(lambda x: x.double() if x.is_floating_point() else x, self.batch)
+        exact = replace(self, batch=doubled)
+        again, again_alone = exact.at(wide), exact.alone(wide)
+        told = again is not None and again_alone is not None
+        return None if told and not _apart(again, again_alone, wide, apart) else alone
 
 
 def _apart(together: Any, alone: Any, params: Params, apart: float) -> bool:

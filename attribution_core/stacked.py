@@ -323,8 +323,14 @@ def _fixed(model: nn.Module) -> Params:
 
 
 def _made_of(model: nn.Module) -> str:
-    """A print of a model's layers and of what they hold beside parameters and buffers."""
-    return fingerprint([[type(module), settings(module)] for module in model.modules()])
+    """A print of a model's layers and of what they hold beside parameters, buffers and one another."""
+    own = {id(x) for x in (*model.parameters(), *model.buffers())}
+    parts = []
+    for module in model.modules():
+        beside = settings(module).items()
+        held = {k: v for k, v in beside if id(v) not in own and not isinstance(v, nn.Module)}
+        parts.append([type(module), held])
+    return fingerprint(parts)
 
 
 @contextmanager

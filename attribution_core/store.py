@@ -28,7 +28,6 @@ from torch import nn
 
 from attribution_core.behaviour import (
     BARE,
-    is_data,
     is_own,
     is_plain,
     of_class,
@@ -236,8 +235,9 @@ def fingerprint(*parts: Any) -> str:
     """sha256 of models, tensors, arrays, data, functions and settings: equal content, equal print.
 
     Classes and functions count by their code where they are the user's, installed ones by their names. Not seen are
-    other versions of installed packages, files read on the way, attributes set through strings, and whole numbers
-    and containers that methods change.
+    other versions of installed packages, files read on the way, and what may be a counter, a cache or a stamp of time:
+    private attributes and containers that no constructor's parameter names, whole numbers that methods set, objects
+    among globals other than dataclasses, namespaces and dicts of plain values.
     """
     digest = _Digest()
     for part in parts:
@@ -368,7 +368,7 @@ def _content(digest: Any, part: Any) -> None:
         _feed(digest, ["cached", part.__wrapped__])
     elif isinstance(part, BARE):
         _feed(digest, dict(sorted(vars(part).items())))
-    elif is_data(part):
+    elif hasattr(part, "__len__") and hasattr(part, "__getitem__"):
         for start in range(0, len(part), 1024):  # data of one's own, read as methods read them
             _feed(digest, part[list(range(start, min(start + 1024, len(part))))])
     else:

@@ -450,7 +450,7 @@ def test_dropout_must_say_which_masks():
 
 
 def test_masks_of_a_model_in_eval_mode_are_refused():
-    """They would be drawn for nothing; one layer in training mode is enough, and so is a function of torch's."""
+    """They would be drawn for nothing; one layer in training mode is enough."""
     problem = menagerie.mlp()
     recipe = Recipe(SGD(0.1), batch_size=4, epochs=1, masks=0)
 
@@ -461,13 +461,12 @@ def test_masks_of_a_model_in_eval_mode_are_refused():
     model, again = trained(nn.Dropout(0.5), nn.Dropout(0.2), mode=False)
     with pytest.raises(
         ValueError,
-        match=r"got one with '1', .* in eval mode; call model.train\(\), or leave masks out",
+        match=r"got one with '1' and all else in eval mode; call model.train\(\), or leave masks out",
     ):
         again()
     model[2].train()
     again()
-    with pytest.raises(ValueError, match="got one with all of it in eval mode"):
-        trained(mode=False)[1]()
+    trained(mode=False)[1]()  # without dropout masks are harmless
     trained()[1]()
 
 

@@ -1,6 +1,8 @@
 """attribution_core.store: resuming after a kill, refusing what is foreign or damaged, fingerprints."""
 
+import enum
 import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -8,7 +10,7 @@ import sys
 import threading
 import time
 import types
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -500,6 +502,54 @@ def test_what_is_taken_from_a_module_of_ones_own_is_part_of_a_print(monkeypatch)
     assert prints[0] == prints[1]
     assert prints[0][0] != prints[2][0]
     assert prints[0][1] != prints[2][1]
+
+
+class Kind(enum.Enum):
+    ONE, TWO = 1, 2
+
+
+@dataclass
+class Chosen:
+    kind: Kind = Kind.ONE
+
+
+def test_members_of_an_enum_are_settings():
+    """Their class has a length, which they have not."""
+    assert fingerprint(Chosen()) == fingerprint(Chosen()) != fingerprint(Chosen(Kind.TWO))
+    one, other = (edited("made = lambda m, b: kind", kind=kind) for kind in Kind)
+    assert fingerprint(one) != fingerprint(other)
+
+
+STAMPED = """
+class Timer:
+    def __init__(self):
+        self.start, self._pid = next(TIMES), str(next(TIMES))
+
+timer, RUNS, LOG, MEMO = Timer(), ["run", next(TIMES)], {next(TIMES): 1}, {}
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.timer, self._made, self.sizes = Timer(), next(TIMES) / 2, [next(TIMES)]
+        self.register_forward_hook(self.seen)
+    def seen(self, module, given, output):
+        self.count = 1
+        self.sizes.append(len(output))
+    def forward(self, x):
+        memo = MEMO
+        memo[len(x)] = 1
+        return x * len(RUNS) + len(LOG) + (timer.start is None)
+
+made = Net()
+"""
+
+
+def test_stamps_and_caches_are_no_settings():
+    """A process's own times and numbers, in a killed run and in the one that goes on."""
+    one, other = (edited(STAMPED, TIMES=itertools.count(stamp)) for stamp in (1, 100))
+    assert fingerprint(one) == fingerprint(other)
+    other(torch.ones(3))
+    assert fingerprint(one) == fingerprint(other)
 
 
 class Odd:

@@ -51,14 +51,14 @@ def own_classes(cls: type) -> list[type]:
 
 def of_class(cls: type) -> dict[str, Any]:
     """A class's functions, and the numbers and texts that they do not set, by name."""
-    held = {name: _functions(value) or value for name, value in sorted(vars(cls).items())}
     again = _set_again([cls])
-    return {
-        name: value
-        for name, value in held.items()
-        if isinstance(value, list)
-        or (isinstance(value, SCALAR) and not name.startswith("__") and name not in again)
-    }
+    found: dict[str, Any] = {}
+    for name, value in sorted(vars(cls).items()):
+        if functions := _functions(value):
+            found[name] = functions
+        elif isinstance(value, SCALAR) and not name.startswith("__") and name not in again:
+            found[name] = value
+    return found
 
 
 def settings(part: Any) -> dict[str, Any]:

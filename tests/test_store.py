@@ -4,6 +4,7 @@ import enum
 import functools
 import itertools
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -511,6 +512,14 @@ class Kind(enum.Enum):
 @dataclass
 class Chosen:
     kind: Kind = Kind.ONE
+
+
+def test_a_print_is_the_same_after_pickling():
+    """Which leaves `__slotnames__` behind in the class, as workers of joblib make it do."""
+    before = fingerprint(Chosen)
+    assert pickle.loads(pickle.dumps(Chosen())) == Chosen()
+    assert "__slotnames__" in vars(Chosen)
+    assert fingerprint(Chosen) == before
 
 
 def test_members_of_an_enum_are_settings():

@@ -76,8 +76,7 @@ def lds(datamodel: Predictor, table: RetrainingTable) -> LDS:
 
     Raises:
         ValueError: other numbers of examples or targets; other names of targets, where both have some; fewer than 3
-            rows; outputs or predictions
-            that are not finite, or do not vary, so that no correlation is defined.
+            rows; outputs or predictions that are not finite, or do not vary, so that no correlation is defined.
     """
     m, n = table.weights.shape
     t = table.outputs.shape[1]

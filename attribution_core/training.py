@@ -264,9 +264,8 @@ def train(
     Raises:
         ValueError: weights that are not [n], finite and non-negative; no rows left to train on; an
             exposure outside (0, 1]; dropout without `masks`, or `masks` for dropout in a model in eval mode; a forward
-            pass that draws random numbers
-            or changes buffers in another way than batch norm; batch norm or dropout where a batch is
-            cut into parts; weights that swapping parameters does not reach (activation checkpointing, a
+            pass that draws random numbers or changes buffers in another way than batch norm; batch norm or dropout
+            where a batch is cut into parts; weights that swapping parameters does not reach (activation checkpointing, a
             loss of another model); more checkpoints than steps; a step since which there are none; a loss that is not
             finite (names step and rows).
     """

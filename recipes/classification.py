@@ -295,7 +295,7 @@ def _check_same_kinds(frame: Any, held: Any, features: Sequence[str], path: str,
         )
 
 
-def refuse_no_table(path: str) -> None:
+def _refuse_no_table(path: str) -> None:
     """Raise for a path to nothing, and to what is no table.
 
     Raises:
@@ -316,7 +316,7 @@ def _read(path: str) -> Any:
     """The table in a file."""
     import pandas as pd
 
-    refuse_no_table(path)
+    _refuse_no_table(path)
     read = pd.read_csv if Path(path).suffix.lower() == ".csv" else pd.read_parquet
     try:
         return read(path)

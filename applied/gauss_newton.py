@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,30 +19,26 @@ from attribution_core.jacobian import jacobian, move_parameters
 from attribution_core.outputs import logits_and_labels
 from attribution_core.problem import trainable
 
-LARGEST = 2**28  # numbers in a Jacobian: a gigabyte of single precision
-WIDE = 10.0  # damping falls towards the last step, where the rest of the way is gone at once
+LARGEST = 2**28  # numbers in Jacobians that are held at a time: a gigabyte of single precision
+DAMPINGS = (0.003, 0.03, 0.3, 3.0)
+NEARLY = 1.1  # times the nearest: as near
+TOGETHER = 5  # models at most that settle the damping of all
+Left = Callable[[int, nn.Module], Sequence[Tensor]]  # (which model, as it is now) -> what it misses
 
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """How a model is matched.
+    """How a model is matched: in steps that go equal parts of the way.
 
     Args:
-        steps: how many; each goes an equal part of the way.
+        dampings: of each step, in mean eigenvalues of the step's JᵀJ.
         rows: of each step, half of them of the forget set at most.
-        damping: of the last step, in mean eigenvalues of the step's JᵀJ; with a share s of the steps done it is
-            10^(1 − s) times that.
         seed: of the rows.
     """
 
-    steps: int = 2
+    dampings: tuple[float, ...] = (0.01, 0.003)
     rows: int = 100
-    damping: float = 0.003
     seed: int = 0
-
-    def damping_at(self, step: int) -> float:
-        """Larger for the first steps: they are taken where the Jacobian will not stay."""
-        return float(self.damping * WIDE ** (1 - (step + 1) / self.steps))
 
 
 def row_cost(contrasts: int) -> float:
@@ -47,9 +46,9 @@ def row_cost(contrasts: int) -> float:
     return (1 + 2 * contrasts) / 3
 
 
-def fits(model: nn.Module, rows: int, contrasts: int) -> bool:
-    """Is the Jacobian of so many rows small enough to be held?"""
-    return rows * contrasts * sum(p.numel() for p in trainable(model).values()) <= LARGEST
+def fitting(model: nn.Module, rows: int, contrasts: int) -> int:
+    """How many Jacobians of so many rows can be held."""
+    return LARGEST // (rows * contrasts * sum(p.numel() for p in trainable(model).values()))
 
 
 def match_by_gauss_newton(
@@ -78,28 +77,131 @@ def match_by_gauss_newton(
 
     Source: Levenberg 1944; in its dual form, ridge regression with the empirical neural tangent kernel.
     """
+    way = _Way(model, _paired(forget, retain, forget_logits, retain_logits), how.rows, how.seed)
+    for done, damping in enumerate(how.dampings):
+        way.model = way.moved(way.system(len(how.dampings) - done), damping)
+    return way.model
+
+
+def match_together(
+    models: Sequence[nn.Module],
+    forget: Any,
+    retain: Any,
+    *,
+    forget_logits: Sequence[Tensor],
+    retain_logits: Sequence[Tensor],
+    left: Left,
+    steps: int,
+    rows: int,
+    of: int,
+    seed: int = 0,
+) -> tuple[list[nn.Module], GaussNewton]:
+    """Models matched side by side, and how: each step by the damping that brings their mean nearest.
+
+        min over damping of Σ_z (mean over models of what is left of z after the step, less what should be)²
+
+    Too little damping fits the step's own rows and moves the others anyhow, otherwise for each model; too much leaves all
+    models short of the goal the same way. The mean weighs both as a comparison of sets of models does, and as the
+    squared distance does for a single one. Of `DAMPINGS` the smallest is taken that comes about as near as any. One Jacobian
+    serves all of them, and models are only read.
+
+    Args:
+        forget_logits, retain_logits: z* of each model.
+        left: what model k, as it is by then, misses of z*: numbers of both sets, most of them on rows of no step.
+        of: models that there are, of which these are the first.
+        seed: of the first model's rows; the next has the next.
+    """
+    wanted = zip(forget_logits, retain_logits, strict=True)
+    ways = [
+        _Way(model, _paired(forget, retain, *both), rows, seed + k)
+        for k, (model, both) in enumerate(zip(models, wanted, strict=True))
+    ]
+    dampings = []
+    for step in range(steps):
+        systems = [way.system(steps - step) for way in ways]
+        dampings.append(_damping(ways, systems, 1 / (steps - step), left, of))
+        for way, system in zip(ways, systems, strict=True):
+            way.model = way.moved(system, dampings[-1])
+    return [way.model for way in ways], GaussNewton(tuple(dampings), rows, seed)
+
+
+def _damping(ways: list[_Way], systems: list[_System], part: float, left: Left, of: int) -> float:
+    """The damping after which the models' mean is nearest to a part of the way."""
+    should_be = [[(1 - part) * z for z in left(k, way.model)] for k, way in enumerate(ways)]
+
+    def off(damping: float) -> float:
+        try:
+            after = [
+                left(k, way.moved(system, damping))
+                for k, (way, system) in enumerate(zip(ways, systems, strict=True))
+            ]
+        except ValueError:  # left the finite numbers
+            return math.inf
+        each = [
+            [a - b for a, b in zip(*pair, strict=True)]
+            for pair in zip(after, should_be, strict=True)
+        ]
+        far = sum(square_of_mean(torch.stack(part), of) for part in zip(*each, strict=True))
+        return far if math.isfinite(far) else math.inf
+
+    tried: dict[float, float] = {}
+    for damping in DAMPINGS:
+        tried[damping] = off(damping)
+        if tried[damping] > 2 * min(tried.values()):  # and rising
+            break
+    return next(damping for damping, far in tried.items() if far <= NEARLY * min(tried.values()))
+
+
+def square_of_mean(values: Tensor, of: int) -> float:
+    """The square of a mean over `of` models, averaged over numbers, told by the first k of them [k, *numbers].
+
+        E mean_of² = mean_k² − (1/k − 1/of) s²,     s²: the variance over models
+
+    >>> square_of_mean(torch.tensor([[1.0], [3.0]]), 2)
+    4.0
+    """
+    k = len(values)
+    noise = values.var(0) * (1 / k - 1 / of) if k > 1 else torch.zeros(())
+    return float((values.mean(0).square() - noise).mean())
+
+
+Sets = Sequence[tuple[Data, Tensor]]
+
+
+def _paired(forget: Any, retain: Any, forget_logits: Tensor, retain_logits: Tensor) -> Sets:
+    """Both sets with their logits."""
     sets = [(as_data(forget), forget_logits), (as_data(retain), retain_logits)]
     for data, wanted in sets:
         if wanted.ndim != 2 or len(wanted) != len(data) or wanted.shape[1] < 2:
             raise ValueError(
                 f"expected logits [rows={len(data)}, classes >= 2] to match, got {tuple(wanted.shape)}"
             )
-    new, rng = copy.deepcopy(model), np.random.default_rng(how.seed)
-    for step in range(how.steps):
+    return sets
+
+
+class _Way:
+    """A copy of a model on its way to wanted logits."""
+
+    def __init__(self, model: nn.Module, sets: Sets, rows: int, seed: int) -> None:
+        self.model, self.sets, self.rows = copy.deepcopy(model), sets, rows
+        self.rng = np.random.default_rng(seed)
+
+    def system(self, steps: int) -> _System:
+        """The next step, of so many to go, on rows of its own."""
+        sizes = _sizes(self.rows, *self.sets)
         parts = [
-            _residual(new, data, wanted, rng.choice(len(data), size, replace=False))
-            for (data, wanted), size in zip(sets, _sizes(how.rows, *sets), strict=True)
+            _residual(self.model, data, wanted, self.rng.choice(len(data), size, replace=False))
+            for (data, wanted), size in zip(self.sets, sizes, strict=True)
             if size
         ]
         slopes, missing = (torch.cat(several) for several in zip(*parts, strict=True))
-        part = missing / (how.steps - step)
-        move = _solved(slopes, part, how.damping_at(step))
-        if not torch.isfinite(move).all():
-            raise ValueError(
-                f"expected a finite step, got NaN or infinity at damping {how.damping:g}; raise it"
-            )
-        move_parameters(new, move)
-    return new
+        return _System(slopes, missing / steps)
+
+    def moved(self, system: _System, damping: float) -> nn.Module:
+        """A copy after the step."""
+        new = copy.deepcopy(self.model)
+        move_parameters(new, system.solved(damping))
+        return new
 
 
 def _sizes(rows: int, forget: tuple[Data, Tensor], retain: tuple[Data, Tensor]) -> tuple[int, int]:
@@ -127,10 +229,25 @@ def _residual(
     return jacobian(model, contrasts, batch), off.flatten()
 
 
-def _solved(slopes: Tensor, wanted: Tensor, damping: float) -> Tensor:
-    """The ridge solution [p], in double precision."""
-    kernel = (slopes @ slopes.T).double()
-    shift = damping * kernel.diagonal().sum() / slopes.shape[1]
-    kernel.diagonal().add_(shift.clamp(min=torch.finfo(kernel.dtype).tiny))
-    found = torch.linalg.solve(kernel, wanted.double())
-    return slopes.T @ found.to(slopes)
+@dataclass(frozen=True, eq=False)
+class _System:
+    """slopes · move = wanted, for contrasts of a step's rows: [m, p] · [p] = [m]."""
+
+    slopes: Tensor
+    wanted: Tensor
+
+    @cached_property
+    def kernel(self) -> Tensor:
+        return (self.slopes @ self.slopes.T).double()
+
+    def solved(self, damping: float) -> Tensor:
+        """The ridge solution [p], in double precision."""
+        kernel = self.kernel.clone()
+        shift = damping * kernel.diagonal().sum() / self.slopes.shape[1]
+        kernel.diagonal().add_(shift.clamp(min=torch.finfo(kernel.dtype).tiny))
+        move = self.slopes.T @ torch.linalg.solve(kernel, self.wanted.double()).to(self.slopes)
+        if not torch.isfinite(move).all():
+            raise ValueError(
+                f"expected a finite step, got NaN or infinity at damping {damping:g}; raise it"
+            )
+        return move

@@ -10,16 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from applied.gauss_newton import GaussNewton, fits, match_by_gauss_newton, row_cost
+from applied.gauss_newton import (
+    TOGETHER,
+    GaussNewton,
+    fitting,
+    match_by_gauss_newton,
+    match_together,
+    row_cost,
+)  # fmt: skip
 from applied.unlearners import Steps, centred_logits, is_sequence, match, of_classes
-from attribution_core.data import Rows, batches, rows_in, take
+from attribution_core.data import Rows, batches, rows_in, sample, take
 from attribution_core.outputs import labels_in, next_labels
 
 KINDS = ("forget logits", "retain logits")
 TIMES = (1.0, 3.0, 10.0)  # learning rates of Adam, in the training's
 RATES = (0.02, 0.06, 0.18)  # learning rates of SGD
-DAMPINGS = (0.003, 0.1)  # of Gauss–Newton steps
 ROWS, LEAST = 100, 2  # Gauss–Newton steps: rows of each, about; how many at least
+SEEN = 50  # rows of either set that settle their damping
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 How = GaussNewton | Steps | None  # None: left alone
 
@@ -49,8 +56,7 @@ class Goal:
         """The model, matched to its own logits as they are to change."""
         if how is None:
             return copy.deepcopy(model)
-        now = self.logits(model)
-        wanted = [now[name] + part.to(now[name]) for name, part in zip(KINDS, change, strict=True)]
+        wanted = self._wanted(model, change)
         by: Any = match_by_gauss_newton if isinstance(how, GaussNewton) else match
         return by(
             model,
@@ -66,51 +72,76 @@ class Goal:
     ) -> tuple[list[nn.Module], How, float]:
         """(the models matched, how, what that cost each run in training steps), within what is left for each.
 
-        Gauss–Newton steps for a model of single rows whose Jacobian can be held: the least damping that brings the
-        first run nearer, since damping moves all models short of the goal the same way. Else gradient steps, at the
-        learning rate that brings it nearest. Where nothing does, all models are left alone.
+        Gauss–Newton steps for a model of single rows whose Jacobian can be held, damped as brings the first few models'
+        mean nearest. Else gradient steps, at the learning rate that brings the first model nearest. Where nothing
+        does, all models are left alone.
 
         Raises:
             ValueError: changes that are not finite or not of the logits' shape; no step left.
         """
         first, batch = runs[0].model, len(runs[0].order[0])
         self._refuse(change, self.logits(first))
-        ways, rows = self._ways(runs, left * batch, change, seed)
-        tried = 0
-        best: tuple[nn.Module, How, float]
-        best = copy.deepcopy(first), None, self._missed(first, first, change)
-        for how in ways:
-            tried += 1
-            try:
-                model = self.reached(first, change, how)
-                missed = self._missed(first, model, change)
-            except ValueError:  # left the finite numbers
-                continue
-            if missed < best[2]:
-                best = model, how, missed
-                if isinstance(how, GaussNewton):
-                    break
-        models, how = [best[0]], best[1]
-        for k, run in enumerate(progress(runs[1:]), 1):
+        plan = self._solving(first, left * batch, change)
+        if plan is not None:
+            models, how = self._by_solving(plan, runs, change, seed)
+            rows = plan.steps * plan.rows * plan.each
+        else:
+            like, rates = self._gradient_steps(runs, left * batch, seed)
+            models, how = self._by_descending(first, change, [replace(like, lr=lr) for lr in rates])
+            rows = like.steps * like.batch_size * _tries(rates, runs)
+        for k, run in enumerate(progress(runs[len(models) :]), len(models)):
             again = None if how is None else replace(how, seed=seed + k)
             models.append(self.reached(run.model, change, again))
-        return models, how, rows * (1 + (tried - 1) / len(runs)) / batch
+        return models, how, rows / batch
 
-    def _ways(
-        self, runs: Sequence[Any], rows: float, change: Any, seed: int
-    ) -> tuple[list[How], float]:
-        """(what to try, what one costs in rows of training)."""
+    def _solving(self, model: nn.Module, rows: float, change: Any) -> Plan | None:
+        """Gauss–Newton steps that cost so many rows of training; None where gradients have to do."""
         classes = change[0].shape[-1]
-        if change[0].ndim == 2 and classes > 1:
-            contrasts = classes - of_classes(change[0][:1], take(self.forget, [0]))
-            each, whole = row_cost(contrasts), rows / _tries(DAMPINGS, runs)
-            steps = max(LEAST, round(whole / (each * ROWS)))
-            size = min(int(whole / (each * steps)), len(self.forget) + len(self.retain))
-            if size > 1 and fits(runs[0].model, size, contrasts):
-                by_solving = [GaussNewton(steps, size, some, seed) for some in DAMPINGS]
-                return [*by_solving], steps * size * each
-        like, rates = self._gradient_steps(runs, rows, seed)
-        return [replace(like, lr=lr) for lr in rates], like.steps * like.batch_size
+        if change[0].ndim != 2 or classes == 1:
+            return None
+        contrasts = classes - of_classes(change[0][:1], take(self.forget, [0]))
+        each = row_cost(contrasts)
+        steps = max(LEAST, round(rows / (each * ROWS)))
+        size = min(int(rows / (each * steps)), len(self.forget) + len(self.retain))
+        at_once = fitting(model, size, contrasts) if size > 1 else 0
+        return Plan(steps, size, each, min(at_once, TOGETHER)) if at_once else None
+
+    def _by_solving(
+        self, plan: Plan, runs: Sequence[Any], change: Any, seed: int
+    ) -> tuple[list[nn.Module], How]:
+        """(the first models, matched together or left alone, how)."""
+        before = [run.model for run in runs[: plan.at_once]]
+        forget, retain = zip(*(self._wanted(model, change) for model in before), strict=True)
+        some, part = self._sampled(change, seed)
+        goals = [some._wanted(model, part) for model in before]
+
+        def left(k: int, model: nn.Module) -> list[Tensor]:
+            return _less(goals[k], some.logits(model))
+
+        models, how = match_together(
+            before, self.forget, self.retain, forget_logits=forget, retain_logits=retain, left=left,
+            steps=plan.steps, rows=plan.rows, of=len(runs), seed=seed,
+        )  # fmt: skip
+        if _far([left(k, model) for k, model in enumerate(models)]) < _far([part] * len(models)):
+            return models, how
+        return [copy.deepcopy(model) for model in before], None
+
+    def _by_descending(
+        self, first: nn.Module, change: Any, ways: Sequence[Steps]
+    ) -> tuple[list[nn.Module], How]:
+        """(the first model, matched by the best way or left alone, how)."""
+        best: tuple[nn.Module, How] = copy.deepcopy(first), None
+        wanted = self._wanted(first, change)
+        least = _far([change])
+        for how in ways:
+            try:
+                model = self.reached(first, change, how)
+                missed = _far([_less(wanted, self.logits(model))])
+            except ValueError:  # left the finite numbers
+                continue
+            if missed < least:
+                best, least = (model, how), missed
+        return [best[0]], best[1]
 
     def _gradient_steps(
         self, runs: Sequence[Any], rows: float, seed: int
@@ -156,21 +187,47 @@ class Goal:
 
     def share_missed(self, before: nn.Module, after: nn.Module, change: Any) -> float:
         """Of the squared change of logits that was wanted; 0 is all of it reached, 1 none or as far beside it."""
-        wanted = self._missed(before, before, change)
-        return self._missed(before, after, change) / wanted if wanted else 0.0
+        wanted = _far([change])
+        left = _less(self._wanted(before, change), self.logits(after))
+        return _far([left]) / wanted if wanted else 0.0
 
-    def _missed(self, before: nn.Module, after: nn.Module, change: Any) -> float:
-        """Mean squared distance of logits from those wanted, both sets alike."""
-        was, now = self.logits(before), self.logits(after)
-        return sum(
-            float((now[name] - was[name] - part.to(was[name])).square().mean())
-            for name, part in zip(KINDS, change, strict=True)
-        )
+    def _wanted(self, model: nn.Module, change: Any) -> list[Tensor]:
+        """A model's logits of both sets, as they are to change."""
+        now = self.logits(model)
+        return [now[name] + part.to(now[name]) for name, part in zip(KINDS, change, strict=True)]
+
+    def _sampled(self, change: Any, seed: int) -> tuple[Goal, list[Tensor]]:
+        """The goal on fewer rows, and their changes."""
+        sets = (self.forget, self.retain)
+        kept = [sample(len(data), SEEN, seed) for data in sets]
+        forget, retain = (Rows(data, rows) for data, rows in zip(sets, kept, strict=True))
+        return Goal(forget, retain), [part[rows] for part, rows in zip(change, kept, strict=True)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Gauss–Newton steps: how many, on how many rows each, what a row costs, how many models take them at once."""
+
+    steps: int
+    rows: int
+    each: float
+    at_once: int
 
 
 def _tries(ways: Sequence[Any], runs: Sequence[Any]) -> float:
     """How often each run pays for a matching: once, and its part of what is tried on the first."""
     return 1 + (len(ways) - 1) / len(runs)
+
+
+def _less(wanted: Sequence[Tensor], logits: dict[str, Tensor]) -> list[Tensor]:
+    return [z - now.to(z) for z, now in zip(wanted, logits.values(), strict=True)]
+
+
+def _far(left: Sequence[Sequence[Tensor]]) -> float:
+    """Mean square of what models' mean misses, both sets alike, from what each misses of them."""
+    return sum(
+        float(torch.stack(list(part)).mean(0).square().mean()) for part in zip(*left, strict=True)
+    )
 
 
 def _counted(z: Tensor, places: Tensor) -> Tensor:

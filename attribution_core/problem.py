@@ -245,6 +245,24 @@ class _FixedStatistics(TorchFunctionMode):
         return out if given.get("bias") is None else out + given["bias"].reshape(shape)
 
 
+class _PlainWeightNorm(TorchFunctionMode):
+    """Weight norm in plain operations: torch's own has no forward mode, and wrong second derivatives."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+        given = {**dict(zip(("v", "g", "dim"), args, strict=False)), **(kwargs or {})}
+        v, g, dim = given["v"], given["g"], given.get("dim", 0)
+        if dim == -1:  # of all
+            return v * (g / v.norm())
+        rows = v.transpose(0, dim).reshape(v.shape[dim], -1)
+        return v * (g / rows.norm(dim=1).reshape(g.shape))
+
+
+# how parameters of weight norm end, torch's and the one before it
+NORMED = (".original0", ".original1", "_g", "_v")
+
+
 def call(model: nn.Module, function: PerExample, params: Params, batch: Batch) -> Tensor:
     """function(model, batch) with `params` in place of the model's own; differentiable in both.
 
@@ -254,7 +272,8 @@ def call(model: nn.Module, function: PerExample, params: Params, batch: Batch) -
     named = _everywhere(model, params)
     statistics = any(name.endswith("running_var") for name in params)
     fixed = _FixedStatistics() if statistics else nullcontext()
-    with precision_of(params), _one_function(model), fixed, _told_types(params, batch):
+    normed = _PlainWeightNorm() if any(k.endswith(NORMED) for k in params) else nullcontext()
+    with precision_of(params), _one_function(model), fixed, normed, _told_types(params, batch):
         return functional_call(_Bound(model, function), named, (batch,), tie_weights=False)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from attribution_core import Outputs, Problem, causal_lm_loss, cross_entropy, squared_error
 from attribution_core.data import take
@@ -94,6 +95,35 @@ def mlp(n=6):
         nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 5, bias=False), nn.GELU(),
         nn.Linear(5, 3),
     ).double()  # fmt: skip
+    return Problem(model, cross_entropy, (torch.randn(n, 4).double(), torch.randint(0, 3, (n,))))
+
+
+class PlainNorm(nn.Module):
+    """Weight norm as it is written on paper, for `parametrize.register_parametrization`."""
+
+    def __init__(self, dim=0):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, g, v):
+        other = [d for d in range(v.ndim) if d != self.dim]
+        return v * (g / v.square().sum(other, keepdim=self.dim is not None).sqrt())
+
+    def right_inverse(self, w):
+        other = [d for d in range(w.ndim) if d != self.dim]
+        return w.square().sum(other, keepdim=self.dim is not None).sqrt(), w
+
+
+@seeded
+def weight_normed(n=6, own=False):
+    """Weight norm by rows, by columns and over all; `own` in plain operations instead of torch's."""
+    layers = [nn.Linear(4, 5).double(), nn.Linear(5, 4).double(), nn.Linear(4, 3).double()]
+    for layer, dim in zip(layers, (0, 1, None), strict=True):
+        if own:
+            parametrize.register_parametrization(layer, "weight", PlainNorm(dim))
+        else:
+            nn.utils.parametrizations.weight_norm(layer, dim=dim)
+    model = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.Tanh(), layers[2])
     return Problem(model, cross_entropy, (torch.randn(n, 4).double(), torch.randint(0, 3, (n,))))
 
 

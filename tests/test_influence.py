@@ -109,6 +109,16 @@ def test_scores_are_minus_G_times_the_inverse_times_A(curvature):
     np.testing.assert_allclose(f.scores, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_weight_norm_is_what_its_formula_makes_of_it(curvature):
+    """torch's own has wrong second derivatives and no forward mode."""
+    found, expected = (
+        influence(problem, menagerie.unseen(problem), curvature=curvature, damping=2.0).scores
+        for problem in (menagerie.weight_normed(own=own) for own in (False, True))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_exposure_divides_scores_and_moves_the_anchor():
     problem, (outputs, *_) = targets_of("softmax")
     w = np.linspace(0.5, 1.5, problem.n)

@@ -69,6 +69,7 @@ MODELS = {
     "conv, batch norm": lambda: images(lambda: nn.BatchNorm2d(4)),
     "gpt2": language,
     "dropout": dropped,
+    "weight norm": menagerie.weight_normed,
 }
 ROOT = 1e-5  # inside Adam's root: the fifth derivative stays small enough for finite differences
 RECIPES = {

@@ -60,7 +60,9 @@ def test_a_stack_is_its_trainings(name, drop):
     assert np.ptp(found, axis=0).min() > 1e-3  # the subsets do differ
 
 
-@pytest.mark.parametrize("make", [menagerie.mlp, menagerie.conv, menagerie.gpt2])
+@pytest.mark.parametrize(
+    "make", [menagerie.mlp, menagerie.conv, menagerie.gpt2, menagerie.weight_normed]
+)
 def test_networks(make):
     problem = make()
     outputs = Outputs(problem.loss, problem.train)

@@ -112,6 +112,13 @@ def test_a_schedule_of_ones_own_and_clipping_equal_torch():
     assert not np.allclose(free.losses, run.losses)  # the limit was met on the way
 
 
+def test_weight_norm_trains_as_torchs():
+    problem = menagerie.weight_normed()
+    run = train(problem, Recipe(SGD(0.1, 0.9), 3, 20))
+    settings = {"lr": 0.1, "momentum": 0.9}
+    assert_same(run, *by_torch(problem, run.order, torch.optim.SGD, settings))
+
+
 def test_clipping_leaves_small_gradients_alone():
     g = {"a": torch.tensor([3.0]).double(), "b": torch.tensor([[4.0]]).double()}
     assert clipped(g, 5.1) == g

@@ -25,6 +25,7 @@ from attribution_core.problem import (
     Params,
     PerExample,
     Problem,
+    batch_norms,
     call,
     normal_like,
     refuse_random_layers,
@@ -84,8 +85,15 @@ def refuse_mixed_outputs(model: nn.Module, outputs: Outputs) -> None:
     """Raise where outputs change by much with the other rows of their batch, at the model as it stands; tried once.
 
     Raises:
-        ValueError: outputs of one of the first rows alone that are others than beside more rows.
+        ValueError: batch norm without running statistics; outputs of one of the first rows alone that are others
+            than beside more rows.
     """
+    with _in_eval_mode(model):
+        for name, _ in batch_norms(model):
+            raise ValueError(
+                f"expected an output for each row, got batch norm without running statistics in {name!r}, which "
+                "mixes the rows of a batch of outputs; use GroupNorm or track_running_stats=True"
+            )
     if outputs in _OF_ROWS:
         return
     params = trainable(model)

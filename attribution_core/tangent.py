@@ -23,6 +23,7 @@ from attribution_core.gradients import Progress, forward_mode
 from attribution_core.problem import Outputs, Params
 from attribution_core.processes import sum_over_processes
 from attribution_core.replay import check, refuse_another_end
+from attribution_core.soundness import refuse_mixed_outputs
 from attribution_core.steps import Steps, TrainingState
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def pushed_outputs(
     progress: Progress = iter,
 ) -> NDArray[np.float64]:
     """Derivatives of a run's outputs along G directions of its weights and hyperparameters, [G, t]."""
+    refuse_mixed_outputs(run.model, outputs)
     start = run.since if since is None else since
     steps = run.steps
     end, tangents = push(steps, along, run.digests, start, progress)

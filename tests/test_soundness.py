@@ -16,6 +16,7 @@ from attribution_core import (
     influence,
     leave_one_out,
     magic,
+    margin,
     newton,
     representation_similarity,
     retrain,
@@ -449,6 +450,26 @@ def test_outputs_that_depend_on_the_other_rows_of_a_batch_are_refused():
         for method in (influence, magic):
             with pytest.raises(ValueError, match=told):
                 method(run, outputs)
+        with pytest.raises(ValueError, match=told):
+            magic(run, outputs, groups=[0, 1] * 6, mode="forward")
+
+
+def test_outputs_of_batch_norm_without_statistics_are_refused():
+    """Of a row alone they may not exist, and beside other rows differ little."""
+    norm = nn.BatchNorm1d(4, track_running_stats=False)
+    problem = Problem(nn.Sequential(norm, nn.Linear(4, 3)), cross_entropy, (X, Y))
+    run = train(problem, Recipe(SGD(0.1), 4, 1))  # of its own batches it is one
+    batch = problem.train[list(range(4))]
+    four, three = (run.outputs(Outputs(margin, tuple(c[:k] for c in batch))) for k in (4, 3))
+    assert abs(four[0] - three[0]) > 1e-2
+    for act in (
+        lambda: magic(run, OUTPUTS),
+        lambda: magic(run, OUTPUTS, groups=[0, 1] * 6, mode="forward"),
+        lambda: retrain(problem, run.recipe, OUTPUTS, np.ones((2, 12)), seeds=1),
+    ):
+        with pytest.raises(ValueError, match=r"without running statistics in '0'.*of outputs"):
+            act()
+    assert norm.training
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -36,8 +36,8 @@ class Problem:
             parameter name -> number, 0 for names left out (biases and norms, as is usual).
 
     Raises:
-        TypeError, ValueError: data that are none (see `as_data`); no trainable parameters; a weight
-            decay that is negative or names a parameter that the model does not train.
+        TypeError, ValueError: data that are none (see `as_data`); no trainable parameters, or complex ones;
+            a weight decay that is negative or names a parameter that the model does not train.
     """
 
     model: nn.Module
@@ -50,6 +50,12 @@ class Problem:
         if not self.params:
             raise ValueError(
                 "expected a model with trainable parameters, got none with requires_grad"
+            )
+        unreal = [name for name, value in self.params.items() if value.is_complex()]
+        if unreal:
+            raise ValueError(
+                f"expected real parameters, got complex ones in {unreal[:5]}; hold torch.view_as_real(w) as the "
+                "parameter and take torch.view_as_complex of it in forward"
             )
         by_name = self.weight_decay if isinstance(self.weight_decay, Mapping) else {}
         unknown = sorted(set(by_name) - set(self.params))

@@ -19,6 +19,7 @@ from attribution_core import (
     train,
 )
 from attribution_core.data import as_data, batches, rows_in, take
+from attribution_core.gradients import directional
 from attribution_core.problem import call, per_example
 from tests import menagerie
 
@@ -188,6 +189,32 @@ class Looped(nn.Module):
         for layer in self.layers:
             x = torch.tanh(layer(x))
         return self.last(x)
+
+
+class Spectral(nn.Module):
+    """A layer in frequencies, as neural operators have; its weights are numbers of two parts, or complex."""
+
+    def __init__(self, real, trained=True):
+        super().__init__()
+        w = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)).double()
+        self.w = nn.Parameter(w if real else torch.view_as_complex(w), requires_grad=trained)
+        self.out = nn.Linear(6, 3).double()
+
+    def forward(self, x):
+        w = self.w if self.w.is_complex() else torch.view_as_complex(self.w)
+        return self.out(torch.fft.irfft(torch.fft.rfft(x, n=6) * w, n=6))
+
+
+def test_complex_parameters_are_refused_and_what_is_told_works():
+    with pytest.raises(ValueError, match=r"got complex ones in \['w'\]; hold torch.view_as_real"):
+        Problem(Spectral(real=False), cross_entropy, (X, Y))
+    problem = Problem(Spectral(real=True), cross_entropy, (X, Y))
+    along = torch.eye(sum(value.numel() for value in problem.params.values())).double()
+    expected = menagerie.row_gradients(problem)
+    torch.testing.assert_close(directional(problem, along), expected)
+    frozen = [menagerie.seeded(Spectral)(real, trained=False) for real in (True, False)]
+    runs = [train(Problem(m, cross_entropy, (X, Y)), Recipe(SGD(0.1), 3, 2)) for m in frozen]
+    np.testing.assert_array_equal(runs[0].losses, runs[1].losses)
 
 
 def test_a_module_under_several_names_is_as_modules_that_share_their_tensors():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -46,7 +46,8 @@ SMALL = 1e-2  # nats beside which losses are told apart: those near 0 are all ro
 
 # those that were found to be, and which of their modules were in training mode then
 _SOUND: WeakKeyDictionary[Problem, tuple[bool, ...]] = WeakKeyDictionary()
-_OF_ROWS: WeakSet[Outputs] = WeakSet()
+# and of which models, copies of one another, see `_kind`
+_OF_ROWS: WeakKeyDictionary[Outputs, tuple[Any, ...]] = WeakKeyDictionary()
 
 
 def refuse_unsound(problem: Problem, rows: NDArray[np.intp] | None = None) -> None:
@@ -82,7 +83,8 @@ def refuse_unsound(problem: Problem, rows: NDArray[np.intp] | None = None) -> No
 
 
 def refuse_mixed_outputs(model: nn.Module, outputs: Outputs) -> None:
-    """Raise where outputs change by much with the other rows of their batch, at the model as it stands; tried once.
+    """Raise where outputs change by much with the other rows of their batch, at the model as it stands; tried once
+    a kind of model.
 
     Raises:
         ValueError: batch norm without running statistics; outputs of one of the first rows alone that are others
@@ -94,7 +96,8 @@ def refuse_mixed_outputs(model: nn.Module, outputs: Outputs) -> None:
                 f"expected an output for each row, got batch norm without running statistics in {name!r}, which "
                 "mixes the rows of a batch of outputs; use GroupNorm or track_running_stats=True"
             )
-    if outputs in _OF_ROWS:
+    kind = _kind(model)
+    if _OF_ROWS.get(outputs) == kind:
         return
     params = trainable(model)
     device = next(iter(params.values())).device
@@ -114,7 +117,22 @@ def refuse_mixed_outputs(model: nn.Module, outputs: Outputs) -> None:
             f"{together[: len(alone)].tolist()} beside {len(together) - 1} others and {alone.tolist()} alone; compare rows "
             "with constants, or with rows that the function holds itself"
         )
-    _OF_ROWS.add(outputs)
+    _OF_ROWS[outputs] = kind
+
+
+def _kind(model: nn.Module) -> tuple[Any, ...]:
+    """What a copy of a model shares with it, and another model seldom: its modules' names, types and plain settings.
+
+    Runs hand out a new copy each time; modes are left out, as outputs are tried in eval mode.
+    """
+    return tuple(
+        (name, type(module), tuple(item for item in vars(module).items() if _is_set(*item)))
+        for name, module in model.named_modules()
+    )
+
+
+def _is_set(name: str, value: Any) -> bool:
+    return name != "training" and isinstance(value, (bool, int, float, str))
 
 
 @contextmanager

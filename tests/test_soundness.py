@@ -454,6 +454,45 @@ def test_outputs_that_depend_on_the_other_rows_of_a_batch_are_refused():
             magic(run, outputs, groups=[0, 1] * 6, mode="forward")
 
 
+class Centring(nn.Linear):
+    """Takes the mean over the batch away, if told to."""
+
+    def __init__(self, on):
+        super().__init__(4, 3)
+        self.on = on
+        nn.init.eye_(self.weight)
+
+    def forward(self, x):
+        z = super().forward(x)
+        return z - z.mean(0) if self.on else z
+
+
+@pytest.mark.parametrize("other", [lambda: nn.Linear(4, 3), lambda: Centring(on=False)])
+def test_outputs_are_tried_with_every_kind_of_model(other):
+    """Of a kind that was found to keep rows apart, once: a run's model is a new copy at each call."""
+    seen = []
+
+    def counted(model, batch):
+        seen.append(len(batch[0]))
+        return margin(model, batch)
+
+    data, recipe = (10 * X, Y), Recipe(SGD(0.1), 4, 1)
+    outputs = Outputs(counted, data)
+    sound, mixing = (Problem(m, cross_entropy, data) for m in (other(), Centring(on=True)))
+    run = train(sound, recipe)
+    for _ in range(2):
+        passed = len(seen)
+        refuse_mixed_outputs(run.model, outputs)
+    assert passed
+    assert len(seen) == passed
+    for act in (
+        lambda: retrain(mixing, recipe, outputs, np.ones((1, 12)), seeds=1),
+        lambda: magic(train(mixing, recipe), outputs),
+    ):
+        with pytest.raises(ValueError, match="does not depend on the other rows"):
+            act()
+
+
 def test_outputs_of_batch_norm_without_statistics_are_refused():
     """Of a row alone they may not exist, and beside other rows differ little."""
     norm = nn.BatchNorm1d(4, track_running_stats=False)

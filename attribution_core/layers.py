@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 
-from attribution_core.problem import widened
+from attribution_core.problem import given_first, widened
 
 Arrive = Callable[[nn.Module, dict[str, str], Tensor, Tensor], None]
 Names = dict[str, str]  # of a layer's parameters: local name -> name in the model
@@ -108,7 +108,7 @@ def watched(
 
     def watch(own: dict[str, str]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            source = next(iter((*args, *kwargs.values())), None)
+            source = given_first(args, kwargs)
             if not (isinstance(source, Tensor) and isinstance(output, Tensor) and output.ndim > 0):
                 return output  # of attention, a scale, ...: not a layer seen from outside
             source = source.detach()

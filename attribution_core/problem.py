@@ -323,6 +323,11 @@ def _told_types(params: Params, batch: Batch) -> Iterator[None]:
 ASKING = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
+def given_first(args: Any, kwargs: Any) -> Any:
+    """What a layer was called with first, by place or by name; None of nothing."""
+    return next(iter((*args, *kwargs.values())), None)
+
+
 @contextmanager
 def _one_function(model: nn.Module) -> Iterator[None]:
     """Where torch's two modes of differentiation differ, follow reverse mode, as training does.
@@ -332,8 +337,8 @@ def _one_function(model: nn.Module) -> Iterator[None]:
     gradients, which a transformed function may not, are off meanwhile.
     """
 
-    def still(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        padding = (args[0] == module.padding_idx)[..., None]
+    def still(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        padding = (given_first(args, kwargs) == module.padding_idx)[..., None]
         return torch.where(padding, output.detach(), output)
 
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -349,7 +354,7 @@ def _one_function(model: nn.Module) -> Iterator[None]:
             if getattr(hook, "__name__", "") in ASKING:
                 del hooks[key]
     handles = [
-        module.register_forward_hook(still)
+        module.register_forward_hook(still, with_kwargs=True)
         for module in modules
         if isinstance(module, nn.Embedding) and module.padding_idx is not None
     ]

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,7 +26,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attribution_core.data import Batch, rows_in, take
 from attribution_core.optimizers import Optimizer, State, clipped
-from attribution_core.problem import Params, Problem, batch_norms, call, check_rows, decay_of
+from attribution_core.problem import (
+    Params,
+    Problem,
+    batch_norms,
+    call,
+    check_rows,
+    decay_of,
+    given_first,
+)
 from attribution_core.processes import failing_together, sum_over_processes, world
 
 Augment = Callable[[Batch, NDArray[np.intp], int], Batch]  # (batch, its rows, step) -> batch
@@ -318,10 +326,10 @@ def running_statistics(model: nn.Module, before: Params) -> Iterator[Params]:
         yield after
         return
 
-    def note(name: str, module: Any, args: Any) -> None:
+    def note(name: str, module: Any, args: Any, kwargs: Any) -> None:
         if f"{name}.running_mean" not in after:
             return
-        x = args[0]
+        x = given_first(args, kwargs)
         over = [d for d in range(x.ndim) if d != 1]
         count = after[f"{name}.num_batches_tracked"] + 1
         rate = module.momentum if module.momentum is not None else 1.0 / count.to(x.dtype)
@@ -334,9 +342,7 @@ def running_statistics(model: nn.Module, before: Params) -> Iterator[Params]:
 
     handles = []
     for name, module in norms.items():
-        handles.append(
-            module.register_forward_pre_hook(lambda m, args, name=name: note(name, m, args))
-        )
+        handles.append(module.register_forward_pre_hook(partial(note, name), with_kwargs=True))
         module.track_running_stats = False
     tracked = {name: f"{name}.running_mean" in before for name in norms}
     try:

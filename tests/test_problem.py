@@ -15,6 +15,7 @@ from attribution_core import (
     Recipe,
     cross_entropy,
     influence,
+    magic,
     margin,
     train,
 )
@@ -215,6 +216,39 @@ def test_complex_parameters_are_refused_and_what_is_told_works():
     frozen = [menagerie.seeded(Spectral)(real, trained=False) for real in (True, False)]
     runs = [train(Problem(m, cross_entropy, (X, Y)), Recipe(SGD(0.1), 3, 2)) for m in frozen]
     np.testing.assert_array_equal(runs[0].losses, runs[1].losses)
+
+
+class Called(nn.Module):
+    """Layers that have hooks of their own here, called by name or by place."""
+
+    def __init__(self, by_name):
+        super().__init__()
+        self.words = nn.Embedding(5, 4, padding_idx=0)
+        self.norm = nn.BatchNorm1d(4)
+        self.out = nn.Linear(4, 3)
+        self.by_name = by_name
+
+    def forward(self, ids):
+        if not self.by_name:
+            return self.out(self.norm(self.words(ids).mean(1)))
+        z = self.norm(input=self.words(input=ids).mean(1))
+        return self.out(input=z)
+
+
+def test_layers_are_called_by_name_or_by_place():
+    ids = torch.randint(0, 5, (6, 3), generator=torch.Generator().manual_seed(0))
+    outputs, found = Outputs(margin, (ids[:2], Y[:2])), []
+    for by_name in (False, True):
+        problem = Problem(menagerie.seeded(Called)(by_name).double(), cross_entropy, (ids, Y))
+        run = train(problem, Recipe(SGD(0.1), 3, 2))
+        groups = magic(run, outputs, groups=[0, 1] * 3, mode="forward", check=False)
+        fitted = Problem(run.model, cross_entropy, (ids, Y))
+        ghost = influence(fitted, outputs, damping=1.0, engine="ghost")
+        jvp = influence(fitted, outputs, damping=1.0, engine="jvp")
+        scores = (magic(run, outputs, check=False), groups, ghost, jvp)
+        found.append([run.losses, *run.buffers.values(), *(f.scores for f in scores)])
+    for by_place, by_name in zip(*found, strict=True):
+        np.testing.assert_array_equal(by_place, by_name)
 
 
 def test_a_module_under_several_names_is_as_modules_that_share_their_tensors():

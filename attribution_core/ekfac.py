@@ -147,11 +147,13 @@ def _reduce(totals: list[Tensor]) -> None:
 
 def _in_bases(problem: Problem, sums: dict[Place, list[Tensor]]) -> dict[str, Block]:
     """Blocks in the eigenvectors of their covariances, with eigenvalues still to be found."""
-    dtype = torch.promote_types(next(iter(problem.params.values())).dtype, torch.float32)
-    bases = [
-        [torch.linalg.eigh(x).eigenvectors.to(dtype) if x.numel() else None for x in pair]
-        for pair in sums.values()
-    ]
+
+    def vectors(place: Place, x: Tensor) -> Tensor | None:
+        own = problem.params[place.weight].dtype  # layers may differ
+        dtype = torch.promote_types(own, torch.float32)
+        return torch.linalg.eigh(x).eigenvectors.to(dtype) if x.numel() else None
+
+    bases = [[vectors(place, x) for x in pair] for place, pair in sums.items()]
     if world()[1] > 1:  # machines may differ in signs and within equal eigenvalues
         held = from_first([[None if q is None else q.cpu() for q in pair] for pair in bases])
         bases = [[None if q is None else q.to(problem.device) for q in pair] for pair in held]

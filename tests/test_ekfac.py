@@ -611,6 +611,30 @@ def test_bfloat16_models_are_fitted_in_float32(name):
 # --- what must not happen silently -----------------------------------------------------------
 
 
+class TwoPrecisions(nn.Module):
+    """Layers of two types; activations are cast between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        z = self.first(x.to(self.first.weight.dtype)).tanh()
+        return self.last(z.to(self.last.weight.dtype))
+
+
+@pytest.mark.parametrize("types", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_layers_of_two_precisions(types):
+    def scores(*types):
+        problem = own(TwoPrecisions, n=10)
+        problem.model.first.to(types[0])
+        problem.model.last.to(types[1])
+        outputs = menagerie.unseen(problem)
+        return influence(problem, outputs, curvature="ekfac", damping=0.3).scores
+
+    np.testing.assert_allclose(scores(*types), scores(torch.float64, torch.float64), rtol=1e-4)
+
+
 @pytest.mark.parametrize("labels", ["data", "model"])
 @pytest.mark.parametrize("size", [1, 4, 256])
 def test_rows_of_nan_loss_are_named(labels, size):

@@ -30,7 +30,7 @@ from attribution_core.smoothness import (
 from attribution_core.soundness import stopped
 from attribution_core.tangent import Tangents, pushed_outputs
 from attribution_core.training import Run
-from attribution_core.walk import Walk, walk_back
+from attribution_core.walk import Walk, told_operation, walk_back
 
 Wrt = Literal["weights", "domains", "inputs", "lr", "weight_decay"]
 GROWN = 5.0  # adjoint growth beyond which first order was worthless in every run that was looked at
@@ -256,7 +256,8 @@ def _forward(
         {name: np.array([float(name == other) for other in names]) for name in names},
         asked.hyper,
     )
-    found = pushed_outputs(run, outputs, along, asked.since, progress)
+    with told_operation():
+        found = pushed_outputs(run, outputs, along, asked.since, progress)
     return found[None], {"mode": "forward", "states_held": 1}
 
 

@@ -7,6 +7,9 @@ hyperparameters.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,15 +119,8 @@ def _walk(run: Run, outputs: Outputs, wanted: Wanted, how: Walk) -> Walked:
     for k, state in how.progress(Sized(walk, len(steps) - how.since)):
         if run.digests is None and k == len(steps) - 1:
             refuse_another_end(run.last.params, steps.step(state, k)[0].params)
-        try:
+        with told_operation():
             at, owed = pull(shared, state, k, at, wanted, form, riding[k] if riding else None)
-        except RuntimeError as error:
-            if "derivative" not in str(error) and "not implemented" not in str(error):
-                raise
-            raise ValueError(
-                f"expected a loss that can be differentiated twice, got one that cannot ({error}); fused "
-                "layers have no second derivative: load transformers with attn_implementation='eager'"
-            ) from error
         total.add(k, owed)
         if not torch.isfinite(at.norms).all():
             raise ValueError(
@@ -134,6 +130,28 @@ def _walk(run: Run, outputs: Outputs, wanted: Wanted, how: Walk) -> Walked:
             )
     growth = (at.norms / last.clamp(min=torch.finfo(torch.float64).tiny)).numpy()
     return Walked(total.scores(shared.shards > 1), growth, max(held))
+
+
+@contextmanager
+def told_operation() -> Iterator[None]:
+    """Name the operation that has no second derivative, and what to take instead."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "derivative" not in text and "not implemented" not in text:
+            raise
+        named = re.search(r"aten::(\w+)|'(\w+)'", text)
+        name = (named[1] or named[2]) if named else "an operation"
+        cure = (
+            "load transformers with attn_implementation='eager'"
+            if "attention" in text
+            else "write that layer in plain operations (nn.Embedding and a mean for nn.EmbeddingBag, say)"
+        )
+        raise ValueError(
+            f"expected a loss that can be differentiated twice, got {name}, which has no second derivative; "
+            f"{cure} ({text})"
+        ) from error
 
 
 def _last_adjoint(run: Run, steps: Steps, outputs: Outputs) -> Adjoint:

@@ -25,6 +25,7 @@ from attribution_core import (
     train,
 )
 from attribution_core.smoothness import describe
+from attribution_core.walk import told_operation
 from tests import menagerie
 
 pytestmark = pytest.mark.filterwarnings("ignore::attribution_core.MetagradientWarning")
@@ -618,6 +619,33 @@ def test_arguments_that_make_no_sense(arguments, message):
     run, outputs, _ = reference()
     with pytest.raises(ValueError, match=message):
         magic(run, outputs, **arguments)
+
+
+class Bag(nn.Module):
+    """A layer that torch differentiates once."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = nn.EmbeddingBag(5, 4, mode="mean"), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        return self.out(self.words(ids))
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_an_operation_without_a_second_derivative_is_named(mode):
+    ids, y = torch.arange(3 * N).reshape(N, 3) % 5, torch.arange(N) % 3
+    run = train(Problem(Bag().double(), cross_entropy, (ids, y)), Recipe(SGD(0.1), 3, 1))
+    told = "got _embedding_bag_backward, which has no second derivative; write that layer in plain"
+    with pytest.raises(ValueError, match=told) as raised:
+        magic(run, Outputs(margin, (ids, y)), groups=[0, 1] * 3, mode=mode)
+    assert "attn_implementation" not in str(raised.value)
+
+
+def test_attention_without_a_second_derivative_is_told_to_be_eager():
+    told = r"got _flash_attention_backward, .*attn_implementation"
+    with pytest.raises(ValueError, match=told), told_operation():
+        raise RuntimeError("derivative for aten::_flash_attention_backward is not implemented")
 
 
 def test_a_run_without_digests_is_taken_again_to_its_end(tmp_path):

@@ -169,8 +169,8 @@ def source(
     count = len(way.stretches)
     if not 1 <= segments <= count:
         raise ValueError(
-            f"expected 1 to {count} segments of {count} checkpoints, got {segments}; keep more "
-            "checkpoints, or ask for fewer segments"
+            f"expected 1 to {count} segments of {count} checkpoints, got {segments}; pass "
+            f"segments={count}, or keep more checkpoints"
         )
     kind = curvature
     if kind == "auto":

@@ -551,7 +551,8 @@ def test_segments_and_curvatures_that_do_not_exist():
     outputs = menagerie.unseen(run.problem)
     for count in (0, 7):
         with pytest.raises(
-            ValueError, match=f"expected 1 to 6 segments of 6 checkpoints, got {count}"
+            ValueError,
+            match=f"expected 1 to 6 segments of 6 checkpoints, got {count}; pass segments=6",
         ):
             source(run, outputs, segments=count)
     with pytest.raises(

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from attribution_core.data import Batch
 from attribution_core.problem import (
@@ -73,6 +76,30 @@ def refuse_hidden_parameters(
     eps = max(rounding(g) for g in own.values())
     if apart[worst] > max(APART, 8 * eps) * max(float(size), torch.finfo(torch.float32).tiny):
         raise ValueError(_words(f"another gradient for {worst!r}"))
+
+
+def refuse_computed_weights(model: nn.Module) -> None:
+    """Raise for layers whose hooks compute their weights, which torch cannot copy: pruned ones, or weight and
+    spectral norm of the old kind.
+
+    Raises:
+        ValueError: there is one (names it); says what to use.
+    """
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                cure = (
+                    f"call torch.nn.utils.prune.remove on it for {hook._tensor_name!r}, or mask "
+                    "it in a parametrization"
+                )
+            elif isinstance(hook, (WeightNorm, SpectralNorm)):
+                cure = "use the norm of the same name in torch.nn.utils.parametrizations"
+            else:
+                continue
+            raise ValueError(
+                f"expected a model that can be copied, got a layer {name!r} whose weight a hook computes "
+                f"({type(hook).__name__}); {cure}"
+            )
 
 
 def _words(got: str) -> str:

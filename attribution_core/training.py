@@ -50,7 +50,7 @@ from attribution_core.run_folder import RunFolder
 from attribution_core.soundness import nothing_else_changes
 from attribution_core.steps import Augment, Steps, TrainingState
 from attribution_core.store import fingerprint
-from attribution_core.swapping import refuse_hidden_parameters
+from attribution_core.swapping import refuse_computed_weights, refuse_hidden_parameters
 
 __all__ = ["SGD", "Adam", "AdamW", "Checkpoint", "Recipe", "Run", "train"]
 
@@ -344,6 +344,7 @@ def check_steps(steps: Steps) -> None:
     """Raise where a step would not be a function of its state and number alone."""
     model = steps.problem.model
     refuse_embeddings(model, "scale_grad_by_freq", "sparse")
+    refuse_computed_weights(model)
     if steps.masks is None:
         refuse_dropout(
             model, "say which masks by Recipe(masks=seed), or call model.eval() or set p=0"

@@ -13,6 +13,7 @@ from torch import Tensor
 from attribution_core.gradients import flatten
 from attribution_core.optimizers import Checkpoint
 from attribution_core.problem import Params, Problem
+from attribution_core.swapping import refuse_computed_weights
 from attribution_core.trained import Trained, trained
 from attribution_core.training import Run
 
@@ -139,6 +140,7 @@ def problem_at(problem: Problem, params: Mapping[str, Tensor]) -> Problem:
             f"expected checkpoints with all trainable parameters in the model's shapes, got one with "
             f"{sorted(params)[:5]} ..., where {wrong[:5]} are missing or of other shapes"
         )
+    refuse_computed_weights(problem.model)
     model = copy.deepcopy(problem.model)
     own = model.state_dict()
     model.load_state_dict({k: v for k, v in params.items() if k in own}, strict=False)

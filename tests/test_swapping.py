@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from attribution_core import (
@@ -18,6 +19,7 @@ from attribution_core import (
     influence,
     margin,
     retrain,
+    tracin,
     train,
     trak,
 )
@@ -216,3 +218,42 @@ def test_such_hooks_anywhere_are_put_back_in_their_order(name):
     assert "asks" not in seen
     assert "watches" in seen
     assert [hook.__name__ for hook in layer._forward_hooks.values()] == [name, "watches"]
+
+
+def _pruned():
+    layer = nn.Linear(4, 3)
+    prune.random_unstructured(layer, "weight", 0.3)
+    prune.random_unstructured(layer, "weight", 0.1)  # a container of two
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "cure"),
+    [
+        (_pruned, "prune.remove on it for 'weight'"),
+        (lambda: nn.utils.weight_norm(nn.Linear(4, 3)), "torch.nn.utils.parametrizations"),
+        (lambda: nn.utils.spectral_norm(nn.Linear(4, 3)), "torch.nn.utils.parametrizations"),
+    ],
+)
+def test_layers_that_torch_cannot_copy_are_told_before_the_training(make, cure):
+    x, y = data()
+    problem = Problem(nn.Sequential(make()).double().eval(), cross_entropy, (x, y))
+    outputs, recipe = Outputs(margin, (x[:2], y[:2])), Recipe(SGD(0.1), 2, 1)
+    for act in (
+        lambda: train(problem, recipe),
+        lambda: retrain(problem, recipe, outputs, np.ones((1, len(x))), seeds=1),
+        lambda: tracin(problem, outputs, checkpoints=[problem.params], lr=0.1, steps=2),
+    ):
+        with pytest.raises(ValueError, match=f"got a layer '0' whose weight a hook.*{cure}"):
+            act()
+
+
+def test_a_layer_whose_pruning_is_removed_trains():
+    x, y = data()
+    layer = _pruned()
+    prune.remove(layer, "weight")
+    run = train(
+        Problem(nn.Sequential(layer).double(), cross_entropy, (x, y)), Recipe(SGD(0.1), 2, 1)
+    )
+    assert run.model[0].weight.shape == (3, 4)

@@ -218,7 +218,7 @@ def _of_table(
     beta: tuple[float, float],
 ) -> Values:
     """Values from subsets that were really trained on."""
-    folded = table if owners is None else group_table(table, np.asarray(owners))
+    folded = table if owners is None else group_table(table, owners)
     if not np.isin(folded.weights, (0.0, 1.0)).all():
         raise ValueError(
             "expected a table of subsets, weights 0 or 1, got others; fit_datamodel reads any weights"

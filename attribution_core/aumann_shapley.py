@@ -106,8 +106,9 @@ def aumann_shapley(
         raise ValueError(f"unknown path {path!r}; auto, weight or exposure")
     if path == "auto":
         path = "exposure" if isinstance(recipe.optimizer, Adam) else "weight"
-    labels = np.arange(problem.n) if groups is None else np.asarray(groups)
-    names, index = named(labels, problem.n)
+    given = np.arange(problem.n) if groups is None else groups
+    names, index = named(given, problem.n)
+    labels = np.asarray(given)
     size = np.bincount(index)[:, None] / problem.n
     where = None
     if folder is not None:

@@ -198,7 +198,7 @@ def _asked(
     if not 1 <= segments <= total - start:
         raise ValueError(f"expected 1 to {total - start} segments, got {segments}")
     labels = None if groups is None else np.asarray(groups)
-    count = 0 if labels is None else len(named(labels, run.problem.n)[0])
+    count = 0 if groups is None else len(named(groups, run.problem.n)[0])
     chosen = None
     if rows is not None:
         chosen = row_numbers(rows, run.problem.n, once=True)

@@ -68,7 +68,8 @@ def group_subsets(groups: ArrayLike, m: int, keep: float, seed: int = 0) -> NDAr
     >>> group_subsets(["a", "b", "a", "b"], 3, keep=0.5).sum(axis=1).tolist()
     [2.0, 2.0, 2.0]
     """
-    return random_subsets(np.asarray(groups), m, keep=keep, seed=seed)
+    index = named(groups, np.size(groups))[1]
+    return random_subsets(index, m, keep=keep, seed=seed)
 
 
 def leave_out_subsets(n: Players) -> NDArray[np.float64]:
@@ -124,8 +125,8 @@ def all_subsets(n: Players) -> NDArray[np.float64]:
 
 def _players(n: Players) -> tuple[NDArray[np.intp], int]:
     """(which player each example belongs to, number of players)."""
-    labels = np.arange(n) if isinstance(n, (int, np.integer)) else np.asarray(n)
-    names, index = named(labels, labels.size)
+    labels = np.arange(n) if isinstance(n, (int, np.integer)) else n
+    names, index = named(labels, np.size(labels))
     return index, len(names)
 
 

@@ -121,6 +121,13 @@ def test_owners_of_a_row_each_are_their_rows(method, labels):
     np.testing.assert_allclose(owners.scores[owners.rows(labels)], rows.scores, rtol=1e-9)
 
 
+def test_rows_of_nobody_are_refused():
+    problem = menagerie.mlp(4)
+    outputs = Outputs(problem.loss, problem.train).mean()
+    with pytest.raises(ValueError, match=r"label for every example, got none for \[1\]"):
+        aumann_shapley(problem, RECIPE, outputs, groups=["a", float("nan"), "b", "b"])
+
+
 def owners_of_digits(n=240, groups=6):
     """Digits in owners of unequal sizes; one owner's labels are all wrong."""
     x, y = (array[:n].copy() for array in menagerie.digits_arrays())

@@ -226,6 +226,12 @@ def test_forward_equals_reverse(model):
     np.testing.assert_array_equal(one.anchor, np.ones(3))
 
 
+def test_rows_of_no_domain_are_refused():
+    run, outputs, _ = reference("mlp")
+    with pytest.raises(ValueError, match=r"label for every example, got none for \[1\]"):
+        magic(run, outputs, wrt="domains", groups=["a", float("nan"), *"abab"])
+
+
 def test_ten_domains_and_a_thousand_targets():
     """Forward mode for all at once, and as many walks back as chunks: the same to 1e-10."""
     x, y = menagerie.digits_arrays()

@@ -75,3 +75,20 @@ def test_what_cannot_be_drawn():
     for keep in (0, 1.5, []):
         with pytest.raises(ValueError, match=r"expected a keep fraction in \(0, 1\]"):
             bernoulli_subsets(4, 2, keep=keep)
+
+
+@pytest.mark.parametrize("nobody", [float("nan"), None])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        all_subsets,
+        leave_out_subsets,
+        lambda groups: permutation_subsets(groups, 2),
+        lambda groups: random_subsets(groups, 2, keep=0.5),
+        lambda groups: group_subsets(groups, 2, keep=0.5),
+    ],
+)
+def test_players_without_a_name_are_refused(sampler, nobody):
+    """A list with a missing label, as pandas writes it, made a player "nan" of text."""
+    with pytest.raises(ValueError, match=r"a group label for every example, got none for \[1\]"):
+        sampler(["a", nobody, "b"])

@@ -486,6 +486,14 @@ def test_owners_of_datamodels_and_tables():
     assert found.players.tolist() == retrained.players.tolist() == ["a", "b", "c"]
 
 
+def test_rows_of_nobody_make_no_owner_of_a_table():
+    """A list with a missing owner, as pandas writes it, made one called "nan", who was paid."""
+    whole = enumerated(4, lambda inside: float(inside.sum()))
+    for nobody in (float("nan"), None):
+        with pytest.raises(ValueError, match=r"label for every example, got none for \[2\]"):
+            values(whole, owners=["a", "a", nobody, "b"])
+
+
 def test_several_runs_have_an_error():
     rng = np.random.default_rng(0)
     runs = [LinearDatamodel(rng.normal(size=(4, 2)), np.zeros(2), 1.0) for _ in range(3)]

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from attribution_core.data import named
+
 Change = Literal["labels", "inputs", "rows"]
 Knowledge = Literal["white-box", "grey-box", "black-box"]
 ROUNDING = 1e-6  # of the box: float32 inputs that were normalised
@@ -110,8 +112,8 @@ class ThreatModel:
         """Labels of sources [n] where they are needed; raises where the attack is another one.
 
         Raises:
-            ValueError: an attack that changes something else; a quota without sources, or too few of them for
-                the budget.
+            ValueError: an attack that changes something else; a quota without sources, rows of none, or too few
+                sources for the budget.
         """
         if self.may_change != change:
             raise ValueError(
@@ -124,16 +126,16 @@ class ThreatModel:
             raise ValueError(
                 f"expected sources [n={n}] beside source_quota={self.source_quota}, got none; pass one label a row"
             )
-        labels = np.asarray(sources)
-        if labels.shape != (n,):
-            raise ValueError(f"expected sources [n={n}], got {labels.shape}")
-        most = int(np.minimum(np.unique(labels, return_counts=True)[1], self.source_quota).sum())
+        if np.shape(sources) != (n,):
+            raise ValueError(f"expected sources [n={n}], got {np.shape(sources)}")
+        names, index = named(sources, n)  # a quota on rows of no source would hold for each of them
+        most = int(np.minimum(np.bincount(index), self.source_quota).sum())
         if most < self.rows(n):
             raise ValueError(
                 f"a threat model that cannot be met: {self.rows(n)} rows, while a quota of {self.source_quota} a "
                 f"source leaves {most}; lower the budget or raise the quota"
             )
-        return labels
+        return names[index]
 
     def within(self, x: NDArray[Any], original: NDArray[Any]) -> NDArray[Any]:
         """The nearest inputs [k, ...] inside the ball around the originals, then inside the box.

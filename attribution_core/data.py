@@ -240,7 +240,10 @@ def named(groups: ArrayLike, n: int) -> tuple[NDArray[Any], NDArray[np.intp]]:
     given = groups if isinstance(groups, (list, tuple)) else labels.tolist()
     nobody = [k for k, label in enumerate(given) if _missing(label)]
     if nobody:
-        raise ValueError(f"expected a group label for every example, got none for {nobody[:10]}")
+        raise ValueError(
+            f"expected a group label for every example, got none for {nobody[:10]}; name them, "
+            "one label for all that have none, say"
+        )
     return np.unique(labels, return_inverse=True)
 
 

@@ -77,6 +77,18 @@ def test_sources_are_needed_with_a_quota_only():
     assert threat.check("labels", list("aabbcc"), 6).tolist() == list("aabbcc")
 
 
+@pytest.mark.parametrize("nobody", [float("nan"), None])
+@pytest.mark.parametrize("kind", [list, lambda labels: np.array(labels, dtype=object)])
+def test_rows_of_no_source_are_refused_beside_a_quota(kind, nobody):
+    """NaN is no other NaN: each such row was a source of its own, with a quota of its own."""
+    threat = ThreatModel(2, "labels", source_quota=1)
+    with pytest.raises(ValueError, match=r"got none for \[1, 2\]; name them"):
+        threat.check("labels", kind(["a", nobody, nobody, "b"]), 4)
+    if nobody is not None:
+        with pytest.raises(ValueError, match=r"got none for \[1, 2\]; name them"):
+            threat.check("labels", np.array([0.0, nobody, nobody, 1.0]), 4)
+
+
 def test_a_quota_that_leaves_too_few_rows():
     """Sources of 3, 2 and 1 rows with a quota of 2 leave 2 + 2 + 1 = 5."""
     sources = list("aaabbc")

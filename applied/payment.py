@@ -261,9 +261,14 @@ def buy(
     # rewrite: gain of a choice x, in units of the output; however bad the others are, they are left
     _someone_is_good(values)
     price = np.asarray(prices, dtype=float)
-    if price.shape != values.values.shape or not (price > 0).all() or np.isinf(price).any():
+    if price.shape != values.values.shape:
         raise ValueError(
             f"expected one positive price per player [{len(values)}], got {price.shape}"
+        )
+    if len(wrong := np.flatnonzero(~((price > 0) & (price < np.inf)))):
+        dear = ", ".join(f"{price[i]:g} for {values.players[i]}" for i in wrong[:5])
+        raise ValueError(
+            f"expected positive, finite prices, got {dear}; mend them, or leave these players out"
         )
     if not isinstance(budget, Real):
         raise ValueError(f"expected a budget that is a number, got {budget!r}")

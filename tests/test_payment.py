@@ -1,6 +1,7 @@
 """applied.payment: shares in proportion within limits, discounts, purchases; signs that are found out."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -127,8 +128,10 @@ def test_owners_become_weights_of_their_examples():
     ("numbers", "prices", "budget", "message"),
     [
         ([-1.0, -2.0], [1, 1], 1, "pass -values"),
-        ([1.0, 2.0], [1, 0], 1, "one positive price per player"),
-        ([1.0, 2.0], [1, 1, 1], 1, "one positive price per player"),
+        ([1.0, 2.0], [1, 0], 1, "positive, finite prices, got 0 for owner 1"),
+        ([1.0, 2.0], [math.nan, -1], 1, "got nan for owner 0, -1 for owner 1"),
+        ([1.0, 2.0], [1, math.inf], 1, "got inf for owner 1"),
+        ([1.0, 2.0], [1, 1, 1], 1, r"one positive price per player \[2\], got \(3,\)"),
         ([1.0, 2.0], [2, 3], "5", "a budget that is a number, got '5'"),
         ([1.0, 2.0], [2, 3], 1, "a budget for the cheapest player, 2, got 1"),
     ],

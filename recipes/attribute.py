@@ -88,19 +88,14 @@ def main(flags: Flags) -> None:
     """The steps, in order; each reads back what an earlier call has finished."""
     import torch
 
-    from recipes.command import at_least, shares
+    from recipes.command import at_least, shares, some_rows
 
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
     at_least(flags, subsets=3, runs=1, seeds=1, jobs=1, targets=1, rows=2, epochs=1e-9, lr=1e-12)
     shares(flags, "drop")
     refuse_unused(flags)
     task, recipe = prepare(flags)
-    n = task.problem.n
-    few = [drop for drop in flags.drop if round(drop * n) < 1]
-    if few:
-        raise ValueError(
-            f"expected --drop of at least one of {n} rows ({1 / n:.2g}), got {few[0]:g}"
-        )
+    some_rows(flags, "drop", task.problem.n)
     flags.out.mkdir(parents=True, exist_ok=True)
     recipe = checked(flags, task, recipe)
     estimate(flags, task, recipe)

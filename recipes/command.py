@@ -116,3 +116,16 @@ def shares(flags: Any, name: str) -> None:
     given = getattr(flags, name)
     if not given or not all(0 < share < 1 for share in given):
         raise ValueError(f"expected --{name} of shares between 0 and 1, got {list(given)}")
+
+
+def some_rows(flags: Any, name: str, n: int) -> None:
+    """Raise where a share among the flags rounds to none of n rows.
+
+    Raises:
+        ValueError: it does; names the flag.
+    """
+    few = [share for share in getattr(flags, name) if round(share * n) < 1]
+    if few:
+        raise ValueError(
+            f"expected --{name} of at least one of {n} rows ({1 / n:.2g}), got {few[0]:g}"
+        )

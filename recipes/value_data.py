@@ -80,7 +80,7 @@ def main(flags: Flags) -> None:
     import torch
 
     from recipes.classification import embedded, from_file
-    from recipes.command import at_least, shares
+    from recipes.command import at_least, shares, some_rows
     from recipes.value_report import write_report
     from recipes.valuing import judge, start, value_owners, value_rows
 
@@ -91,6 +91,7 @@ def main(flags: Flags) -> None:
         data = embedded(flags.data, flags.mislabel, flags.owners, flags.seed)
     else:
         data = from_file(flags.data, flags.label, flags.owner, flags.test, flags.seed, flags.ignore)
+    some_rows(flags, "remove", len(data.x))
     payable(flags, data)
     told(data)
     flags.out.mkdir(parents=True, exist_ok=True)

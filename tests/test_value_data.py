@@ -175,6 +175,10 @@ def test_embedded_owners_are_unequal_and_spoiled():
         ),
         (["--remove", "1.5"], "expected --remove of shares between 0 and 1, got [1.5]"),
         (["--remove"], "expected --remove of shares"),
+        (
+            ["--data", "MINE", "--label", "outcome", "--remove", ".1", ".004"],
+            "expected --remove of at least one of 96 rows (0.01), got 0.004",
+        ),
         (["--seeds", "0"], "expected --seeds of at least 1, got 0"),
         (["--width", "-1"], "expected --width of at least 0, got -1"),
         (["--budget", "0"], "expected --budget of at least"),

@@ -49,12 +49,16 @@ class Payments:
         """One line a player, the largest payment first."""
         width = max([6, *(len(str(p)) for p in self.players)])
         lines = [f"{'player':{width}}  {'payment':>10}  {'by worth':>10}  95 % interval by worth"]
+        # of a small budget cents tell nothing
+        cents = max(2, 3 - math.floor(math.log10(self.budget))) if self.budget > 0 else 2
+        paid, worth, low, high = (
+            [f"{x:.{cents}f}" for x in some]
+            for some in (self.amounts, self.proportional, self.low, self.high)
+        )
         for i in np.argsort(-self.amounts, kind="stable"):
-            ends = f"[{self.low[i]:.2f}, {self.high[i]:.2f}]" if math.isfinite(self.low[i]) else "-"
-            lines.append(
-                f"{self.players[i]!s:{width}}  {self.amounts[i]:10.2f}  {self.proportional[i]:10.2f}  {ends}"
-            )
-        return "\n".join([*lines, f"{'all':{width}}  {self.amounts.sum():10.2f}"])
+            ends = f"[{low[i]}, {high[i]}]" if math.isfinite(self.low[i]) else "-"
+            lines.append(f"{self.players[i]!s:{width}}  {paid[i]:>10}  {worth[i]:>10}  {ends}")
+        return "\n".join([*lines, f"{'all':{width}}  {self.amounts.sum():10.{cents}f}"])
 
 
 def pay(

@@ -267,7 +267,7 @@ def judge(flags: Flags, task: Task, recipe: Any) -> dict[float, Any]:
             task.problem, recipe, task.outputs, weights,
             seeds=flags.seeds if flags.fresh else [recipe.seed],
             drop="row" if flags.fresh else "weight", jobs=flags.jobs,
-            folder=flags.out / "retraining", progress=bar(f"retraining, {drop:.0%} dropped"),
+            folder=flags.out / "retraining", progress=bar(f"retraining, {100 * drop:g}% dropped"),
         )  # fmt: skip
     return tables
 
@@ -287,9 +287,9 @@ def write_report(
 
     datamodel.save(flags.out / "datamodel")
     found = {drop: lds(datamodel, table) for drop, table in tables.items()}
-    print("\n".join(f"{drop:5.0%} dropped: {one}" for drop, one in found.items()))
+    print("\n".join(f"{100 * drop:4g}% dropped: {one}" for drop, one in found.items()))
     rows = [
-        (f"{drop:.0%}", Interval(one.mean, *one.interval), one.slope, one.ceiling)
+        (f"{100 * drop:g}%", Interval(one.mean, *one.interval), one.slope, one.ceiling)
         for drop, one in found.items()
     ]
     sections = {
@@ -311,7 +311,9 @@ def write_report(
         for drop, table in tables.items():
             predicted = datamodel.predict(table.weights).mean(1)
             figure = pictures.calibration(predicted, table.outputs.mean(1), unit=task.unit)
-            sections[f"Predicted against actual, {drop:.0%} dropped"] = [report.picture(figure)]
+            sections[f"Predicted against actual, {100 * drop:g}% dropped"] = [
+                report.picture(figure)
+            ]
     sections["Rows that move the mean output most"] = [moving(datamodel, task)]
     sections["Rows that move the worst outputs most"] = [worst(datamodel, task)]
     facts = {

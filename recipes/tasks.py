@@ -112,7 +112,7 @@ def table_task(
     problem, make = problem_of(data, width, 0.0)
     held = (torch.tensor(data.target_x[:targets]), torch.tensor(data.target_y[:targets]))
     return Task(
-        f"MLP on {data.name}", problem, Outputs(margin, held), make, "margin, nats", 1,
+        f"{'MLP' if width else 'logistic regression'} on {data.name}", problem, Outputs(margin, held), make, "margin, nats", 1,
         lambda i: data.classes[data.y[i]],
         lambda j: f"row {data.held_places[j]} held out, {data.classes[data.target_y[j]]}",
         data.places[:rows],

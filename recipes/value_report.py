@@ -52,7 +52,7 @@ def rows_of(
         rows.append((*row, change))
         metrics.setdefault(name, {})["removal"] = change
     head = ["method", "needs", *(["AUC", "found in a tenth"] if len(rows[0]) > 3 else [])]
-    head.append(f"test loss without the worst {shares[last - 1]:.0%}, change")
+    head.append(f"test loss without the worst {100 * shares[last - 1]:g}%, change")
     sections: dict[str, list[str]] = {
         "What each method finds": [
             report.table(
@@ -132,12 +132,20 @@ def payments_of(study: Study, owned: Owned) -> tuple[dict[str, Any], dict[str, A
     print(f"\n{pay.table()}")
     names, size = np.unique(study.data.owners, return_counts=True)
     rows = [
-        (str(names[i]), int(size[i]), exact.interval(names[i]), float(pay.amounts[i]), f"{pay.low[i]:.0f} to {pay.high[i]:.0f}")
+        (str(names[i]), int(size[i]), exact.interval(names[i]), float(pay.amounts[i]), _ends(pay.low[i], pay.high[i]))
         for i in np.argsort(-pay.amounts, kind="stable")
     ]  # fmt: skip
     head = ("owner", "training rows", "worth", "payment", "by the interval of worth")
     amounts = dict(zip(names.tolist(), pay.amounts.tolist(), strict=True))
     return {title: [report.table(rows, head)]}, {"payments": amounts}
+
+
+def _ends(low: float, high: float) -> str | None:
+    """Two amounts to three digits, and no power of ten for money; None where they are not known."""
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return None
+    places = [max(0, 2 - int(np.floor(np.log10(end)))) if end > 0 else 0 for end in (low, high)]
+    return f"{low:.{places[0]}f} to {high:.{places[1]}f}"
 
 
 def purchase_of(owned: Owned) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -177,7 +185,8 @@ def facts_of(study: Study) -> dict[str, str]:
     return {
         "data": f"{data.name}: {len(data.x):,} training rows, {len(data.target_x):,} targets, {len(data.test_x):,} to judge",
         "wrong labels planted": spoiled,
-        "model": f"{p:,} parameters, hidden layer of {flags.width}",
+        "model": f"{p:,} parameters, "
+        + (f"hidden layer of {flags.width}" if flags.width else "logistic regression"),
         "training": f"{study.recipe.optimizer}, batches of {study.recipe.batch_size}, {flags.epochs:g} epochs, "
         f"weight decay {flags.weight_decay:g}",
         "random halves": f"{flags.retrainings}, one seed each",

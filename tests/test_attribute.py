@@ -150,6 +150,21 @@ def test_a_table_of_ones_own(tmp_path, capsys):
         assert frame["kind"][int(row)] == kind
 
 
+def test_a_linear_model_of_a_table_is_called_one_and_shares_keep_their_digits(tmp_path, capsys):
+    x, y = load_wine(return_X_y=True)
+    pd.DataFrame(x[:, :4], columns=list("abcd")).assign(kind=y).to_csv(tmp_path / "wine.csv")
+    run(
+        ["--task", "table", "--data", str(tmp_path / "wine.csv"), "--label", "kind", "--ignore", "Unnamed: 0",
+         "--width", "0", "--epochs", "2", "--method", "influence", "--targets", "4", "--subsets", "3", "--jobs", "1",
+         "--drop", "0.125", "--out", str(tmp_path / "out")]
+    )  # fmt: skip
+    assert "12.5% dropped: LDS" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Predicted against actual, 12.5% dropped" in page
+    assert "logistic regression on wine.csv" in page
+    assert "MLP on" not in page
+
+
 def saved(folder, model, tokens):
     """A transformers folder with a byte tokeniser of so many tokens."""
     from transformers import PreTrainedTokenizerFast

@@ -12,8 +12,8 @@ from sklearn.datasets import load_breast_cancer
 from applied.valuation import Values
 from recipes.classification import embedded, facts_of, from_file
 from recipes.value_data import Flags, run
-from recipes.value_report import payments_of, purchase_of
-from recipes.valuing import Owned, bought, paid
+from recipes.value_report import payments_of, purchase_of, rows_of
+from recipes.valuing import Owned, Valued, bought, paid
 
 QUICK = [
     "--retrainings",
@@ -300,6 +300,20 @@ def owned(tmp_path, values, sizes, **more):
     flags = Flags(out=tmp_path, **more)
     study = SimpleNamespace(flags=flags, data=SimpleNamespace(owners=labels))
     return {"retraining": worth}, paid(flags, worth), bought(study, worth)
+
+
+def test_shares_and_small_payments_keep_their_digits(tmp_path, capsys):
+    flags, labels = Flags(out=tmp_path, budget=0.02, remove=(0.125,)), np.repeat(["o0", "o1"], 10)
+    worth = Values([3.0, 1.0], [0.1, 0.1], ["o0", "o1"], [[3.0], [1.0]], labels=labels)
+    study = SimpleNamespace(flags=flags, data=SimpleNamespace(owners=labels, bad=None))
+    both = Owned({"retraining": worth}, paid(flags, worth), "")
+    (table,) = payments_of(study, both)[0]["Sharing 0.02"]
+    assert "0.0147 to 0.0152" in table  # 0 to 0, as whole numbers
+    assert "0.01500  " in capsys.readouterr().out  # of the owner of three quarters
+    one = {"influence": Values([1.0, 2.0], [0.0] * 2, [0, 1], np.zeros((2, 1)))}
+    valued = Valued(one, {"influence": ""}, None, 0.0)
+    sections, _ = rows_of(study, valued, {"influence": np.array([[1.0, 1.1], [1.0, 1.2]])})
+    assert "without the worst 12.5%, change" in sections["What each method finds"][0]
 
 
 def test_owners_who_cannot_be_paid_or_bought_from_do_not_cost_the_report(tmp_path, capsys):

@@ -19,6 +19,7 @@ from attribution_core.store import write_text
 from recipes.embedded import Document
 
 KINDS = (".parquet", ".jsonl", ".txt")
+BLOCK = 2**20  # bytes of a .jsonl file read at once, at least; a row must fit in
 PAD = -100  # fills up the last block of a document; never predicted
 
 
@@ -94,8 +95,10 @@ def _json_columns(file: str, columns: list[str]) -> Any:
     from pyarrow import Table
 
     found = {}
+    with open(file, "rb") as lines:
+        longest = max(map(len, lines), default=0)
     for column in dict.fromkeys(columns):
-        found[column] = _json_column(file, column)
+        found[column] = _json_column(file, column, longest)
         if found[column].null_count == len(found[column]):  # as a column that is not there reads
             _refuse_missing(column, _json_names(file), file)
     return Table.from_pydict(found)
@@ -115,18 +118,19 @@ def _json_names(file: str) -> list[str]:
     return sorted(names)
 
 
-def _json_column(file: str, column: str) -> Any:
+def _json_column(file: str, column: str, longest: int) -> Any:
     """One column as words, which may look like dates; where it holds none, as numbers or what it is."""
     import pyarrow
-    from pyarrow.json import ParseOptions, read_json
+    from pyarrow.json import ParseOptions, ReadOptions, read_json
 
+    blocks = ReadOptions(block_size=min(max(BLOCK, longest), 2**31 - 1))
     for kind in (pyarrow.string(), pyarrow.int64(), pyarrow.float64(), pyarrow.bool_()):
         only = ParseOptions(
             explicit_schema=pyarrow.schema([(column, kind)]), unexpected_field_behavior="ignore"
         )
         with suppress(pyarrow.ArrowInvalid):
-            return read_json(file, parse_options=only).column(column)
-    return read_json(file).column(column)  # nested, mixed or broken: says so
+            return read_json(file, blocks, only).column(column)
+    return read_json(file, blocks).column(column)  # nested, mixed or broken: says so
 
 
 def _saved(folder: str) -> Any:

@@ -476,6 +476,13 @@ def test_what_columns_hold_that_nobody_asked_for_does_not_matter(tmp_path, rest,
         read_documents(str(path), text="body")
 
 
+def test_documents_of_any_length_are_read(tmp_path):
+    texts = ["short", "a b " * 800_000, "short, too"]
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    assert [d.text for d in read_documents(str(path))] == texts
+
+
 def test_columns_that_were_asked_for_are_words_or_numbers(tmp_path):
     path = tmp_path / "a.jsonl"
     for cells, words in (

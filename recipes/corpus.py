@@ -124,7 +124,8 @@ def _json_column(file: str, column: str, longest: int) -> Any:
     from pyarrow.json import ParseOptions, ReadOptions, read_json
 
     blocks = ReadOptions(block_size=min(max(BLOCK, longest), 2**31 - 1))
-    for kind in (pyarrow.string(), pyarrow.int64(), pyarrow.float64(), pyarrow.bool_()):
+    whole = (pyarrow.int64(), pyarrow.uint64())  # float64 would take a hash's last digits
+    for kind in (pyarrow.string(), *whole, pyarrow.float64(), pyarrow.bool_()):
         only = ParseOptions(
             explicit_schema=pyarrow.schema([(column, kind)]), unexpected_field_behavior="ignore"
         )
@@ -194,7 +195,8 @@ def _names(table: Any, column: str, source: str, flag: str) -> list[str]:
     """A column in words.
 
     Raises:
-        ValueError: empty cells, which would be one domain of all that nobody named; objects and lists.
+        ValueError: empty cells, which would be one domain of all that nobody named; objects and lists; whole numbers
+            that have lost digits.
     """
     from pyarrow import types
 
@@ -210,6 +212,12 @@ def _names(table: Any, column: str, source: str, flag: str) -> list[str]:
         raise ValueError(
             f"expected no empty cells in column {column!r} of {source!r}, got {empty} of {len(values)} empty; name them, "
             f"or leave --{flag} out"
+        )
+    rounded = [v for v in values if isinstance(v, float) and abs(v) >= 2**53]
+    if rounded:
+        raise ValueError(
+            f"expected all digits of the numbers in column {column!r} of {source!r}, got {kind}, which rounds e.g. "
+            f"{rounded[0]:.17g}; write them as words or as whole numbers of 64 bits"
         )
     return list(map(str, values))
 

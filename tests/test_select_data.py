@@ -483,6 +483,19 @@ def test_documents_of_any_length_are_read(tmp_path):
     assert [d.text for d in read_documents(str(path))] == texts
 
 
+def test_whole_numbers_keep_their_digits(tmp_path):
+    """Hashes of 64 bits were read as floats, and many became one."""
+    path = tmp_path / "a.jsonl"
+    ids = [2**64 - 1, 2**63 + 1, 3]
+    path.write_text("\n".join(json.dumps({"text": "t", "id": n}) for n in ids))
+    assert [d.id for d in read_documents(str(path), id="id")] == list(map(str, ids))
+    for ids in ([2**70, 1], [2**63 + 1, -1], [2**53 + 1, 0.5]):
+        path.write_text("\n".join(json.dumps({"text": "t", "id": n}) for n in ids))
+        for asked in ({"id": "id"}, {"domain": "id"}):
+            with pytest.raises(ValueError, match="expected all digits of the numbers in column"):
+                read_documents(str(path), **asked)
+
+
 def test_columns_that_were_asked_for_are_words_or_numbers(tmp_path):
     path = tmp_path / "a.jsonl"
     for cells, words in (

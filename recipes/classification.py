@@ -143,14 +143,14 @@ def from_file(
         FileNotFoundError: no such file.
         ValueError: another ending, columns that are missing, that number or name the rows, or that hold neither
             numbers nor text; empty cells, too few rows, labels that are no classes, a label in the test file that
-            training rows do not have, an owner whose rows are all held out.
+            training rows do not have or that is written in several ways, an owner whose rows are all held out.
     """
     from sklearn.compose import make_column_selector, make_column_transformer
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
     if used := [name for name in (label, owner) if name in ignore]:
         raise ValueError(f"expected --ignore of columns that nothing else needs, got {used}")
-    frame, other = _read(path), None if test is None else _read(test)
+    frame, other = _read(path, label, owner), None if test is None else _read(test, label)
     needed = [label, *([owner] if owner else [])]
     _check_there(frame, [*needed, *(c for c in ignore if other is None or c not in other)], path)
     frame = frame.drop(columns=[c for c in ignore if c in frame])
@@ -312,16 +312,40 @@ def _refuse_no_table(path: str) -> None:
         )
 
 
-def _read(path: str) -> Any:
-    """The table in a file."""
+def _read(path: str, label: str, owner: str | None = None) -> Any:
+    """The table in a file; owners are the words that they are written in: 0012 is not 12.
+
+    Raises:
+        ValueError: a file that is no table, or not in UTF-8; a label in several forms.
+    """
     import pandas as pd
 
     _refuse_no_table(path)
-    read = pd.read_csv if Path(path).suffix.lower() == ".csv" else pd.read_parquet
     try:
-        return read(path)
+        if Path(path).suffix.lower() == ".parquet":
+            return pd.read_parquet(path)
+        frame = pd.read_csv(path, dtype={owner: str} if owner else None)
+        if label in frame and frame[label].dtype.kind in "iufb":
+            _refuse_forms(frame[label], pd.read_csv(path, dtype={label: str})[label], path)
+        return frame
     except UnicodeDecodeError as error:
         raise ValueError(f"expected {path} in UTF-8, got {error}; save it so") from None
+    except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
+        raise ValueError(f"expected a table in {path}, got none: {error}") from None
+
+
+def _refuse_forms(values: Any, written: Any, path: str) -> None:
+    """Raise where labels of one value are written in several ways: whether 01 is 1 nobody said.
+
+    Raises:
+        ValueError: they are; names the forms.
+    """
+    forms = written.str.strip().groupby(values).unique()
+    for several in forms[forms.str.len() > 1]:
+        raise ValueError(
+            f"expected labels in {values.name!r} of {path} that are written in one way each, got {sorted(several)[:5]}, "
+            "which are read as one; write them alike, or as words that differ"
+        )
 
 
 def _check_there(frame: Any, needed: Sequence[str], path: str) -> None:

@@ -259,6 +259,43 @@ def test_columns_that_the_held_out_file_alone_has_are_left_out(tmp_path):
         from_file(path, "outcome", "hospital", holes, 0)
 
 
+@pytest.mark.parametrize("names", [["0012", "12", "1E3", "1000"], ["true", "True", "TRUE"]])
+def test_owners_are_the_words_of_the_file(tmp_path, names):
+    """pandas read 0012 and 12 as one number, so that two owners were paid as one."""
+    _, frame = written(tmp_path)
+    frame["hospital"] = np.resize(names, 160)
+    data = from_file(saved(tmp_path, frame), "outcome", "hospital", None, 0)
+    assert sorted(set(data.owners)) == sorted(names)
+    assert (data.owners == frame["hospital"].to_numpy()[data.places]).all()
+    frame.loc[7, "hospital"] = None
+    with pytest.raises(ValueError, match=r"expected no empty cells, got some in \['hospital'\]"):
+        from_file(saved(tmp_path, frame), "outcome", "hospital", None, 0)
+
+
+@pytest.mark.parametrize("forms", [["01", "1"], ["1", "1.0"], ["TRUE", "True"]])
+def test_labels_of_one_value_are_written_in_one_way(tmp_path, forms):
+    _, frame = written(tmp_path)
+    other = "False" if forms[0] == "TRUE" else "2"
+    both = saved(tmp_path, frame.assign(outcome=[*forms, other, other] * 40))
+    message = rf"'outcome' of .*own.csv that are written in one way each, got .*'{forms[1]}'"
+    with pytest.raises(ValueError, match=message):
+        from_file(both, "outcome", "hospital", None, 0)
+    one = saved(tmp_path, frame.assign(outcome=[forms[0], other] * 80), "one.csv")
+    two = saved(tmp_path, frame.assign(outcome=[forms[1], other] * 80), "two.csv")
+    assert (
+        from_file(one, "outcome", "hospital", two, 0).repeated == 160
+    )  # across files values agree
+    with pytest.raises(ValueError, match=message):
+        from_file(one, "outcome", "hospital", both, 0)
+
+
+def test_files_that_hold_no_table_are_named(tmp_path):
+    for name, content in (("empty.csv", ""), ("ragged.csv", "a,b\n1,2\n1,2,3\n")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"expected a table in .*{name}, got none: "):
+            from_file(str(tmp_path / name), "outcome", None, None, 0)
+
+
 def test_an_owner_whose_rows_are_all_held_out_is_told(tmp_path):
     _, frame = written(tmp_path)
     path = saved(tmp_path, frame)

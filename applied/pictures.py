@@ -28,6 +28,7 @@ KINDS = {"random": (GREY, "s"), "chosen": (BLUE, "o"), "filters": (ORANGE, "^")}
 KINDS["tilted"] = (GREEN, "D")
 OTHERS = [((PINK, SKY, RED, INK)[i % 4], "vPXp<"[i % 5]) for i in range(20)]
 HATCHES = ("", "///", "...", "xxx")
+DOMAINS = 24  # drawn by name; thousands take minutes to draw, and nobody tells them apart
 WIDTH = 5.8  # inches; a phone shows it at two thirds, with letters still readable
 TEXT, SMALL = 10.5, 9.0  # points
 WORDS: dict[str, Any] = {"fontsize": SMALL, "color": INK}
@@ -235,7 +236,11 @@ def arms(
 
 
 def composition(shares: Mapping[str, Mapping[str, float]]) -> Figure:
-    """What every arm is made of: share by domain, one stacked bar per arm, the first arm on top."""
+    """What every arm is made of: share by domain, one stacked bar per arm, the first arm on top.
+
+    Of many domains those are named that are largest in any arm, and the others are one.
+    """
+    shares = _folded(shares)
     domains = list(dict.fromkeys(domain for arm in shares.values() for domain in arm))
     figure, ax = axes(1.2 + 0.4 * len(shares) + 0.25 * math.ceil(len(domains) / 4), "share")
     ax.set_yticks(range(len(shares)), list(shares), fontsize=TEXT)
@@ -268,6 +273,25 @@ def composition(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     ]
     figure.set_label(f"Share of each domain. {'; '.join(listed)}.")
     return figure
+
+
+def _folded(shares: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:
+    """Shares of the largest domains and of "others (k)", in the order that they came in."""
+    most: dict[str, float] = {}
+    for arm in shares.values():
+        for domain, share in arm.items():
+            most[domain] = max(share, most.get(domain, 0.0))
+    few = set(sorted(most, key=lambda domain: -most[domain])[:DOMAINS])
+    if len(most) <= len(few) + 1:  # one other has a name
+        return shares
+    others = f"others ({len(most) - len(few):,})"
+    return {
+        name: {
+            **{domain: share for domain, share in arm.items() if domain in few},
+            others: sum(share for domain, share in arm.items() if domain not in few),
+        }
+        for name, arm in shares.items()
+    }
 
 
 def finite_with_mask(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vPX*"
+ENDS = 24  # owners drawn at either end of the order
 
 
 def marked(values: ArrayLike, bad: ArrayLike, *, xlabel: str, name: str = "wrong label") -> Figure:
@@ -75,10 +76,16 @@ def curves(
 
 
 def owners(found: Mapping[str, Values], *, xlabel: str) -> Figure:
-    """Values of owners by several methods as bars with 95 % intervals, the highest owner on top."""
+    """Values of owners by several methods as bars with 95 % intervals, the highest owner on top.
+
+    Of many owners the highest and the lowest by the first method are drawn.
+    """
     first = next(iter(found.values()))
     order = np.argsort(first.values, kind="stable")
-    figure, ax = axes(1.2 + 0.13 * len(order) * (1 + len(found)), xlabel)
+    between = max(0, len(order) - 2 * ENDS)
+    order = np.r_[order[:ENDS], order[-ENDS:]] if between else order
+    left_out = f"; {between:,} owners between are left out" if between else ""
+    figure, ax = axes(1.2 + 0.13 * len(order) * (1 + len(found)), xlabel + left_out)
     height = 0.8 / len(found)
     for j, (name, values) in enumerate(found.items()):
         where = {str(player): k for k, player in enumerate(values.players)}
@@ -97,7 +104,7 @@ def owners(found: Mapping[str, Values], *, xlabel: str) -> Figure:
     ax.set_yticks(range(len(order)), [str(first.players[i]) for i in order], fontsize=TEXT - 1)
     figure.legend(loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False)
     listed = [f"{first.players[i]} {first.values[i]:.3g}" for i in order[::-1]]
-    figure.set_label(f"{xlabel} by {next(iter(found))}: {', '.join(listed)}.")
+    figure.set_label(f"{xlabel} by {next(iter(found))}: {', '.join(listed)}{left_out}.")
     return figure
 
 

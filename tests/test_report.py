@@ -55,6 +55,7 @@ FIGURES = {
     "arms": lambda: pictures.arms(["random", "chosen"], [4.2, 4.0], [4.1, NAN], [4.3, NAN]),
     "one arm": lambda: pictures.arms(["$only$"], [4.2]),
     "composition": lambda: pictures.composition({"pool": {"code": 0.5}, "chosen": {"prose": 1.0}}),
+    "domains to fold": lambda: pictures.composition({"a": {f"_{i}$": 1 / 99 for i in range(99)}}),
     "one domain": lambda: pictures.composition({"chosen": {"code": 1.0}}),
     "many domains": lambda: pictures.composition({"a": {f"_{i}$": 1 / 30 for i in range(30)}}),
     "other script": lambda: pictures.composition({"選ぶ": {"散文": 1.0}}),
@@ -116,6 +117,24 @@ def test_nothing_is_clipped(name):
         box = figure.get_tightbbox()
     assert min(box.x0, box.y0) > -0.02  # inches
     assert (box.max < figure.get_size_inches() + 0.02).all()
+
+
+def test_of_many_domains_the_largest_are_named():
+    hosts = {f"host{i}": (1 + (i % 100 == 7)) / 2020 for i in range(2000)}
+    chosen = {"host3": 0.75, "host4": 0.25}
+    figure = pictures.composition({"pool": hosts, "chosen": chosen})
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    large = [i for i in range(2000) if i % 100 == 7 or i in (3, 4)]
+    assert set(names) > {f"host{i}" for i in large}
+    assert (len(names), names[-1]) == (25, "others (1,976)")
+    widths = [[bar.get_width() for bar in held] for held in figure.axes[0].containers]
+    np.testing.assert_allclose(np.sum(widths, axis=0), [1.0, 1.0])  # nothing is lost
+    np.testing.assert_allclose(widths[-1], [1976 / 2020, 0.0])
+    assert len(figure.get_label()) < 1000
+    few = {f"host{i}": 1 / 25 for i in range(25)}
+    (legend,) = pictures.composition({"pool": few}).legends
+    assert [text.get_text() for text in legend.get_texts()] == list(few)  # no single other
 
 
 def test_pictures_are_the_same_bytes_each_time():

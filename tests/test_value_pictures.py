@@ -46,6 +46,20 @@ def test_owners_are_sorted_by_the_first_method():
     assert figure.get_label() == "worth by exact: b 3, c 2, a 1."
 
 
+def test_of_many_owners_both_ends_are_drawn():
+    many = 600
+    names = np.array([f"o{k}" for k in range(many)])
+    one = Values(np.arange(many), np.zeros(many), names, np.zeros((many, 1)))
+    figure = pictures.owners({"exact": one, "fast": one}, xlabel="worth")
+    ax = figure.axes[0]
+    drawn = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert drawn == [f"o{k}" for k in [*range(24), *range(576, 600)]]
+    assert [patch.get_width() for patch in ax.patches] == [*range(24), *range(576, 600)] * 2
+    assert "552 owners between are left out" in ax.get_xlabel()
+    assert "o576 576, o23 23" in figure.get_label()
+    assert figure.get_size_inches()[1] < 25
+
+
 def test_frontier_and_the_axis_of_p():
     figure = pictures.frontier([1, 2, 3], [0.0, 2.0, 3.0], xlabel="spent", ylabel="gain")
     assert figure.get_label() == "gain against spent: from 0 at 1 to 3 at 3."

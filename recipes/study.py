@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from applied.recipe import SLACK
 from applied.selection import relaxed
 from attribution_core import AdamW, Outputs, Problem, Recipe, causal_lm_loss
 from attribution_core.data import Rows
@@ -130,6 +131,7 @@ def prepare(flags: Flags) -> Study:
     domains = [doc.domain for doc in pool]
     # a budget and quotas that clash say so now, not after hours of scoring
     relaxed(np.zeros(len(pool)), tokens, budget, domains=domains, quotas=quotas or None)
+    refuse_small(budget, tokens, domains, quotas)
     problem = Problem(
         model.make(0).to(device), partial(causal_lm_loss, tokens=preset.length), blocks
     )
@@ -208,6 +210,25 @@ def _three_parts(target: Sequence[Document]) -> list[list[Document]]:
         parts = embedded.split_by_source(renamed, (0.5, 0.25, 0.25))
         return [[target[int(doc.file)] for doc in part] for part in parts]
     return embedded.split_by_source(target, (0.5, 0.25, 0.25))
+
+
+def refuse_small(
+    budget: float,
+    tokens: NDArray[np.int64],
+    domains: Sequence[str],
+    quotas: Mapping[str, tuple[float, float]],
+) -> None:
+    """Raise where no whole document fits into the budget and its domain's high quota.
+
+    Raises:
+        ValueError: none does; says how short the shortest is.
+    """
+    room = np.array([quotas.get(domain, (0.0, 1.0))[1] * budget for domain in domains])
+    if (tokens > room + SLACK * budget).all():
+        raise ValueError(
+            f"expected a budget and quotas for at least one document, got {budget:,.0f} tokens where the shortest "
+            f"document has {tokens.min():,}; raise --budget or the high quotas"
+        )
 
 
 def parse_quotas(quotas: Sequence[str]) -> dict[str, tuple[float, float]]:

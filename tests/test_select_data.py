@@ -22,6 +22,7 @@ from recipes.proof import Length, length
 from recipes.select_data import run
 from recipes.selection import gate
 from recipes.selection_report import ends_of, unequal
+from recipes.study import refuse_small
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "recipes" / "select_data.py")]
@@ -209,6 +210,9 @@ def test_empty_pools_and_documents(texts, tmp_path):
 def test_budgets_and_quotas_that_cannot_be_met(texts, tmp_path):
     assert "budget above 0" in refused(texts, tmp_path, "--budget", "0")
     assert "up to the pool's" in refused(texts, tmp_path, "--budget", "1e9")
+    said = refused(texts, tmp_path, "--budget", "2")
+    assert "for at least one document, got 2 tokens where the shortest document has" in said
+    assert not (tmp_path / "proxies").exists()  # before anything is trained
     assert "domain:low:high" in refused(texts, tmp_path, "--quota", "code")
     said = refused(texts, tmp_path, "--quota", "code:0:0.3", "code:0.1:1")
     assert "expected one --quota a domain, got 'code' twice" in said
@@ -536,6 +540,16 @@ def documents(*texts):
 
 def letters(texts):
     return [[ord(c) for c in text] for text in texts]
+
+
+def test_budgets_below_the_shortest_document_are_refused():
+    tokens, domains = np.array([30, 40]), ["a", "b"]
+    refuse_small(30.0, tokens, domains, {})
+    refuse_small(100.0, tokens, domains, {"a": (0.0, 0.1)})
+    refuse_small(100.0, tokens, domains, {"a": (0.0, 0.3), "b": (0.0, 0.3)})  # up to rounding
+    for budget, quotas in ((29.0, {}), (100.0, {"a": (0, 0.2), "b": (0, 0.3)})):
+        with pytest.raises(ValueError, match=r"the shortest document has 30; raise --budget"):
+            refuse_small(budget, tokens, domains, quotas)
 
 
 def test_blocks_of_a_killed_cut_are_not_believed(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from attribution_core import LinearDatamodel, Outputs, RetrainingTable, Run
 from attribution_core.processes import world
 from attribution_core.retraining import retrain_pairs
 from recipes import filters
-from recipes.selection import SCORE_BATCH, choose
+from recipes.selection import SCORE_BATCH, choose, warn_of_missed
 from recipes.study import Study, bar, say
 
 
@@ -136,7 +136,10 @@ def filter_arms(study: Study, proxies: Sequence[Run]) -> dict[str, NDArray[np.fl
         "n-gram importance": filters.ngram_importance(pool, target),
         "n-gram classifier": filters.classifier(pool, target),
     }
-    return {name: _best(study, values) for name, values in keep.items()}
+    arms = {name: _best(study, values) for name, values in keep.items()}
+    for name, weights in arms.items():
+        warn_of_missed(study, name, weights)
+    return arms
 
 
 def _best(study: Study, keep: NDArray[np.float64]) -> NDArray[np.float64]:

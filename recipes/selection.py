@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from applied.recipe import Decision
+from applied.recipe import SLACK, Decision
 from applied.selection import select
 from attribution_core import LinearDatamodel, Run, influence, train
 from attribution_core.processes import world
@@ -102,6 +103,29 @@ def choose(study: Study, datamodel: LinearDatamodel) -> Decision:
     )
 
 
+def missed(study: Study, weights: NDArray[np.float64]) -> str:
+    """Low quotas that these documents, weights [n], do not fill, in words; empty where they fill all.
+
+    The optimum in parts of documents fills them; where a domain's documents are long, whole ones may not.
+    """
+    words = []
+    for domain, (low, _) in study.quotas.items():
+        least = low * study.budget
+        got = float(weights @ (study.tokens * (study.domains == domain)))
+        if got < least - SLACK * study.budget:
+            words.append(f"{domain} has {got:,.0f} of at least {least:,.0f} tokens")
+    return ", ".join(words)
+
+
+def warn_of_missed(study: Study, name: str, weights: NDArray[np.float64]) -> None:
+    """Say which quotas an arm misses."""
+    if words := missed(study, weights):
+        say(
+            f"warning: low quotas missed by {name}: {words}; whole documents do not fill them: raise --budget, lower "
+            "the quotas, or cut long documents"
+        )
+
+
 def write_subset(study: Study, datamodel: LinearDatamodel, decision: Decision) -> None:
     """selected.parquet (what and why) and subset/*.parquet (the text, to stream)."""
     if world()[0] != 0:
@@ -140,6 +164,7 @@ def write_subset(study: Study, datamodel: LinearDatamodel, decision: Decision) -
         f"predicted target loss {decision.predicted[0]:.3f} bits/byte, random "
         f"{decision.baseline[0]:.3f}"
     )
+    warn_of_missed(study, "chosen", decision.weights)
 
 
 def _write_parquet(parquet: Any, table: Any, path: Path) -> None:

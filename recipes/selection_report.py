@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +18,7 @@ from attribution_core.processes import world
 from recipes.command import as_given
 from recipes.ends import ends
 from recipes.proof import Evidence, Length
+from recipes.selection import missed
 from recipes.study import Study, say
 
 UNEQUAL = 0.1  # of random's steps: by how many more or fewer an arm may be trained unsaid
@@ -134,7 +136,10 @@ def _page(
     sections = {
         "Proof by retraining": _arms(evidence, held),
         "Predicted against actual": _calibration(evidence),
-        "Composition": [report.picture(pictures.composition(_composition(study, evidence)))],
+        "Composition": [
+            report.picture(pictures.composition(_composition(study, evidence))),
+            *quotas_missed(study, evidence.weights),
+        ],
         "Scores": [report.picture(histogram)],
         **ends_of(study, datamodel),
         "How this was made": [report.facts(_facts(study, datamodel))],
@@ -196,6 +201,15 @@ def _composition(study: Study, evidence: Evidence) -> dict[str, dict[str, float]
         total = sum(counts.values())
         found[name] = {domain: count / total for domain, count in counts.items()}
     return found
+
+
+def quotas_missed(study: Study, arms: Mapping[str, NDArray[np.float64]]) -> list[str]:
+    """A paragraph on the low quotas that arms miss; none where all are met."""
+    words = {name: missed(study, weights) for name, weights in arms.items()}
+    told = "; ".join(f"{name}: {found}" for name, found in words.items() if found)
+    if not told:
+        return []
+    return [report.paragraph(f"Quotas missed, as whole documents do not fill them. {told}.")]
 
 
 def ends_of(study: Study, datamodel: LinearDatamodel) -> dict[str, list[str]]:

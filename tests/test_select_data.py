@@ -20,8 +20,8 @@ from recipes.corpus import Blocks, once, read_documents
 from recipes.language_model import LanguageModel, language_model, refuse_lossy, train_bpe
 from recipes.proof import Length, length
 from recipes.select_data import run
-from recipes.selection import gate
-from recipes.selection_report import ends_of, unequal
+from recipes.selection import choose, gate, write_subset
+from recipes.selection_report import ends_of, quotas_missed, unequal
 from recipes.study import refuse_small
 
 ROOT = Path(__file__).parent.parent
@@ -540,6 +540,29 @@ def documents(*texts):
 
 def letters(texts):
     return [[ord(c) for c in text] for text in texts]
+
+
+def test_low_quotas_that_whole_documents_miss_are_told(tmp_path, capsys):
+    """Forty tokens of 100 shall be long documents, of which none fits into the budget."""
+    pool = [
+        embedded.Document(f"d{k}", "text", domain, f"f:{k}")
+        for k, domain in enumerate(["short"] * 20 + ["long"] * 2)
+    ]
+    study = SimpleNamespace(
+        pool=pool, tokens=np.array([10] * 20 + [150] * 2), domains=np.array([d.domain for d in pool]),
+        budget=100.0, quotas={"long": (0.4, 1.0), "short": (0.5, 1.0)}, flags=SimpleNamespace(out=tmp_path),
+    )  # fmt: skip
+    scores = LinearDatamodel(-np.arange(22.0)[:, None], np.zeros(1), 1.0, [d.id for d in pool])
+    decision = choose(study, scores)
+    write_subset(study, scores, decision)
+    said = capsys.readouterr().out
+    assert "warning: low quotas missed by chosen: long has 0 of at least 40 tokens; whole" in said
+    arms = {"chosen": decision.weights, "filter": np.repeat([0.0, 1.0], [20, 2])}
+    (paragraph,) = quotas_missed(study, arms)
+    assert (
+        "chosen: long has 0 of at least 40 tokens; filter: short has 0 of at least 50" in paragraph
+    )
+    assert quotas_missed(study, {"both": np.repeat([1.0, 0.0, 1.0], [5, 16, 1])}) == []
 
 
 def test_budgets_below_the_shortest_document_are_refused():

@@ -343,8 +343,8 @@ def _refuse_forms(values: Any, written: Any, path: str) -> None:
     forms = written.str.strip().groupby(values).unique()
     for several in forms[forms.str.len() > 1]:
         raise ValueError(
-            f"expected labels in {values.name!r} of {path} that are written in one way each, got {sorted(several)[:5]}, "
-            "which are read as one; write them alike, or as words that differ"
+            f"expected labels in {values.name!r} of {path} that are written in one way each, got "
+            f"{sorted(several)[:5]}, which are read as one; write them alike, or as words that differ"
         )
 
 

@@ -111,8 +111,9 @@ def table_task(
     data = replace(data, x=data.x[:rows], y=data.y[:rows])
     problem, make = problem_of(data, width, 0.0)
     held = (torch.tensor(data.target_x[:targets]), torch.tensor(data.target_y[:targets]))
+    kind = "MLP" if width else "logistic regression"
     return Task(
-        f"{'MLP' if width else 'logistic regression'} on {data.name}", problem, Outputs(margin, held), make, "margin, nats", 1,
+        f"{kind} on {data.name}", problem, Outputs(margin, held), make, "margin, nats", 1,
         lambda i: data.classes[data.y[i]],
         lambda j: f"row {data.held_places[j]} held out, {data.classes[data.target_y[j]]}",
         data.places[:rows],

@@ -17,7 +17,7 @@ from applied.unlearners import of_classes
 from attribution_core.data import Batch, Data, as_data, take
 from attribution_core.jacobian import jacobian, move_parameters
 from attribution_core.outputs import logits_and_labels
-from attribution_core.problem import trainable
+from attribution_core.problem import trainable, widened
 
 LARGEST = 2**28  # numbers in Jacobians that are held at a time: a gigabyte of single precision
 DAMPINGS = (0.003, 0.03, 0.3, 3.0)
@@ -141,8 +141,7 @@ def _damping(ways: list[_Way], systems: list[_System], part: float, left: Left, 
             [a - b for a, b in zip(*pair, strict=True)]
             for pair in zip(after, should_be, strict=True)
         ]
-        far = sum(square_of_mean(torch.stack(part), of) for part in zip(*each, strict=True))
-        return far if math.isfinite(far) else math.inf
+        return squares_of_means(each, of)
 
     tried: dict[float, float] = {}
     for damping in DAMPINGS:
@@ -152,17 +151,26 @@ def _damping(ways: list[_Way], systems: list[_System], part: float, left: Left, 
     return next(damping for damping, far in tried.items() if far <= NEARLY * min(tried.values()))
 
 
-def square_of_mean(values: Tensor, of: int) -> float:
-    """The square of a mean over `of` models, averaged over numbers, told by the first k of them [k, *numbers].
+def squares_of_means(each: Sequence[Sequence[Tensor]], of: int) -> float:
+    """What the mean of `of` models misses, told by the first k of them: Σ over parts of mean squares.
 
-        E mean_of² = mean_k² − (1/k − 1/of) s²,     s²: the variance over models
+        E mean_of² = max(mean_k² − (1/k − 1/of) s², s²/of),     s²: the variance over models
 
-    >>> square_of_mean(torch.tensor([[1.0], [3.0]]), 2)
+    Infinite where something is not finite.
+
+    Args:
+        each: what each of the k models misses, part by part.
+
+    >>> squares_of_means([[torch.tensor([1.0])], [torch.tensor([3.0])]], 2)
     4.0
     """
-    k = len(values)
-    noise = values.var(0) * (1 / k - 1 / of) if k > 1 else torch.zeros(())
-    return float((values.mean(0).square() - noise).mean())
+    k, total = len(each), 0.0
+    for part in zip(*each, strict=True):
+        values = torch.stack(part).double()
+        spread = float(values.var(0).mean()) if k > 1 else 0.0
+        mean = float(values.mean(0).square().mean())
+        total += max(mean - (1 / k - 1 / of) * spread, spread / of)
+    return total if math.isfinite(total) else math.inf
 
 
 Sets = Sequence[tuple[Data, Tensor]]
@@ -216,16 +224,17 @@ def _residual(
     """(Jacobian [b · contrasts, p], wanted less present contrasts [b · contrasts]) of some rows."""
     from scipy.linalg import helmert
 
-    some = next(iter(trainable(model).values()))
-    batch = take(data, rows, some.device)
-    c = wanted.shape[1]
-    basis = torch.from_numpy(helmert(c) if of_classes(wanted[rows], batch) else np.eye(c)).to(some)
+    batch = take(data, rows, next(model.parameters()).device)
+    goal, c = wanted[torch.from_numpy(rows)], wanted.shape[1]
+    basis = torch.from_numpy(helmert(c) if of_classes(goal, batch) else np.eye(c))
 
     def contrasts(at: nn.Module, of: Batch) -> Tensor:
-        return logits_and_labels(at, of)[0] @ basis.T
+        z = widened(logits_and_labels(at, of)[0])
+        return z @ basis.to(z).T
 
     with torch.no_grad():
-        off = wanted[torch.from_numpy(rows)].to(some) @ basis.T - contrasts(model, batch)
+        now = contrasts(model, batch)
+        off = goal.to(now) @ basis.to(now).T - now
     return jacobian(model, contrasts, batch), off.flatten()
 
 
@@ -238,16 +247,19 @@ class _System:
 
     @cached_property
     def kernel(self) -> Tensor:
-        return (self.slopes @ self.slopes.T).double()
+        slopes = widened(self.slopes)
+        return (slopes @ slopes.T).double()
 
     def solved(self, damping: float) -> Tensor:
         """The ridge solution [p], in double precision."""
         kernel = self.kernel.clone()
         shift = damping * kernel.diagonal().sum() / self.slopes.shape[1]
         kernel.diagonal().add_(shift.clamp(min=torch.finfo(kernel.dtype).tiny))
-        move = self.slopes.T @ torch.linalg.solve(kernel, self.wanted.double()).to(self.slopes)
+        slopes = widened(self.slopes)
+        move = slopes.T @ torch.linalg.solve(kernel, self.wanted.double()).to(slopes)
         if not torch.isfinite(move).all():
             raise ValueError(
-                f"expected a finite step, got NaN or infinity at damping {damping:g}; raise it"
+                f"expected a finite step, got NaN or infinity at damping {damping:g}; raise it, or look at the "
+                "model's gradients"
             )
         return move

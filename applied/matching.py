@@ -17,10 +17,12 @@ from applied.gauss_newton import (
     match_by_gauss_newton,
     match_together,
     row_cost,
+    squares_of_means,
 )  # fmt: skip
 from applied.unlearners import Steps, centred_logits, is_sequence, match, of_classes
 from attribution_core.data import Rows, batches, rows_in, sample, take
 from attribution_core.outputs import labels_in, next_labels
+from attribution_core.problem import widened
 
 KINDS = ("forget logits", "retain logits")
 TIMES = (1.0, 3.0, 10.0)  # learning rates of Adam, in the training's
@@ -45,7 +47,7 @@ class Goal:
             return {
                 name: torch.cat(
                     [
-                        _counted(*centred_logits(model, take(data, some, device)))
+                        widened(_counted(*centred_logits(model, take(data, some, device))))
                         for some in batches(len(data), 256)
                     ]
                 ).cpu()
@@ -118,13 +120,17 @@ class Goal:
         def left(k: int, model: nn.Module) -> list[Tensor]:
             return _less(goals[k], some.logits(model))
 
-        models, how = match_together(
-            before, self.forget, self.retain, forget_logits=forget, retain_logits=retain, left=left,
-            steps=plan.steps, rows=plan.rows, of=len(runs), seed=seed,
-        )  # fmt: skip
-        if _far([left(k, model) for k, model in enumerate(models)]) < _far([part] * len(models)):
-            return models, how
-        return [copy.deepcopy(model) for model in before], None
+        alone = [copy.deepcopy(model) for model in before]
+        try:
+            models, how = match_together(
+                before, self.forget, self.retain, forget_logits=forget, retain_logits=retain, left=left,
+                steps=plan.steps, rows=plan.rows, of=len(runs), seed=seed,
+            )  # fmt: skip
+        except ValueError:  # left the finite numbers
+            return alone, None
+        missed = squares_of_means([left(k, model) for k, model in enumerate(models)], len(runs))
+        nearer = missed < squares_of_means([part], 1)
+        return (models, how) if nearer else (alone, None)
 
     def _by_descending(
         self, first: nn.Module, change: Any, ways: Sequence[Steps]
@@ -132,11 +138,11 @@ class Goal:
         """(the first model, matched by the best way or left alone, how)."""
         best: tuple[nn.Module, How] = copy.deepcopy(first), None
         wanted = self._wanted(first, change)
-        least = _far([change])
+        least = squares_of_means([change], 1)
         for how in ways:
             try:
                 model = self.reached(first, change, how)
-                missed = _far([_less(wanted, self.logits(model))])
+                missed = squares_of_means([_less(wanted, self.logits(model))], 1)
             except ValueError:  # left the finite numbers
                 continue
             if missed < least:
@@ -187,9 +193,9 @@ class Goal:
 
     def share_missed(self, before: nn.Module, after: nn.Module, change: Any) -> float:
         """Of the squared change of logits that was wanted; 0 is all of it reached, 1 none or as far beside it."""
-        wanted = _far([change])
+        wanted = squares_of_means([change], 1)
         left = _less(self._wanted(before, change), self.logits(after))
-        return _far([left]) / wanted if wanted else 0.0
+        return squares_of_means([left], 1) / wanted if wanted else 0.0
 
     def _wanted(self, model: nn.Module, change: Any) -> list[Tensor]:
         """A model's logits of both sets, as they are to change."""
@@ -221,13 +227,6 @@ def _tries(ways: Sequence[Any], runs: Sequence[Any]) -> float:
 
 def _less(wanted: Sequence[Tensor], logits: dict[str, Tensor]) -> list[Tensor]:
     return [z - now.to(z) for z, now in zip(wanted, logits.values(), strict=True)]
-
-
-def _far(left: Sequence[Sequence[Tensor]]) -> float:
-    """Mean square of what models' mean misses, both sets alike, from what each misses of them."""
-    return sum(
-        float(torch.stack(list(part)).mean(0).square().mean()) for part in zip(*left, strict=True)
-    )
 
 
 def _counted(z: Tensor, places: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ class Unlearned:
         models: one for each run; empty where only outputs were asked for.
         predicted: name -> outputs [runs, z] that training without F is predicted to give.
         steps: training steps for each model: all passes with gradients, rehearsals and what is tried included. Logits
-            that "auto" reads beside (rows of both sets, a few times a model; up to a hundred of either for each damping
-            that the first ten models try) are not; of unlearners they are.
+            that "auto" reads beside (rows of both sets, a few times a model; up to fifty of either for each damping
+            that the first five models try) are not; of unlearners they are.
         share: those steps in trainings.
         meta: how it was done.
     """

@@ -294,15 +294,79 @@ def test_the_damping_is_the_least_that_brings_the_mean_nearest():
 
 
 def test_few_models_tell_the_mean_of_many():
-    """E mean_of² of 12 models, from 3 of them: over 4,000 draws within four standard errors."""
+    """E mean_of² of 12 models, from 3 of them: over 4,000 numbers within four standard errors."""
     rng = np.random.default_rng(0)
-    values = torch.from_numpy(rng.normal(size=(4000, 3)) * 2 + 1)  # mean 1, variance 4
-    told = np.array([gauss_newton.square_of_mean(v[:, None], 12) for v in values])
-    expected = 1 + 4 / 12
-    assert abs(told.mean() - expected) < 4 * told.std() / 4000**0.5
-    assert gauss_newton.square_of_mean(values[:1], 12) == pytest.approx(
+    values = torch.from_numpy(rng.normal(size=(3, 4000)) * 2 + 1)  # mean 1, variance 4
+    told = gauss_newton.squares_of_means([[v] for v in values], 12)
+    each = values.mean(0).square() - values.var(0) * (1 / 3 - 1 / 12)
+    assert told == pytest.approx(float(each.mean()))
+    assert abs(told - (1 + 4 / 12)) < 4 * float(each.std()) / 4000**0.5
+    first = [[v] for v in values[:1]]
+    assert gauss_newton.squares_of_means(first, 12) == pytest.approx(
         float(values[0].square().mean())
     )
+
+
+def test_models_that_scatter_more_than_they_miss_have_a_damping():
+    """The first models miss evenly on both sides: less than noise, but no less than the noise of all."""
+    apart = [[torch.full((7,), sign)] for sign in (-2.0, -1.0, 0.0, 1.0, 2.0)]
+    assert gauss_newton.squares_of_means(apart, 100) == pytest.approx(2.5 / 100)
+    goal, runs = goal_and_runs(count=60, n=200)
+    small = change_of(goal, size=1e-3)
+    models, how, _ = goal.matched(runs, small, left=3.0, seed=0)
+    assert len(models) == 60
+    assert how is None or set(how.dampings) <= set(gauss_newton.DAMPINGS)
+
+
+def test_what_is_not_finite_is_left_alone(monkeypatch):
+    goal, runs = goal_and_runs()
+
+    def broken(system, damping):
+        raise ValueError("expected a finite step")
+
+    monkeypatch.setattr(gauss_newton._System, "solved", broken)
+    models, how, _ = goal.matched(runs, change_of(goal), left=20.0, seed=0)
+    assert how is None
+    for model, run in zip(models, runs, strict=True):
+        assert torch.equal(parameters(model), parameters(run.model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow(dtype):
+    """Inputs around 100: products of gradients are beyond 65,504, the largest number of float16."""
+    goal, runs = goal_and_runs(count=1)
+    x, y = goal.forget[np.arange(8)]
+    data = as_data((100 * x.to(dtype), y))
+    model = nn.Linear(5, CLASSES).to(dtype)
+    both = Goal(Rows(data, np.arange(2)), Rows(data, np.arange(2, 5)))  # fewer logits than weights
+    change = torch.randn(2, CLASSES), torch.randn(3, CLASSES)
+    run = SimpleNamespace(model=model, order=runs[0].order, recipe=runs[0].recipe)
+    models, how, _ = both.matched([run], change, left=20.0, seed=0)
+    assert how is not None
+    assert both.share_missed(model, models[0], change) < 0.5
+
+
+def test_layers_of_two_precisions():
+    data = as_data(data_of(12))
+    body, head = nn.Linear(5, 8), nn.Linear(8, CLASSES).double()
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = body, head
+
+        def forward(self, x):
+            return self.head(self.body(x.to(self.body.weight)).double())
+
+    model = Mixed()
+    goal = Goal(Rows(data, np.arange(4)), Rows(data, np.arange(4, 12)))
+    change = change_of(goal)
+    how = GaussNewton((0.003,), rows=12)
+    new = goal.reached(model, change, how)
+    same = goal.reached(copy.deepcopy(model).double(), change, how)
+    # gradients of the body are rounded to float32, 1e-7, and enter a system of condition 1e3 or so
+    assert torch.allclose(parameters(new), parameters(same), atol=1e-3)
+    assert goal.share_missed(model, new, change) < 0.9
 
 
 def test_as_many_models_settle_it_as_jacobians_can_be_held(monkeypatch):

@@ -68,7 +68,7 @@ def group_subsets(groups: ArrayLike, m: int, keep: float, seed: int = 0) -> NDAr
     >>> group_subsets(["a", "b", "a", "b"], 3, keep=0.5).sum(axis=1).tolist()
     [2.0, 2.0, 2.0]
     """
-    index = named(groups, np.size(groups))[1]
+    index = named(groups, _count(groups))[1]
     return random_subsets(index, m, keep=keep, seed=seed)
 
 
@@ -126,8 +126,13 @@ def all_subsets(n: Players) -> NDArray[np.float64]:
 def _players(n: Players) -> tuple[NDArray[np.intp], int]:
     """(which player each example belongs to, number of players)."""
     labels = np.arange(n) if isinstance(n, (int, np.integer)) else n
-    names, index = named(labels, np.size(labels))
+    names, index = named(labels, _count(labels))
     return index, len(names)
+
+
+def _count(labels: ArrayLike) -> int:
+    """How many labels there are, of torch's tensors too, whose `size` is a function that np.size takes."""
+    return np.asarray(labels).size
 
 
 def _check_rows(m: int) -> None:

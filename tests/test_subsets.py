@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from attribution_core.subsets import (
     all_subsets,
@@ -61,6 +62,20 @@ def test_groups_share_their_weight_and_seeds_repeat(sampler):
     np.testing.assert_array_equal(rows, players[:, [1, 0, 1, 2, 0, 1]])  # a, b, c in order
     np.testing.assert_array_equal(players, sampler(3, 5))
     assert any((sampler(3, seed) != players).any() for seed in range(3))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        lambda n: random_subsets(n, 3, keep=0.5),
+        lambda n: group_subsets(n, 3, keep=0.5),
+        leave_out_subsets,
+        all_subsets,
+    ],
+)
+def test_labels_may_be_a_tensor(sampler):
+    labels = [0, 0, 1, 1, 2, 2]
+    np.testing.assert_array_equal(sampler(torch.tensor(labels)), sampler(labels))
 
 
 def test_groups_left_out_listed_and_drawn():

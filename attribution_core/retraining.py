@@ -42,6 +42,11 @@ class RetrainingTable:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("weights", "per_seed"):
+            if np.iscomplexobj(getattr(self, name)):  # numpy would drop the imaginary part
+                raise ValueError(
+                    f"expected real numbers as {name}, got complex ones; take parts or magnitudes as outputs"
+                )
         object.__setattr__(self, "weights", np.asarray(self.weights, dtype=float))
         object.__setattr__(self, "per_seed", np.asarray(self.per_seed, dtype=float))
         m, s = len(self.weights), len(self.seeds)
@@ -90,7 +95,8 @@ class RetrainingTable:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: other columns; a row of weights that lacks one of the seeds.
+            ValueError: other columns or none; a row of weights that lacks one of the seeds, or a name of a row that
+                stands for two; seeds that are no whole numbers, or come twice.
         """
         if not Path(path).exists():
             raise FileNotFoundError(f"no table at {path}")
@@ -107,10 +113,14 @@ class RetrainingTable:
             else:
                 outputs = held["outputs"]
                 per_seed = outputs.reshape(len(outputs), 1, -1)
-            seeds = held["seeds"] if "seeds" in held else np.arange(per_seed.shape[1])
+            seeds = held["seeds"].tolist() if "seeds" in held else list(range(per_seed.shape[1]))
+            seeds = _whole_seeds(seeds, str(path))
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(
+                    f"expected each seed once in {path}, got {seeds[:10]}; a training that repeats is no second opinion"
+                )
             meta = json.loads(str(held["meta"])) if "meta" in held else {}
-            weights = held["weights"].astype(float)
-            return cls(weights, per_seed, tuple(int(seed) for seed in seeds), meta)
+            return cls(held["weights"], per_seed, tuple(seeds), meta)
 
     def joined(self, *others: RetrainingTable) -> RetrainingTable:
         """The rows of several tables of the same seeds, examples, outputs and drop, one after the other.
@@ -167,6 +177,42 @@ def _lists(rows: NDArray[np.float64]) -> Any:
     return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
 
 
+def _whole_seeds(seeds: Any, where: str) -> list[int]:
+    """Seeds as a file holds them, as whole numbers.
+
+    Raises:
+        ValueError: one that is none, which would become another's; no list of seeds.
+    """
+    if not isinstance(seeds, list):
+        raise ValueError(f"expected a list of seeds in {where}, got {seeds!r}; write [{seeds!r}]")
+    for seed in seeds:
+        try:
+            fits = float(seed).is_integer()
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"expected whole numbers as seeds in {where}, got {seed!r}; number the seeds from 0 on"
+            )
+    return [int(seed) for seed in seeds]
+
+
+def _refuse_other_rows(
+    weights: NDArray[np.float64], names: NDArray[Any], first: NDArray[np.intp], where: str
+) -> None:
+    """Raise where lines of one row, the first of which is at `first`, have other weights than that one.
+
+    Raises:
+        ValueError: they do; outputs would stand beside weights that they are not of.
+    """
+    for k, of in enumerate(first):
+        if k != of and not np.array_equal(weights[k], weights[of], equal_nan=True):
+            raise ValueError(
+                f"expected equal weights in all lines of a row, got row {names[k]} with other weights in line {k} than "
+                f"in line {of} of {where}; number rows anew where tables are put together, or use RetrainingTable.joined"
+            )
+
+
 def _read_parquet(path: str | Path) -> tuple[Any, Any, tuple[int, ...], dict[str, Any]]:
     """(weights, per_seed, seeds, meta) of a parquet file with a line per training."""
     import pyarrow.parquet as pq
@@ -176,17 +222,31 @@ def _read_parquet(path: str | Path) -> tuple[Any, Any, tuple[int, ...], dict[str
         raise ValueError(
             f"expected columns weights and outputs (and seed) in {path}, got {held.column_names}"
         )
+    if not len(held):
+        raise ValueError(
+            f"expected a line per training in {path}, got none; save a table with rows"
+        )
     weights, outputs = (
         _numbers(held[name], f"{name} in {path}") for name in ("weights", "outputs")
     )
-    column = held["seed"].to_pylist() if "seed" in held.column_names else [0] * len(weights)
+    column = [0] * len(weights)
+    if "seed" in held.column_names:
+        column = _whole_seeds(held["seed"].to_pylist(), f"column seed of {path}")
     seeds = list(dict.fromkeys(column))  # in the order that they were written in
     if "row" in held.column_names:
+        if nameless := sum(held["row"].is_null(nan_is_null=True).to_pylist()):
+            raise ValueError(
+                f"expected a row in every line of {path}, got none in {nameless} of {len(weights)}; number them, or "
+                "leave column row out"
+            )
         key = np.array(held["row"].to_pylist())
     else:  # lines of equal weights are one row, under several seeds; without seeds every line is one
         key = weights if "seed" in held.column_names else np.arange(len(weights))
     _, first, row = np.unique(key, axis=0, return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first))[row.ravel()]  # rows in the order of their first line
+    row = row.ravel()
+    if "row" in held.column_names:
+        _refuse_other_rows(weights, key, first[row], str(path))
+    rank = np.argsort(np.argsort(first))[row]  # rows in the order of their first line
     counts = np.zeros((len(first), len(seeds)), dtype=int)
     at = {seed: j for j, seed in enumerate(seeds)}
     place = np.array([at[seed] for seed in column])
@@ -200,7 +260,7 @@ def _read_parquet(path: str | Path) -> tuple[Any, Any, tuple[int, ...], dict[str
     per_seed = np.empty((len(first), len(seeds), outputs.shape[1]))
     per_seed[rank, place] = outputs
     meta = json.loads((held.schema.metadata or {}).get(b"meta", b"{}"))
-    return weights[np.sort(first)], per_seed, tuple(int(seed) for seed in seeds), meta
+    return weights[np.sort(first)], per_seed, tuple(seeds), meta
 
 
 def _numbers(column: Any, where: str) -> NDArray[np.float64]:

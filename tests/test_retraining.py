@@ -329,6 +329,65 @@ def test_tables_that_cannot_be_read(tmp_path):
         RetrainingTable.load(tmp_path / "twice.parquet")
 
 
+def test_a_row_with_two_sets_of_weights_is_refused(tmp_path):
+    """Lines of two tables put together: the second's outputs stood beside the first's weights."""
+    for name, weights, seed in (("a", np.eye(3), 0), ("b", 1 - np.eye(3), 1)):
+        RetrainingTable(weights, np.zeros((3, 1, 2)), (seed,)).save(tmp_path / f"{name}.parquet")
+    parts = [pq.read_table(tmp_path / f"{name}.parquet") for name in "ab"]
+    pq.write_table(pa.concat_tables(parts), tmp_path / "both.parquet")
+    with pytest.raises(
+        ValueError, match=r"got row 0 with other weights in line 3 than in line 0 of .*joined"
+    ):
+        RetrainingTable.load(tmp_path / "both.parquet")
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (
+            {"seed": [0.1, 0.9, 0.1, 0.9]},
+            r"expected whole numbers as seeds in column seed .* got 0\.1",
+        ),
+        ({"seed": [0, 1, None, 0]}, "expected whole numbers as seeds in .* got None"),
+        ({"seed": ["a"] * 4}, "expected whole numbers as seeds in .* got 'a'"),
+        ({"row": [0, 1, 2, None]}, "expected a row in every line of .* got none in 1 of 4"),
+        ({"row": [0, 1, 2, float("nan")]}, "expected a row in every line of .* got none in 1 of 4"),
+    ],
+)
+def test_seeds_and_rows_of_a_file_that_are_none(tmp_path, columns, words):
+    lines = {"weights": [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], "outputs": [1.0] * 4}
+    pq.write_table(pa.table({**lines, **columns}), tmp_path / "table.parquet")
+    with pytest.raises(ValueError, match=words):
+        RetrainingTable.load(tmp_path / "table.parquet")
+
+
+def test_a_file_without_lines_is_refused(tmp_path):
+    columns = {
+        "weights": pa.array([], pa.list_(pa.float64())),
+        "outputs": pa.array([], pa.float64()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
+    with pytest.raises(ValueError, match=r"expected a line per training in .* got none"):
+        RetrainingTable.load(tmp_path / "table.parquet")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"seeds": np.array([0.2, 0.7])}, r"expected whole numbers as seeds in .* got 0\.2"),
+        ({"seeds": np.array([1, 1])}, r"expected each seed once in .* got \[1, 1\]"),
+        ({"seeds": np.array(3)}, r"expected a list of seeds in .* got 3; write \[3\]"),
+        ({"per_seed": np.full((3, 2, 1), 1j)}, "expected real numbers as per_seed, got complex"),
+        ({"weights": np.full((3, 3), 1j)}, "expected real numbers as weights, got complex"),
+    ],
+)
+def test_arrays_that_are_no_table(tmp_path, arrays, words):
+    table = {"weights": np.eye(3), "per_seed": np.zeros((3, 2, 1)), **arrays}
+    np.savez(tmp_path / "table.npz", **table)
+    with pytest.raises(ValueError, match=words):
+        RetrainingTable.load(tmp_path / "table.npz")
+
+
 def test_parquet_makes_no_object_of_a_weight(tmp_path):
     """Weights twice, in a chunk and whole: Python's floats were 4 times as large."""
     weights = np.arange(4.0 * 50_000).reshape(4, -1)

@@ -32,6 +32,10 @@ SETTINGS = (
 )  # fmt: skip
 BUILT_BY = {"__init__", "__post_init__", "__new__", "__setstate__"}
 CHANGING = {"clear", "pop", "popitem", "setdefault", "update"}  # methods of dicts
+GROWING = CHANGING | {"append", "extend", "insert", "add"}  # and of lists and sets
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# packages that register hooks by themselves, some on a first pass: they ask for gradients, note and count
+HOOKING = {"torch", "transformers", "peft", "accelerate", "attribution_core", "applied"}
 
 
 def is_own(module: str | None) -> bool:
@@ -83,6 +87,44 @@ def settings(part: Any) -> dict[str, Any]:
 
     held = {name: value for name, value in vars(part).items() if name not in KEPT_BY_TORCH}
     return {name: held[name] for name in sorted(held) if tells(name, held[name])}
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    """Hooks of a model's modules in their order, but for those that packages register by themselves."""
+    return [
+        [name, kind, hook]
+        for name, module in model.named_modules()
+        for kind in HOOKS
+        for hook in getattr(module, kind).values()
+        if _comes_from(hook) not in HOOKING
+    ]
+
+
+def _comes_from(hook: Any) -> str:
+    """The package of a function, or of an object's class."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).partition(".")[0]
+
+
+def closed_over(function: Any) -> list[Any]:
+    """What a function holds of the scopes around it, but for what it counts and collects there itself."""
+    code = function.__code__
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    changed = {s.argval for s in steps if s.opname in ("STORE_DEREF", "DELETE_DEREF")}
+    for at, step in enumerate(steps):
+        if step.opname != "LOAD_DEREF":
+            continue
+        after = [*steps[at + 1 : at + 4], *[step] * 3]
+        if after[1].opname == "BINARY_SUBSCR":  # of an entry
+            grows = after[2].argval in GROWING
+        else:
+            grows = after[0].argval in GROWING
+        kept = after[1].opname in ("STORE_SUBSCR", "DELETE_SUBSCR", "COPY", "DUP_TOP_TWO")
+        if grows or kept:
+            changed.add(step.argval)
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    return [cell.cell_contents for name, cell in cells if name not in changed]
 
 
 def read_globals(function: Any) -> dict[str, Any]:

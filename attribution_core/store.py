@@ -28,6 +28,8 @@ from torch import nn
 
 from attribution_core.behaviour import (
     BARE,
+    closed_over,
+    hooks_of,
     is_own,
     is_plain,
     of_class,
@@ -236,8 +238,9 @@ def fingerprint(*parts: Any) -> str:
 
     Classes and functions count by their code where they are the user's, installed ones by their names. Not seen are
     other versions of installed packages, files read on the way, and what may be a counter, a cache or a stamp of time:
-    private attributes and containers that no constructor's parameter names, whole numbers that methods set, objects
-    among globals other than dataclasses, namespaces and dicts of plain values.
+    private attributes and containers that no constructor's parameter names, whole numbers that methods set, what a
+    function collects in a scope around it, objects among globals other than dataclasses, namespaces and dicts of plain
+    values. Nor are hooks of torch, transformers and peft, which register some by themselves.
     """
     digest = _Digest()
     for part in parts:
@@ -322,6 +325,8 @@ def _content(digest: Any, part: Any) -> None:
         _feed(digest, kept)
         _feed(digest, {name: b for name, b in part.named_buffers() if name not in kept})
         _feed(digest, [[own_classes(type(m)), settings(m)] for m in part.modules()])
+        if hooks := hooks_of(part):
+            _feed(digest, hooks)
         drawn = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
         active = [name for name, m in part.named_modules() if isinstance(m, drawn) and m.training]
         _feed(digest, active)
@@ -385,7 +390,7 @@ def _behaviour(part: Any) -> list[Any]:
         return [own_classes(part)[1:], of_class(part)]
     if not isinstance(part, types.FunctionType):
         return [own_classes(type(part)), settings(part)]
-    held = [cell.cell_contents for cell in part.__closure__ or ()]
+    held = closed_over(part)
     return [
         part.__module__, part.__qualname__, part.__code__, part.__defaults__, part.__kwdefaults__,
         [value for value in held if value is not part], read_globals(part),

@@ -1,5 +1,6 @@
 """attribution_core.store: resuming after a kill, refusing what is foreign or damaged, fingerprints."""
 
+import copy
 import enum
 import functools
 import itertools
@@ -686,6 +687,116 @@ def test_private_settings_and_what_a_function_reads_are_part_of_a_print():
     before = fingerprint(one)
     one(nn.Linear(2, 2), (torch.ones(1, 2),))
     assert fingerprint(one) == before
+
+
+def times(k):
+    """Hooks of the four kinds that multiply by k, and one that torch has wrapped."""
+
+    @torch.no_grad()
+    def wrapped(module, given, output):
+        return output * k
+
+    return {
+        "register_forward_hook": lambda module, given, output: output * k,
+        "register_forward_pre_hook": lambda module, given: (given[0] * k,),
+        "register_full_backward_hook": lambda module, given, output: (given[0] * k,),
+        "register_full_backward_pre_hook": lambda module, given: (given[0] * k,),
+        "wrapped": wrapped,
+    }
+
+
+def hooked(*hooks, kind="register_forward_hook"):
+    model = menagerie.mlp().model
+    for hook in hooks:
+        getattr(model[0], kind)(hook)
+    return model
+
+
+@pytest.mark.parametrize("kind", times(1.0))
+def test_hooks_are_part_of_a_model(kind):
+    """A folder of retrainings went on after an edit of a hook, with the outputs of the old one."""
+    how = {} if kind == "wrapped" else {"kind": kind}
+    one, same, other = (hooked(times(k)[kind], **how) for k in (1.0, 1.0, 5.0))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    assert fingerprint(one) != fingerprint(menagerie.mlp().model)
+    assert fingerprint(one) == fingerprint(copy.deepcopy(one))
+
+
+def test_hooks_count_by_their_order_and_their_module():
+    twice, plus = times(2.0)["register_forward_hook"], lambda module, given, output: output + 1
+    assert fingerprint(hooked(twice, plus)) != fingerprint(hooked(plus, twice))
+    elsewhere = menagerie.mlp().model
+    elsewhere[-1].register_forward_hook(twice)
+    assert fingerprint(hooked(twice)) != fingerprint(elsewhere)
+
+
+def collecting():
+    """A hook that keeps and counts what it sees, in every way that closures do."""
+    seen, by_name, counts, calls = [], {}, [0], 0
+
+    def hook(module, given, output, name="layer"):
+        nonlocal calls
+        calls += 1
+        seen.append(output)
+        by_name[name] = output.detach()
+        by_name.setdefault("all", []).append(calls)
+        by_name["all"].append(len(output))
+        counts[0] += 1
+
+    return hook
+
+
+def test_what_hooks_collect_is_no_part_of_a_model():
+    model = hooked(collecting())
+    before = fingerprint(model)
+    model(menagerie.mlp().train[[0, 1]][0])
+    assert fingerprint(model) == before == fingerprint(hooked(collecting()))
+
+
+def library_hooks():
+    """Prints of a model before and after what packages hook into it by themselves."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    model = GPT2LMHeadModel(config).eval()
+    prints = [fingerprint(model), fingerprint(pickle.loads(pickle.dumps(model)))]
+    model(input_ids=torch.ones(1, 4, dtype=torch.long), output_hidden_states=True)
+    model.enable_input_require_grads()
+    prints.append(fingerprint(model))
+    for norm in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
+        layer = norm(nn.Linear(3, 3)).eval()
+        prints += [fingerprint(layer), fingerprint(copy.deepcopy(layer))]
+    return [*prints, fingerprint(hooked(times(3.0)["wrapped"]))]
+
+
+def test_hooks_that_packages_register_by_themselves_are_no_part_of_a_model():
+    """Before and after a first pass, of copies, and in another process."""
+    prints = library_hooks()
+    assert prints[0] == prints[1] == prints[2]
+    assert prints[3] == prints[4]
+    assert prints[5] == prints[6]
+    child = run_python(
+        "from tests import test_store; print(test_store.library_hooks())", PYTHONHASHSEED="1"
+    )
+    assert child.communicate(timeout=120)[0].strip().splitlines()[-1] == str(prints)
+
+
+def test_a_folder_is_refused_after_an_edit_of_a_hook_and_goes_on_without(tmp_path):
+    def call(k):
+        problem = menagerie.mlp(9)
+        problem.model.register_forward_hook(times(k)["register_forward_hook"])
+        outputs = Outputs(margin, problem.train)
+        return retrain(
+            problem, Recipe(SGD(0.1), 3, 1), outputs, np.ones((1, 9)), seeds=1, folder=tmp_path
+        )
+
+    first = call(1.0)
+    np.testing.assert_array_equal(call(1.0).per_seed, first.per_seed)
+    with pytest.raises(ValueError, match="of another run"):
+        call(5.0)
 
 
 def test_what_transformers_notes_on_a_first_pass_is_no_part_of_a_print():

@@ -125,32 +125,36 @@ class RetrainingTable:
     def joined(self, *others: RetrainingTable) -> RetrainingTable:
         """The rows of several tables of the same seeds, examples, outputs and drop, one after the other.
 
+        Names of outputs and the drop are those of the first tables that tell them.
+
         Raises:
             ValueError: tables that differ in one of them; the same outputs in another order.
         """
+        tables = (self, *others)
+        mine = (self.seeds, self.weights.shape[1], self.per_seed.shape[2])
+        names = next((table.targets for table in tables if table.targets is not None), None)
         for other in others:
-            mine = (self.seeds, self.weights.shape[1], self.per_seed.shape[2])
             theirs = (other.seeds, other.weights.shape[1], other.per_seed.shape[2])
             if mine != theirs:
                 raise ValueError(
                     f"expected tables of the same seeds, n and t, got {mine} and {theirs}"
                 )
-            if (columns(other.targets, self.targets, mine[2]) != np.arange(mine[2])).any():
+            if (columns(other.targets, names, mine[2]) != np.arange(mine[2])).any():
                 raise ValueError(
-                    f"expected tables with outputs in one order, got {self.targets} and {other.targets}; "
+                    f"expected tables with outputs in one order, got {names} and {other.targets}; "
                     "retrain with the same outputs"
                 )
-            drops = {table.meta["drop"] for table in (self, other) if "drop" in table.meta}
-            if len(drops) > 1:
-                raise ValueError(
-                    f"expected tables of one drop, got {sorted(drops)}: these are other counterfactuals; retrain with one"
-                )
-        tables = (self, *others)
+        drops = [table.meta["drop"] for table in tables if "drop" in table.meta]
+        if len(set(drops)) > 1:
+            raise ValueError(
+                f"expected tables of one drop, got {sorted(set(drops))}: these are other counterfactuals; retrain with one"
+            )
+        told = {"targets": None if names is None else names.tolist(), "drop": (drops or [None])[0]}
         return RetrainingTable(
             np.concatenate([table.weights for table in tables]),
             np.concatenate([table.per_seed for table in tables]),
             self.seeds,
-            self.meta,
+            {**self.meta, **{name: value for name, value in told.items() if value is not None}},
         )
 
 

@@ -477,6 +477,20 @@ def test_tables_of_other_outputs_are_not_joined():
         table.joined(named("cat", "dog", drop="weight"))
 
 
+def test_names_and_drop_of_any_table_hold_for_all():
+    """Where the first table tells neither, the others were not compared, and the result had none."""
+
+    def told(**meta):
+        return replace(made(t=2), meta=meta)
+
+    joined = told(method="retrained").joined(told(targets=["cat", "dog"]), told(drop="row"))
+    assert joined.meta == {"method": "retrained", "targets": ["cat", "dog"], "drop": "row"}
+    with pytest.raises(ValueError, match=r"outputs in one order, got \['cat' 'dog'\] and \['dog'"):
+        told().joined(told(targets=["cat", "dog"]), told(targets=["dog", "cat"]))
+    with pytest.raises(ValueError, match=r"tables of one drop, got \['row', 'weight'\]"):
+        told().joined(told(drop="row"), told(drop="weight"))
+
+
 def test_joblibs_own_configuration_is_taken():
     """jobs=None: any backend that joblib knows, here its threads; a cluster's is set up in the same way."""
     from joblib import parallel_config

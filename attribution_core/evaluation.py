@@ -15,6 +15,7 @@ from attribution_core.datamodel import columns
 from attribution_core.retraining import RetrainingTable
 
 MAX_SPLITS = 20  # of the seeds into halves, for the ceiling
+ROUNDING = 1e-12  # of the largest value of a column, as `fit_datamodel` takes it
 LISTED = 10_000  # splits from which these are chosen; of more seeds, halves are drawn
 
 
@@ -96,10 +97,11 @@ def lds(datamodel: Predictor, table: RetrainingTable) -> LDS:
                 f"expected finite {name} outputs, got NaN or infinity in rows "
                 f"{np.flatnonzero(bad)[:5].tolist()} of the table"
             )
-        flat = np.ptp(values, axis=0) == 0
+        flat = ~_varies(values)
         if flat.any():
             raise ValueError(
-                f"{name} outputs do not vary for targets {np.flatnonzero(flat)[:5].tolist()}"
+                f"{name} outputs do not vary for targets {np.flatnonzero(flat)[:5].tolist()}, but by rounding at most; "
+                "leave these out, or take subsets that change them"
             )
     per_target = spearman(predicted, actual)
     x, y = predicted - predicted.mean(0), actual - actual.mean(0)
@@ -112,6 +114,11 @@ def lds(datamodel: Predictor, table: RetrainingTable) -> LDS:
         seeds=len(table.seeds),
         rows=m,
     )
+
+
+def _varies(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which columns of values [m, t] vary by more than rounding, [t]; ranks of rounding are noise."""
+    return np.ptp(values, axis=0) > ROUNDING * np.abs(values).max(axis=0)
 
 
 def spearman(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
@@ -153,7 +160,7 @@ def ceiling(table: RetrainingTable) -> float:
     halves = []
     for a, b in _splits(s, k):
         one, other = table.per_seed[:, a].mean(1), table.per_seed[:, b].mean(1)
-        varies = (np.ptp(one, axis=0) > 0) & (np.ptp(other, axis=0) > 0)  # a constant tells nothing
+        varies = _varies(one) & _varies(other)  # a constant tells nothing
         if varies.any():
             halves.append(spearman(one[:, varies], other[:, varies]).mean())
     if not halves:

@@ -168,6 +168,26 @@ def test_outputs_or_predictions_that_do_not_vary():
         lds(truth, table)
 
 
+def test_what_varies_by_rounding_alone_does_not_vary():
+    """Equal scores on subsets of one size, and outputs that differ in a last bit: ranks of noise were correlated."""
+    rng = np.random.default_rng(0)
+    weights = random_subsets(50, 40, keep=0.5)
+    last_bit = 1 / 3 + 1.1e-16 * rng.integers(0, 2, (40, 2, 3))
+    real = rng.normal(size=(40, 2, 3))
+    equal = LinearDatamodel(np.full((50, 3), 0.7), [1.0, 2.0, 3.0], 0.3)
+    assert np.ptp(equal.predict(weights), axis=0).max() > 0
+    with pytest.raises(ValueError, match=r"predicted outputs do not vary for targets \[0, 1, 2\]"):
+        lds(equal, RetrainingTable(weights, real, (0, 1)))
+    other = LinearDatamodel(rng.normal(size=(50, 3)), [1.0, 2.0, 3.0], 0.3)
+    with pytest.raises(ValueError, match=r"retrained outputs do not vary for targets \[0, 1, 2\]"):
+        lds(other, RetrainingTable(weights, last_bit, (0, 1)))
+    assert np.isnan(ceiling(RetrainingTable(weights, last_bit, (0, 1))))
+    small = RetrainingTable(weights, 1 + 1e-9 * real, (0, 1))  # above rounding
+    assert lds(other, small).per_target == pytest.approx(
+        lds(other, RetrainingTable(weights, real, (0, 1))).per_target, abs=1e-3
+    )
+
+
 def test_outputs_that_are_not_finite():
     truth, table = affine_world()
     table.per_seed[5, 0, 2] = np.nan

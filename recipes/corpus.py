@@ -20,6 +20,7 @@ from recipes.embedded import Document
 
 KINDS = (".parquet", ".jsonl", ".txt")
 BLOCK = 2**20  # bytes of a .jsonl file read at once, at least; a row must fit in
+DIGITS = {16: 2**11, 32: 2**24, 64: 2**53}  # from where floats of so many bits skip whole numbers
 PAD = -100  # fills up the last block of a document; never predicted
 
 
@@ -213,7 +214,9 @@ def _names(table: Any, column: str, source: str, flag: str) -> list[str]:
             f"expected no empty cells in column {column!r} of {source!r}, got {empty} of {len(values)} empty; name them, "
             f"or leave --{flag} out"
         )
-    rounded = [v for v in values if isinstance(v, float) and abs(v) >= 2**53]
+    width = kind.value_type if types.is_dictionary(kind) else kind
+    exact = DIGITS[width.bit_width] if types.is_floating(width) else np.inf
+    rounded = [v for v in values if isinstance(v, float) and abs(v) >= exact]
     if rounded:
         raise ValueError(
             f"expected all digits of the numbers in column {column!r} of {source!r}, got {kind}, which rounds e.g. "

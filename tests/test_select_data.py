@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -498,6 +499,23 @@ def test_whole_numbers_keep_their_digits(tmp_path):
         for asked in ({"id": "id"}, {"domain": "id"}):
             with pytest.raises(ValueError, match="expected all digits of the numbers in column"):
                 read_documents(str(path), **asked)
+
+
+@pytest.mark.parametrize(("kind", "first"), [("float16", 2**11), ("float32", 2**24)])
+def test_short_floats_lose_their_digits_sooner(tmp_path, kind, first):
+    """Of 2^24 and 2^24 + 1 in float32, one domain was made."""
+    import pyarrow
+
+    for numbers, words in (
+        ([first, first - 1], f"got .*, which rounds e.g. {first}"),
+        ([1, 2], None),
+    ):
+        column = pyarrow.array(np.array(numbers, kind))
+        for held in (column, column.dictionary_encode())[: 1 if kind == "float16" else 2]:
+            table = pyarrow.table({"text": ["a", "b"], "n": held})
+            parquet.write_table(table, tmp_path / "a.parquet")
+            with pytest.raises(ValueError, match=words) if words else nullcontext():
+                read_documents(str(tmp_path / "a.parquet"), domain="n")
 
 
 def test_columns_that_were_asked_for_are_words_or_numbers(tmp_path):

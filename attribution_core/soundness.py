@@ -6,7 +6,9 @@ buffers that it changes, rows that see one another, is found by passing a few ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import types
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from attribution_core.behaviour import KEPT_BY_TORCH, SCALAR
 from attribution_core.data import Batch, rows_in, take
 from attribution_core.layers import owners
 from attribution_core.problem import (
@@ -32,10 +35,12 @@ from attribution_core.problem import (
     rounding,
     trainable,
 )
+from attribution_core.store import fingerprint
 from attribution_core.swapping import refuse_hidden_parameters
 
 TRIED = 8  # rows that are passed through together, and some of them alone
 ALONE = 2
+NESTED = 4  # containers in one another that are looked into; one may hold itself
 APART = 1e-3  # relative difference of losses, far above the rounding of float32
 # of outputs: those that compare rows differ by as much as they are; bfloat16 inside a float32 model, whose batches of
 # other sizes take other kernels, by less
@@ -121,18 +126,39 @@ def refuse_mixed_outputs(model: nn.Module, outputs: Outputs) -> None:
 
 
 def _kind(model: nn.Module) -> tuple[Any, ...]:
-    """What a copy of a model shares with it, and another model seldom: its modules' names, types and plain settings.
+    """What a copy of a model shares with it, and another model seldom: its modules' names, types and attributes, where
+    these are plain values, functions, arrays, or containers of such.
 
-    Runs hand out a new copy each time; modes are left out, as outputs are tried in eval mode.
+    Runs hand out a new copy each time; modes, parameters and buffers, which training changes, are left out, as are
+    objects' insides.
     """
     return tuple(
-        (name, type(module), tuple(item for item in vars(module).items() if _is_set(*item)))
+        (
+            name,
+            type(module),
+            {key: _alike(vars(module)[key]) for key in vars(module).keys() - KEPT_BY_TORCH},
+        )
         for name, module in model.named_modules()
     )
 
 
-def _is_set(name: str, value: Any) -> bool:
-    return name != "training" and isinstance(value, (bool, int, float, str))
+def _alike(value: Any, depth: int = 0) -> Any:
+    """What compares equal for an attribute and its deep copy."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return fingerprint(value)
+    if isinstance(value, types.MethodType):  # a copy's is bound to the copy
+        return value.__func__
+    if isinstance(
+        value, (*SCALAR, type, torch.dtype, types.FunctionType, types.BuiltinFunctionType)
+    ):
+        return value
+    if depth < NESTED and isinstance(value, Mapping):
+        return {key: _alike(item, depth + 1) for key, item in value.items()}
+    if depth < NESTED and isinstance(value, (list, tuple)):
+        return [_alike(item, depth + 1) for item in value]
+    if isinstance(value, functools.partial):
+        return value.func, _alike(value.args, depth), _alike(value.keywords, depth)
+    return type(value)
 
 
 @contextmanager

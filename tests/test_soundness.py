@@ -1,5 +1,8 @@
 """attribution_core.soundness: losses that are no functions of parameters and own row are refused by every method."""
 
+import copy
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +32,7 @@ from attribution_core import (
 from attribution_core.curvature import DiagonalWarning
 from attribution_core.gradients import directional
 from attribution_core.groups import group_directional
-from attribution_core.soundness import refuse_mixed_outputs, stopped
+from attribution_core.soundness import _kind, refuse_mixed_outputs, stopped
 from tests import menagerie
 from tests.test_swapping import HandTied
 
@@ -491,6 +494,53 @@ def test_outputs_are_tried_with_every_kind_of_model(other):
     ):
         with pytest.raises(ValueError, match="does not depend on the other rows"):
             act()
+
+
+def less_mean(z, off):
+    return z - off * z.mean(0)
+
+
+class Told(nn.Linear):
+    """Does to its outputs what a function, a number in a dict or one in a tensor tells."""
+
+    def __init__(self, how):
+        super().__init__(4, 3)
+        self.how = how
+        nn.init.eye_(self.weight)
+
+    def forward(self, x):
+        z, how = super().forward(x), self.how
+        how = how[0] if isinstance(how, list) else how
+        if callable(how):
+            return how(z)
+        return less_mean(z, float(how["off"] if isinstance(how, dict) else how))
+
+
+@pytest.mark.parametrize(
+    ("keeping", "mixing"),
+    [
+        (lambda z: z, lambda z: z - z.mean(0)),
+        (partial(less_mean, off=0.0), partial(less_mean, off=1.0)),
+        ({"off": 0.0}, {"off": 1.0}),
+        (torch.tensor(0.0), torch.tensor(1.0)),
+        ([{"off": torch.zeros(1)}], [{"off": torch.ones(1)}]),
+    ],
+)
+def test_models_that_differ_in_an_attribute_are_of_two_kinds(keeping, mixing):
+    """Those that mix rows were accepted after the others; copies of one model are of one kind."""
+    one, other = Told(keeping), Told(mixing)
+    assert _kind(one) != _kind(other)
+    assert _kind(one) == _kind(copy.deepcopy(one)) == _kind(Told(keeping).eval())
+    outputs = Outputs(margin, (10 * X, Y))
+    refuse_mixed_outputs(Told(keeping), outputs)
+    with pytest.raises(ValueError, match="does not depend on the other rows"):
+        refuse_mixed_outputs(Told(mixing), outputs)
+
+
+def test_a_model_that_holds_an_attribute_in_itself_has_a_kind():
+    model = Told({})
+    model.how["again"] = model.how
+    assert _kind(model) == _kind(copy.deepcopy(model))
 
 
 def test_outputs_of_batch_norm_without_statistics_are_refused():

@@ -7,7 +7,7 @@ model's keyword arguments (what transformers models take).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
     Raises:
         TypeError: a model that does not take these columns.
+        ValueError: one that returns something else: a tuple, a dict.
     """
     columns: Any = {}
     inputs: list[Tensor] = []
@@ -42,7 +43,15 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
             f"{error}; a model is given every column of a dict but {', '.join(NOT_TO_MODELS)}, or of a tuple all but the "
             "last, its labels: leave other columns out, or give the model a forward of your own that takes them"
         ) from error
-    return getattr(out, "logits", out)
+    logits = getattr(out, "logits", out)
+    if not isinstance(logits, Tensor):
+        kind = type(logits).__name__
+        parts = f" with {list(logits)}" if isinstance(logits, Mapping) else ""
+        raise ValueError(
+            f"expected a model that returns logits, or an object with .logits, got a {kind}{parts} of {type(model).__name__}; "
+            "return the logits alone from its forward, or wrap it in a module whose forward takes them out"
+        )
+    return logits
 
 
 def labels_in(batch: Batch) -> Tensor | None:

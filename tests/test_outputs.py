@@ -256,6 +256,36 @@ def test_a_model_is_given_all_columns_but_the_labels():
         cross_entropy(OfTwo(), {"x": x, "c": c, "y": y, "labels": y})
 
 
+class OfParts(nn.Linear):
+    """Returns its logits in something else."""
+
+    def __init__(self, form):
+        super().__init__(2, 3)
+        self.form = form
+
+    def forward(self, x):
+        return self.form(super().forward(x))
+
+
+@pytest.mark.parametrize("function", [cross_entropy, margin, squared_error])
+def test_models_that_return_no_logits_are_told(function):
+    """They ended in AttributeError: 'tuple' object has no attribute 'ndim'."""
+    batch = (torch.ones(4, 2), torch.arange(4) % 3)
+    for form, words in (
+        (lambda z: (z, z), "got a tuple of OfParts; return the logits alone"),
+        (lambda z: {"logits": z, "aux": z}, r"got a dict with \['logits', 'aux'\] of OfParts"),
+        (lambda z: SimpleNamespace(logits=(z,)), "got a tuple of OfParts"),
+        (lambda z: None, "got a NoneType of OfParts"),
+    ):
+        with pytest.raises(ValueError, match=r"expected a model that returns logits, .*" + words):
+            function(OfParts(form), batch)
+    held = OfParts(lambda z: SimpleNamespace(logits=z))
+    assert torch.equal(
+        cross_entropy(held, batch),
+        F.cross_entropy(nn.Linear.forward(held, batch[0]), batch[1], reduction="none"),
+    )
+
+
 @pytest.mark.parametrize(
     "labels",
     [torch.arange(4.0), torch.arange(4)[:, None], torch.eye(4, 3).long(), torch.ones(4, 2)],

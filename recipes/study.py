@@ -221,13 +221,18 @@ def refuse_small(
     """Raise where no whole document fits into the budget and its domain's high quota.
 
     Raises:
-        ValueError: none does; says how short the shortest is.
+        ValueError: none does; says how short the one is that comes nearest, and what room it has.
     """
-    room = np.array([quotas.get(domain, (0.0, 1.0))[1] * budget for domain in domains])
-    if (tokens > room + SLACK * budget).all():
+    high = np.array([quotas.get(domain, (0.0, 1.0))[1] for domain in domains])
+    if (tokens > high * budget + SLACK * budget).all():
+        needs = np.divide(tokens, high, out=np.full(len(tokens), np.inf), where=high > 0)
+        k = int(np.argmin(needs))  # of the budget, as the quotas are
+        room = f"{budget:,.0f} tokens"
+        if high[k] < 1:
+            room = f"{high[k] * budget:,.0f} tokens of {domains[k]!r} (its high quota of {budget:,.0f})"
         raise ValueError(
-            f"expected a budget and quotas for at least one document, got {budget:,.0f} tokens where the shortest "
-            f"document has {tokens.min():,}; raise --budget or the high quotas"
+            f"expected a budget and quotas for at least one document, got {room} where the shortest "
+            f"document has {tokens[k]:,}; raise --budget or the high quotas"
         )
 
 

@@ -588,9 +588,17 @@ def test_budgets_below_the_shortest_document_are_refused():
     refuse_small(30.0, tokens, domains, {})
     refuse_small(100.0, tokens, domains, {"a": (0.0, 0.1)})
     refuse_small(100.0, tokens, domains, {"a": (0.0, 0.3), "b": (0.0, 0.3)})  # up to rounding
-    for budget, quotas in ((29.0, {}), (100.0, {"a": (0, 0.2), "b": (0, 0.3)})):
-        with pytest.raises(ValueError, match=r"the shortest document has 30; raise --budget"):
-            refuse_small(budget, tokens, domains, quotas)
+    with pytest.raises(
+        ValueError, match=r"got 29 tokens where the shortest document has 30; raise"
+    ):
+        refuse_small(29.0, tokens, domains, {})
+    for quotas, words in (
+        ({"a": (0, 0.2), "b": (0, 0.2)}, r"got 20 tokens of 'a' \(its high quota of 100\) where"),
+        ({"a": (0, 0.2), "b": (0, 0.39)}, r"got 39 tokens of 'b' .* the shortest document has 40;"),
+        ({"a": (0, 0.0), "b": (0, 0.1)}, r"got 10 tokens of 'b' .* the shortest document has 40;"),
+    ):
+        with pytest.raises(ValueError, match=words):  # not 100 tokens beside a document of 30
+            refuse_small(100.0, tokens, domains, quotas)
 
 
 def test_blocks_of_a_killed_cut_are_not_believed(tmp_path, monkeypatch):

@@ -141,11 +141,22 @@ def payments_of(study: Study, owned: Owned) -> tuple[dict[str, Any], dict[str, A
 
 
 def _ends(low: float, high: float) -> str | None:
-    """Two amounts to three digits, and no power of ten for money; None where they are not known."""
+    """Two amounts; None where they are not known."""
     if not (np.isfinite(low) and np.isfinite(high)):
         return None
-    places = [max(0, 2 - int(np.floor(np.log10(end)))) if end > 0 else 0 for end in (low, high)]
-    return f"{low:.{places[0]}f} to {high:.{places[1]}f}"
+    return f"{_amount(low)} to {_amount(high)}"
+
+
+def _amount(value: float) -> str:
+    """To three digits, and no power of ten for money.
+
+    >>> [_amount(value) for value in (9.996, -0.004, 12345.0, 0.0)]
+    ['10.0', '-0.00400', '12345', '0']
+    """
+    if value == 0:
+        return "0"
+    power = int(f"{value:.2e}".partition("e")[2])  # of the rounded value: 9.996 is a ten
+    return f"{value:.{max(0, 2 - power)}f}"
 
 
 def purchase_of(owned: Owned) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -12,7 +12,7 @@ from sklearn.datasets import load_breast_cancer
 from applied.valuation import Values
 from recipes.classification import embedded, facts_of, from_file
 from recipes.value_data import Flags, run
-from recipes.value_report import payments_of, purchase_of, rows_of
+from recipes.value_report import _ends, payments_of, purchase_of, rows_of
 from recipes.valuing import Owned, Valued, bought, paid
 
 QUICK = [
@@ -351,6 +351,20 @@ def test_shares_and_small_payments_keep_their_digits(tmp_path, capsys):
     valued = Valued(one, {"influence": ""}, None, 0.0)
     sections, _ = rows_of(study, valued, {"influence": np.array([[1.0, 1.1], [1.0, 1.2]])})
     assert "without the worst 12.5%, change" in sections["What each method finds"][0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (-0.004, 0.01, "-0.00400 to 0.0100"),  # -0 to
+        (9.996, 99.96, "10.0 to 100"),  # a digit more than three
+        (0.999, 9.999, "0.999 to 10.0"),
+        (0.0, 12345.0, "0 to 12345"),
+        (-5.0, 0.00123, "-5.00 to 0.00123"),
+    ],
+)
+def test_ends_have_three_digits(low, high, words):
+    assert _ends(low, high) == words
 
 
 def test_owners_who_cannot_be_paid_or_bought_from_do_not_cost_the_report(tmp_path, capsys):

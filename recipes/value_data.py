@@ -54,7 +54,7 @@ class Flags:
     points: int = 8
     """Metagradients for Aumann–Shapley values."""
     seeds: int = 3
-    """Trainings of every subset that judges."""
+    """Trainings of every subset that judges and of every set of owners; of few sets more, up to 10, and never below 2."""
     remove: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
     """Shares of the worst rows that are taken away."""
     exact: int = 10

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 CLEAN = "held-out targets"  # what some methods need and others do not
 NEIGHBOURS = 5
+ENOUGH, MOST_SEEDS = 60, 10  # trainings of all sets of owners together: seconds, stacked
 PERMUTATIONS = 64  # of owners, where there are too many to list all sets
 
 
@@ -197,7 +198,7 @@ def value_owners(study: Study, valued: Valued) -> Owned | None:
     )
     table = study.retrain(
         sets,
-        seeds=2,
+        seeds=seeds_of_owners(flags.seeds, len(sets)),
         outputs=study.target,
         folder=flags.out / "owners",
         progress=bar("sets of owners"),
@@ -213,6 +214,11 @@ def value_owners(study: Study, valued: Valued) -> Owned | None:
     worth = found["retraining"]
     worth.save(flags.out / "owners.csv")
     return Owned(found, paid(flags, worth), bought(study, worth))
+
+
+def seeds_of_owners(asked: int, sets: int) -> int:
+    """Trainings of every set of owners: as asked, and more where sets are few, since intervals are made of them."""
+    return max(2, asked, min(MOST_SEEDS, -(-ENOUGH // sets)))
 
 
 def paid(flags: Flags, worth: Values) -> Payments | str:

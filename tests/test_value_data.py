@@ -10,10 +10,11 @@ import pytest
 from sklearn.datasets import load_breast_cancer
 
 from applied.valuation import Values
+from attribution_core import LinearDatamodel
 from recipes.classification import embedded, facts_of, from_file
 from recipes.value_data import Flags, run
 from recipes.value_report import _ends, payments_of, purchase_of, rows_of
-from recipes.valuing import Owned, Valued, bought, paid
+from recipes.valuing import Owned, Valued, bought, paid, seeds_of_owners, start, value_owners
 
 QUICK = [
     "--retrainings",
@@ -431,3 +432,27 @@ def test_values_of_owners_do_not_outlive_a_run_without_owners(tmp_path):
     run([*QUICK, *few, "--data", str(path), "--label", "outcome", "--out", str(out)])
     assert (out / "rows-influence.parquet").exists()
     assert not (out / "owners.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "sets", "seeds"), [(3, 4, 10), (3, 8, 8), (3, 16, 4), (3, 64, 3), (12, 4, 12), (1, 1024, 2)]
+)  # fmt: skip
+def test_owners_are_trained_on_with_the_seeds_asked_for_or_more(asked, sets, seeds):
+    assert seeds_of_owners(asked, sets) == seeds
+
+
+def test_more_seeds_of_owners_go_on_in_the_same_folder(tmp_path):
+    data = embedded("breast_cancer", 0.0, 3, 0)
+    n = len(data.x)
+    values = Values(np.ones(n), np.zeros(n), np.arange(n), np.ones((n, 1)))
+    valued = Valued(
+        {"Aumann–Shapley": values}, {}, LinearDatamodel(np.ones((n, 1)), [0.0], 1.0), 0.0
+    )
+    kept = {}
+    for seeds in (2, 9):
+        flags = Flags(out=tmp_path, seeds=seeds, epochs=0.5, width=0, jobs=1)
+        found = value_owners(start(flags, data), valued).found["retraining"]
+        assert found.meta["seeds"] == max(8, seeds)  # 8 sets: 8 seeds make some 60 trainings
+        files = {p: p.stat().st_mtime_ns for p in (tmp_path / "owners").rglob("*.npy")}
+        assert kept.items() <= files.items()
+        kept = files

@@ -103,16 +103,24 @@ class Values:
         return self.per_target @ (share / share.sum(0))
 
     def table(self, rows: int = 20) -> str:
-        """The players from the highest value to the lowest, with intervals; and the sum."""
-        order = np.argsort(-self.values, kind="stable")[:rows]
-        width = max([6, *(len(str(self.players[i])) for i in order)])
+        """The players from the highest value to the lowest, of many both ends; with intervals, and the sum.
+
+        Args:
+            rows: so many players at most, half of them the highest, half the lowest.
+        """
+        order = np.argsort(-self.values, kind="stable")
+        high = len(self) if len(self) <= rows else -(-rows // 2)
+        low = max(high, len(self) - rows // 2)
+        shown = [*order[:high], *order[low:]]
+        width = max([6, *(len(str(self.players[i])) for i in shown)])
         lines = [f"{'player':{width}}  value [95 % interval]"]
-        for i in order:
-            half = self.half[i]
-            one = Interval(float(self.values[i]), self.values[i] - half, self.values[i] + half)
+        half = self.half
+        for i in shown:
+            mean = float(self.values[i])
+            one = Interval(mean, mean - half[i], mean + half[i])
             lines.append(f"{self.players[i]!s:{width}}  {one}")
-        if len(self) > rows:
-            lines.append(f"... and {len(self) - rows} more")
+        if low > high:
+            lines.insert(1 + high, f"... {low - high} between left out ...")
         total = f"sum {self.values.sum():.4g}"
         if math.isfinite(self.change):
             total += (

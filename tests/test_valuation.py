@@ -678,3 +678,21 @@ def test_self_confidence_in_small_classes():
     assert found[37:].mean() > 0.5
     with pytest.raises(ValueError, match=r"two rows or more each, got \{0.0: 39, 1.0: 1\}"):
         self_confidence(x, np.r_[np.zeros(39), 1])
+
+
+def test_tables_of_many_show_both_ends():
+    """Of held-out margins the lowest say which labels are wrong: only the highest were shown."""
+    many = Values(np.arange(31.0), np.zeros(31), np.arange(31), np.zeros((31, 1)))
+    lines = many.table().splitlines()
+    shown = [line.split()[0] for line in lines[1:-1]]
+    high, low = map(str, range(30, 20, -1)), map(str, range(9, -1, -1))
+    assert shown == [*high, "...", *low]
+    assert lines[11] == "... 11 between left out ..."
+    assert [line.split()[0] for line in many.table(rows=3).splitlines()[1:-1]] == [
+        "30",
+        "29",
+        "...",
+        "0",
+    ]
+    assert "left out" not in many.table(rows=31)
+    assert len(many.table(rows=31).splitlines()) == 33

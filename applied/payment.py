@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -23,6 +24,9 @@ TIGHT = {
     "mip_rel_gap": 0.0, "mip_abs_gap": 0.0, "mip_feasibility_tolerance": 1e-10,
     "primal_feasibility_tolerance": 1e-10,
 }  # of HiGHS, whose 1e-6 would let another choice pass for the best  # fmt: skip
+
+
+ByPlayer = ArrayLike | Mapping[Any, float]  # in the order of values.players, or by name
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +69,8 @@ def pay(
     values: Values,
     budget: float,
     *,
-    floors: ArrayLike = 0.0,
-    caps: ArrayLike | None = None,
+    floors: ByPlayer = 0.0,
+    caps: ByPlayer | None = None,
     discount: float = 0.0,
 ) -> Payments:
     """Share a budget in proportion to worth, within limits.
@@ -80,7 +84,7 @@ def pay(
     Args:
         values: high is good; of a loss, pass `-values`.
         budget: to be paid out in full.
-        floors, caps: one number, or [k]; payments are never negative.
+        floors, caps: one number, [k] in the order of `values.players`, or player -> limit; payments are never negative.
         discount: standard errors that are taken off: what is uncertain is paid less.
 
     Raises:
@@ -107,7 +111,7 @@ def pay(
         raise ValueError(f"expected a positive budget, got {budget!r}")
     share = budget * worth / worth.sum()
     floor, cap = (
-        _limits(name, limits, k)
+        _limits(name, limits, values)
         for name, limits in (("floors", floors), ("caps", budget if caps is None else caps))
     )
     _check_limits(floor, cap, share, budget)
@@ -147,12 +151,29 @@ def _within(
     return np.clip(c * share, floor, cap)
 
 
-def _limits(name: str, limits: ArrayLike, k: int) -> NDArray[np.float64]:
+def _limits(name: str, limits: ByPlayer, values: Values) -> NDArray[np.float64]:
     """One limit for each of k players."""
-    given = np.asarray(limits, dtype=float)
+    given, k = _in_order(name, limits, values), len(values)
     if given.shape not in ((), (1,), (k,)):
         raise ValueError(f"expected {name} as one number or one a player [{k}], got {given.shape}")
     return np.broadcast_to(given, (k,))
+
+
+def _in_order(name: str, given: ByPlayer, values: Values) -> NDArray[np.float64]:
+    """Numbers in the order of `values.players`; of a mapping by name, whose players must be those valued."""
+    if not isinstance(given, Mapping):
+        return np.asarray(given, dtype=float)
+    players = np.asarray(values.players).tolist()
+    missing = [player for player in players if player not in given]
+    unknown = [player for player in given if player not in set(players)]
+    if missing or unknown:
+        words = [f"none of {missing[:5]}"] * bool(missing) + [f"some of {unknown[:5]}"] * bool(
+            unknown
+        )
+        raise ValueError(
+            f"expected {name} of all of values.players and of nobody else, got {' and '.join(words)}"
+        )
+    return np.array([given[player] for player in players], dtype=float)
 
 
 def _refuse_discount(values: Values, discount: float) -> None:
@@ -230,7 +251,7 @@ def _check_limits(
 
 def buy(
     values: Values,
-    prices: ArrayLike,
+    prices: ByPlayer,
     budget: float,
     *,
     whole: bool = True,
@@ -242,7 +263,7 @@ def buy(
 
     Args:
         values: high is good; of a loss, pass `-values`.
-        prices: [k], positive.
+        prices: positive; [k] in the order of `values.players` (tables are sorted by value), or player -> price.
         budget: the most that is spent; players of negative value are never bought.
         whole: take a player or leave it; else fractions in [0, 1].
         discount: standard errors that are taken off.
@@ -264,7 +285,7 @@ def buy(
     """
     # rewrite: gain of a choice x, in units of the output; however bad the others are, they are left
     _someone_is_good(values)
-    price = np.asarray(prices, dtype=float)
+    price = _in_order("prices", prices, values)
     if price.shape != values.values.shape:
         raise ValueError(
             f"expected one positive price per player [{len(values)}], got {price.shape}"

@@ -272,3 +272,27 @@ def test_what_is_settled_before_the_program_changes_nothing(seed, monkeypatch):
     assert many == 500
     assert sum(few) < 150
     assert found.predicted == pytest.approx(whole.predicted, rel=1e-12)
+
+
+def test_prices_and_limits_go_by_name():
+    """Tables are sorted by value, arrays go by the order of players: numbers copied in that order were mispaired."""
+    one = worth([1.0, 5.0, 2.0])
+    prices = {"owner 2": 4.0, "owner 1": 2.0, "owner 0": 1.0}
+    by_name, in_order = buy(one, prices, 3.5), buy(one, [1.0, 2.0, 4.0], 3.5)
+    np.testing.assert_array_equal(by_name.costs, in_order.costs)
+    np.testing.assert_array_equal(by_name.weights, in_order.weights)
+    floors = {"owner 2": 0.0, "owner 0": 30.0, "owner 1": 0.0}
+    caps = dict.fromkeys(floors, 50.0)
+    found = pay(one, 100, floors=floors, caps=caps)
+    np.testing.assert_allclose(found.amounts, [30.0, 50.0, 20.0])
+    np.testing.assert_array_equal(
+        found.amounts, pay(one, 100, floors=[30, 0, 0], caps=[50, 50, 50]).amounts
+    )
+    wrong = {"owner 0": 1.0, "owner 2": 1.0, "owner 7": 1.0}
+    for name, spend in (
+        ("prices", lambda: buy(one, wrong, 3)),
+        ("floors", lambda: pay(one, 3, floors=wrong)),
+        ("caps", lambda: pay(one, 3, caps=wrong)),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} of .*\['owner 1'\] .*\['owner 7'\]"):
+            spend()

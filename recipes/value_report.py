@@ -12,6 +12,7 @@ from recipes import classification
 from recipes.command import as_given
 from recipes.valuing import Owned, Study, Valued
 
+CONTROL, RANDOM = " (control)", "random (control)"
 INSPECTED = np.linspace(0, 0.5, 51)  # shares of the rows, worst first
 
 
@@ -68,6 +69,10 @@ def rows_of(
         ]
     }
     print(text_table(rows, head))
+    if words := verdict(removed, last, shares[last - 1]):
+        print(words)
+        sections["What each method finds"].insert(0, report.paragraph(words))
+        metrics["verdict"] = words
     if "AUC" in head and bad is not None:
         curves = {name: found_by(v.values, bad) for name, v in valued.found.items()}
         one, two = "held-out margin", "Aumann–Shapley"
@@ -87,6 +92,52 @@ def rows_of(
         ))
     ]  # fmt: skip
     return sections, {"rows": metrics, "remainder": valued.remainder}
+
+
+def verdict(removed: dict[str, Any], place: int, share: float) -> str:
+    """Whose rows are better gone than random ones, by intervals paired by seed; "" where none were taken at random."""
+    at = {name: losses[:, place] for name, losses in removed.items()}
+    if RANDOM not in at:
+        return ""
+    random, start = at.pop(RANDOM), f"Without the worst {100 * share:g} %: "
+    if len(random) < 2:
+        return (
+            f"{start}one training of each tells no method from random removal; take more --seeds."
+        )
+    gaps = {name: paired_interval(loss, random) for name, loss in at.items()}
+    better = sorted((n for n in gaps if gaps[n].high < 0), key=lambda n: gaps[n].mean)
+    if not better:
+        worse = [name for name, gap in gaps.items() if gap.low > 0]
+        return (
+            f"{start}no method's removal is told to lower test loss more than random removal does"
+            + (f" (that of {', '.join(worse)} raises it)" if worse else "")
+            + ": nothing says that rows should go."
+        )
+    words = f"{start}test loss is lower than without random rows by {_each(better, gaps)}"
+    all_rows = {name: paired_interval(at[name], removed[name][:, 0]) for name in better}
+    if not any(gap.high < 0 for gap in all_rows.values()):
+        words += (
+            "; it is not told to be lower than with all rows, so nothing says that rows should go"
+        )
+    return f"{words}.{_control_does_as_well(at)}"
+
+
+def _each(names: list[str], gaps: dict[str, Any]) -> str:
+    return ", ".join(f"{name} ({gaps[name]})" for name in names)
+
+
+def _control_does_as_well(at: dict[str, Any]) -> str:
+    """A sentence on controls that are not told to be worse than the best value; "" where there are none."""
+    values = {name: loss.mean() for name, loss in at.items() if CONTROL not in name}
+    if not values:
+        return ""
+    best = min(values, key=lambda name: values[name])
+    good = [
+        name.replace(CONTROL, "")
+        for name, loss in at.items()
+        if CONTROL in name and not paired_interval(loss, at[best]).low > 0
+    ]
+    return f" The control {', '.join(good)} does as well as the best value, {best}." if good else ""
 
 
 def found_by(values: Any, bad: Any) -> Any:

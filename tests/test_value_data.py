@@ -13,7 +13,7 @@ from applied.valuation import Values
 from attribution_core import LinearDatamodel
 from recipes.classification import embedded, facts_of, from_file
 from recipes.value_data import Flags, run
-from recipes.value_report import _ends, payments_of, purchase_of, rows_of
+from recipes.value_report import _ends, payments_of, purchase_of, rows_of, verdict
 from recipes.valuing import Owned, Valued, bought, paid, seeds_of_owners, start, value_owners
 
 QUICK = [
@@ -57,6 +57,7 @@ def test_embedded_data_from_start_to_report(tmp_path, capsys):
         "self-confidence (control)",
         "payment",
         "actual - random",
+        "Without the worst 10 %: ",
         "written to",
     ):
         assert words in said
@@ -456,3 +457,30 @@ def test_more_seeds_of_owners_go_on_in_the_same_folder(tmp_path):
         files = {p: p.stat().st_mtime_ns for p in (tmp_path / "owners").rglob("*.npy")}
         assert kept.items() <= files.items()
         kept = files
+
+
+def test_the_report_says_whether_rows_should_go():
+    """Every method lost to random removal, and neither table nor page said so."""
+    noise = np.array([[0.0], [0.01], [-0.01]])
+
+    def said(**losses):
+        named = {name.replace("_", " "): value for name, value in losses.items()}
+        named["self-confidence (control)"] = named.pop("control", 0.9)
+        named["random (control)"] = 0.9
+        return verdict({k: noise + np.array([0.88, v]) for k, v in named.items()}, 1, 0.1)
+
+    none = said(influence=1.4, in_run=0.9)
+    assert none == (
+        "Without the worst 10 %: no method's removal is told to lower test loss more than random removal does (that of "
+        "influence raises it): nothing says that rows should go."
+    )
+    some = said(influence=0.7, in_run=0.8)
+    assert "lower than without random rows by influence (-0.2 [-0.2, -0.2]), in run (-0.1" in some
+    assert "nothing says" not in some
+    assert "control" not in some
+    assert "The control self-confidence does as well as the best value, in run." in said(
+        in_run=0.8, control=0.8
+    )
+    assert "not told to be lower than with all rows, so nothing says" in said(influence=0.89)
+    one = {name: np.array([[0.9, 0.8]]) for name in ("influence", "random (control)")}
+    assert "take more --seeds" in verdict(one, 1, 0.1)

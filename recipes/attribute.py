@@ -314,8 +314,9 @@ def write_report(
             sections[f"Predicted against actual, {100 * drop:g}% dropped"] = [
                 report.picture(figure)
             ]
-    sections["Rows that move the mean output most"] = [moving(datamodel, task)]
-    sections["Rows that move the worst outputs most"] = [worst(datamodel, task)]
+    reading = report.paragraph(task.reading)
+    sections["Rows that move the mean output most"] = [reading, moving(datamodel, task)]
+    sections["Rows that move the worst outputs most"] = [reading, worst(datamodel, task)]
     facts = {
         "model": f"{task.name}, {sum(v.numel() for v in task.problem.params.values()):,} parameters, {task.problem.n:,} rows",
         "optimizer": str(recipe.optimizer),
@@ -347,10 +348,22 @@ def moving(datamodel: Any, task: Task) -> str:
     rows: list[Any] = []
     for which, some in zip(("lower", "raise"), ends(scores, 10), strict=True):
         found: list[Any] = [
-            (which, int(task.places[i]), float(scores[i]), task.show(int(i))[:80]) for i in some
+            (
+                which,
+                _does(which, task),
+                task.places[i].item(),
+                float(scores[i]),
+                task.show(int(i))[:80],
+            )
+            for i in some
         ]
-        rows += found or [(which, "none", None, "")]
-    return report.table(rows, ("its weight would", "row", "score", "what it is"))
+        rows += found or [(which, _does(which, task), "none", None, "")]
+    return report.table(rows, ("its weight would", "so it", "row", "score", "what it is"))
+
+
+def _does(which: str, task: Task) -> str:
+    """Whether a row helps whose weight would lower or raise outputs."""
+    return "helps" if (which == "raise") == (task.better > 0) else "hurts"
 
 
 def worst(datamodel: Any, task: Task, count: int = 3) -> str:
@@ -365,10 +378,11 @@ def worst(datamodel: Any, task: Task, count: int = 3) -> str:
         scores, what = datamodel.scores[:, j], task.show_target(j)[:80]
         for which, some in zip(("lower", "raise"), ends(scores, 5), strict=True):
             rows += [
-                (what, float(datamodel.base[j]), which, int(task.places[i]), float(scores[i]), task.show(int(i))[:80])
+                (what, float(datamodel.base[j]), which, _does(which, task), task.places[i].item(), float(scores[i]),
+                 task.show(int(i))[:80])
                 for i in some
             ]  # fmt: skip
-    header = ("output", "its value", "its weight would", "row", "score", "what it is")
+    header = ("output", "its value", "its weight would", "so it", "row", "score", "what it is")
     return report.table(rows, header)
 
 

@@ -39,12 +39,21 @@ class Task:
     better: int
     show: Callable[[int], str]
     show_target: Callable[[int], str]
-    ids: NDArray[np.intp] | None = None
+    ids: NDArray[Any] | None = None
 
     @property
-    def places(self) -> NDArray[np.intp]:
+    def places(self) -> NDArray[Any]:
         """[n] what training rows are called in whatever is written."""
         return np.arange(self.problem.n) if self.ids is None else self.ids
+
+    @property
+    def reading(self) -> str:
+        """What an output is and which way is good, in a sentence."""
+        good, bad = ("raises", "lowers") if self.better > 0 else ("lowers", "raises")
+        return (
+            f"Outputs: {self.unit}; {'higher' if self.better > 0 else 'lower'} is better, so a row whose weight {good} "
+            f"them helps, and one whose weight {bad} them hurts."
+        )
 
 
 def mlp(seed: int, width: int = 64) -> Any:
@@ -204,8 +213,15 @@ def text_task(
     return Task(
         "GPT-2" if model == "gpt2" else model, problem, Outputs(loss, Rows(others, chosen)), make,
         "held-out loss, nats a token", -1, lambda i: decode(blocks, int(train.rows[i])),
-        lambda j: decode(others, int(chosen[j])),
+        lambda j: decode(others, int(chosen[j])), _block_names(blocks, documents)[train.rows],
     )  # fmt: skip
+
+
+def _block_names(blocks: Any, documents: Sequence[Document]) -> NDArray[np.str_]:
+    """[blocks] a document's id and the block's number in it, which lead back to the text."""
+    of = np.asarray(blocks.document)
+    number = np.arange(len(of)) - np.searchsorted(of, of)  # blocks stand in the order of documents
+    return np.array([f"{documents[d].id}, block {k}" for d, k in zip(of, number, strict=True)])
 
 
 def _blocks(

@@ -13,6 +13,7 @@ from sklearn.datasets import load_wine
 from attribution_core import LinearDatamodel
 from recipes.attribute import moving, run
 from recipes.classification import from_file
+from recipes.embedded import text_pool
 from recipes.tasks import from_folder, text_task
 
 SMALL = ["--subsets", "6", "--drop", "0.1", "0.5", "--jobs", "1", "--targets", "6"]
@@ -73,7 +74,14 @@ def test_text_with_a_model_from_a_config(tmp_path, capsys):
     )  # fmt: skip
     said = capsys.readouterr().out
     assert "10% dropped: LDS" in said
-    scores = LinearDatamodel.load(tmp_path / "out" / "datamodel").scores
+    f = LinearDatamodel.load(tmp_path / "out" / "datamodel")
+    known = {d.id for d in text_pool(60)}  # rows lead back to documents
+    assert {name.rsplit(", block ", 1)[0] for name in f.ids.tolist()} <= known
+    assert f.ids[0].endswith(", block 0")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "held-out loss, nats a token; lower is better" in page
+    assert f.ids[int(np.argmin(f.mean().scores))] in page
+    scores = f.scores
     assert np.isfinite(scores).all()
     assert np.abs(scores).max() > 0
 
@@ -145,7 +153,9 @@ def test_a_table_of_ones_own(tmp_path, capsys):
     assert {c[0] for c in cells} == {
         f"row {data.held_places[j]} held out, {data.classes[data.target_y[j]]}" for j in bad
     }
-    for _, _, which, row, score, kind in cells:
+    assert "Outputs: margin, nats; higher is better" in table
+    for _, _, which, does, row, score, kind in cells:
+        assert (which, does) in (("lower", "hurts"), ("raise", "helps"))
         assert (which == "lower") == (score.startswith(("-", "−")))
         assert frame["kind"][int(row)] == kind
 
@@ -191,10 +201,16 @@ def test_models_that_do_not_fit_are_told(tmp_path):
 
 
 def test_rows_are_said_to_lower_or_to_raise_by_the_sign_of_their_score():
-    task = SimpleNamespace(show="row {}".format, places=np.arange(4))
+    task = SimpleNamespace(show="row {}".format, places=np.arange(4), better=-1)
     for scores, lower, upper in (
         ([-1.0, -3.0, 0.0, 2.0], ["1", "0"], ["3"]), ([-1.0, -2.0], ["1", "0"], ["none"]), ([3.0], ["none"], ["0"]),
     ):  # fmt: skip
         table = moving(LinearDatamodel(np.array(scores)[:, None], [0.0], 1.0), task)
-        cells = re.findall(r">(lower|raise)</td><td[^>]*>(\w+)<", table)
+        cells = re.findall(
+            r">(lower|raise)</td><td[^>]*>(?:helps|hurts)</td><td[^>]*>(\w+)<", table
+        )
+        assert dict(re.findall(r">(lower|raise)</td><td[^>]*>(\w+)<", table)) == {
+            "lower": "helps",
+            "raise": "hurts",
+        }  # of losses
         assert cells == [*(("lower", k) for k in lower), *(("raise", k) for k in upper)]

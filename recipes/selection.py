@@ -58,7 +58,8 @@ def gate(study: Study, proxies: Sequence[Run]) -> None:
         return
     reason = (
         f"the proxy predicts the target no better than letter counts ({line}), so its scores would "
-        "say little; train longer (--epochs), on more text (--budget), or a larger --model"
+        "say little; train longer (--epochs), on more text (--budget), or a larger --model, each in another --out, since "
+        "this one holds proxies of these settings"
     )
     if study.flags.gate == "refuse":
         raise ValueError(f"{reason}; --gate warn scores all the same")

@@ -236,6 +236,7 @@ def test_target_text_in_the_pool_is_reported_and_left_out(texts, tmp_path, capsy
 def test_the_gate_refuses_a_proxy_that_counts_letters(texts, tmp_path):
     said = refused(texts, tmp_path, "--gate", "refuse", "--lr", "1e-6")
     assert "no better than letter counts" in said
+    assert "each in another --out" in said  # here the proxies would be refused
     assert "--epochs" in said
 
 

@@ -22,7 +22,7 @@ from recipes.language_model import LanguageModel, language_model, refuse_lossy, 
 from recipes.proof import Length, length
 from recipes.select_data import run
 from recipes.selection import choose, gate, write_subset
-from recipes.selection_report import ends_of, quotas_missed, unequal
+from recipes.selection_report import beside, ends_of, quotas_missed, unequal
 from recipes.study import refuse_small
 
 ROOT = Path(__file__).parent.parent
@@ -154,6 +154,8 @@ def test_the_report_is_one_file_with_every_section(finished):
     for heading in ("Proof by retraining", "Predicted against actual", "Composition", "Scores"):
         assert heading in page
     assert "<script" not in page
+    assert "; the best filter, " in page
+    assert "; on the test text the chosen documents change the loss by " in page
     assert page.count("data:image/png") >= 4
 
 
@@ -664,3 +666,31 @@ def test_documents_help_or_hurt_by_the_sign_of_their_score():
         for (page,), many in zip(found.values(), (helps, hurts), strict=True):
             assert page.count("<article>") == many
             assert ("none" in page) == (many == 0)
+
+
+def test_the_headline_tells_of_the_best_filter_and_of_other_text():
+    """A filter that does as well, and a loss on the user's own test text, stood in the table alone."""
+    noise = np.array([[0.0, 0.0], [0.01, -0.01], [-0.01, 0.01]])
+
+    def said(filter_, test, seeds=3):
+        losses = {
+            "chosen": [1.8, test],
+            "n-grams": [filter_, 2.0],
+            "poor": [1.99, 2.0],
+            "random": [2.0, 2.0],
+        }
+        arms = {name: (np.array(mean) + noise)[:seeds] for name, mean in losses.items()}
+        arms["chosen"] = arms["chosen"] - 0.5 * noise[:seeds]  # or intervals would have no width
+        return beside(SimpleNamespace(arms=arms, parts=("report", "test")))
+
+    tie = said(1.8, 2.2)
+    assert tie.startswith(
+        "; the best filter, n-grams, changes it by -0.2 [-0.2, -0.2]: a tie; on the test text"
+    )
+    assert tie.endswith(": worse than random")
+    assert ": it is better;" in said(1.6, 2.0)
+    assert said(1.6, 2.0).endswith(": a tie with random")
+    assert ": the chosen documents are better;" in said(1.95, 1.5)
+    assert said(1.95, 1.5).endswith(": better than random")
+    assert said(1.8, 2.2, 1).endswith("one training tells no noise")
+    assert beside(SimpleNamespace(arms={"chosen": noise, "random": noise}, parts=("report",))) == ""

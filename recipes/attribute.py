@@ -322,6 +322,7 @@ def write_report(
         "optimizer": str(recipe.optimizer),
         "steps": f"batches of {recipe.batch_size}, {recipe.epochs:g} epochs",
         "method": flags.method,
+        **task.facts,
     }
     if flags.method == "magic":
         sections["Can it be believed?"] = [report.paragraph(describe(datamodel))]

@@ -71,6 +71,17 @@ def facts_of(data: Classification) -> dict[str, str]:
     return facts
 
 
+def warn_of_repeated(data: Classification) -> None:
+    """Say where held-out rows were trained on: readings of them are no readings of new rows."""
+    if data.repeated:
+        held = len(data.target_x) + len(data.test_x)
+        print(
+            f"warning: {data.repeated} of {held} held-out rows are also training rows, features and label: results say less "
+            "of new rows than they seem to; take them out of one of the two",
+            flush=True,
+        )
+
+
 def network(d: int, classes: int, width: int, seed: int) -> Any:
     """d features, one hidden layer of GELUs (or none, width 0), c classes; weights from the seed."""
     import torch

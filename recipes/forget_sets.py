@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.classification import Classification, from_file
+from recipes.classification import Classification, from_file, warn_of_repeated
 from recipes.command import at_least
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def checked(flags: Flags) -> tuple[Classification, tuple[str, ...]]:
         )
     file = (flags.data, flags.label, None, flags.test, flags.seed, flags.ignore)
     data = from_file(*file) if own else bare(flags)
+    warn_of_repeated(data)
     if flags.forget_file is None and not 1 <= flags.size <= len(data.x) // 2:
         raise ValueError(
             f"expected --size from 1 to {len(data.x) // 2}, half of the rows, got {flags.size}"

@@ -40,7 +40,13 @@ from attribution_core import (
     self_influence,
     train,
 )
-from recipes.classification import Classification, embedded, from_file, problem_of
+from recipes.classification import (
+    Classification,
+    embedded,
+    from_file,
+    problem_of,
+    warn_of_repeated,
+)
 from recipes.command import at_least
 from recipes.value_data import bar
 
@@ -143,6 +149,7 @@ def checked(flags: Flags) -> Classification:
             raise ValueError(f"expected at least one of --{name}, got {getattr(flags, name)}")
     at_least(flags, width=0, decay=1e-12)
     data = data_of(flags, flags.seed)
+    warn_of_repeated(data)
     for budget in flags.budgets:
         ThreatModel(budget, "labels").rows(len(data.x))
     return data

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ class Task:
         better: 1 where a larger output is a better one, -1 for losses.
         show, show_target: a row of the training data, of the targets -> text.
         ids: [n] what training rows are called where they come from; as they stand, unless given.
+        facts: of the data, for the report.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Task:
     show: Callable[[int], str]
     show_target: Callable[[int], str]
     ids: NDArray[Any] | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def places(self) -> NDArray[Any]:
@@ -109,9 +111,10 @@ def table_task(
     import torch
 
     from attribution_core import Outputs, margin
-    from recipes.classification import from_file, problem_of
+    from recipes.classification import facts_of, from_file, problem_of, warn_of_repeated
 
     data = from_file(path, label, None, test, seed=0, ignore=ignore)
+    warn_of_repeated(data)
     if len(data.target_x) < targets or len(data.x) < (rows or 0):
         raise ValueError(
             f"expected --targets of at most {len(data.target_x)} held-out rows and --rows of at most {len(data.x)}, got "
@@ -125,7 +128,7 @@ def table_task(
         f"{kind} on {data.name}", problem, Outputs(margin, held), make, "margin, nats", 1,
         lambda i: data.classes[data.y[i]],
         lambda j: f"row {data.held_places[j]} held out, {data.classes[data.target_y[j]]}",
-        data.places[:rows],
+        data.places[:rows], facts_of(data),
     )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def main(flags: Flags) -> None:
     """The steps, in order; each reads back what an earlier call has finished."""
     import torch
 
-    from recipes.classification import embedded, from_file
+    from recipes.classification import embedded, from_file, warn_of_repeated
     from recipes.command import at_least, shares, some_rows
     from recipes.value_report import write_report
     from recipes.valuing import judge, start, value_owners, value_rows
@@ -94,6 +94,7 @@ def main(flags: Flags) -> None:
     some_rows(flags, "remove", len(data.x))
     payable(flags, data)
     told(data)
+    warn_of_repeated(data)
     flags.out.mkdir(parents=True, exist_ok=True)
     study = start(flags, data)
     valued: Valued = value_rows(study)

@@ -1,6 +1,8 @@
 """recipes/value_data.py as a user meets it: one command, the same again, a file of one's own, wrong input."""
 
+import contextlib
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +13,11 @@ from sklearn.datasets import load_breast_cancer
 
 from applied.valuation import Values
 from attribution_core import LinearDatamodel
+from recipes import forget_sets, poison, poisoning, unlearn
 from recipes.classification import embedded, facts_of, from_file
+from recipes.tasks import table_task
 from recipes.value_data import Flags, run
+from recipes.value_data import main as value_main
 from recipes.value_report import _ends, payments_of, purchase_of, rows_of, verdict
 from recipes.valuing import Owned, Valued, bought, paid, seeds_of_owners, start, value_owners
 
@@ -484,3 +489,28 @@ def test_the_report_says_whether_rows_should_go():
     assert "not told to be lower than with all rows, so nothing says" in said(influence=0.89)
     one = {name: np.array([[0.9, 0.8]]) for name in ("influence", "random (control)")}
     assert "take more --seeds" in verdict(one, 1, 0.1)
+
+
+def test_held_out_rows_that_are_trained_on_are_told_before_anything_starts(
+    tmp_path, capsys, monkeypatch
+):
+    """A report's last facts told it alone, and attribute's did not."""
+    _, frame = written(tmp_path)
+    path = saved(tmp_path, frame)
+    own = {"data": path, "label": "outcome", "test": path, "ignore": ("hospital",), "out": tmp_path}
+    monkeypatch.setattr("recipes.valuing.start", lambda *_: sys.exit())
+    loaders = (
+        lambda: value_main(Flags(**own)),
+        lambda: forget_sets.checked(unlearn.Flags(**own)),
+        lambda: poisoning.checked(poison.Flags(**own)),
+        lambda: table_task(path, "outcome", path, ["hospital"], targets=4).facts,
+    )
+    for load in loaders:
+        with contextlib.suppress(SystemExit):
+            found = load()
+        assert "warning: 160 of 160 held-out rows are also training rows" in capsys.readouterr().out
+    assert found["held-out rows that are also training rows"] == "160 of 160"
+    frame.iloc[:80].to_csv(path, index=False)
+    frame.iloc[80:].to_csv(tmp_path / "held.csv", index=False)
+    table_task(path, "outcome", str(tmp_path / "held.csv"), ["hospital"], targets=4)
+    assert not capsys.readouterr().out

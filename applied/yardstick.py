@@ -177,7 +177,7 @@ class Evaluation:
 
     def readings(self, method: str) -> dict[str, float]:
         """The numbers of one row of the table, by column."""
-        row = {"forget": self.mean(method), "of it means": self.missing(method)["means"]}
+        row = {"forget": self.mean(method), "of that, from means": self.missing(method)["means"]}
         row |= {"forget p95": self.p95(method)}
         row |= {split: self.mean(method, split) for split in self.splits if split != "forget"}
         row |= {"gap closed": self.gap_closed(method), "margin error": self.margin_error(method)}

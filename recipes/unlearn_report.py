@@ -104,7 +104,8 @@ def sections_of(study: Study) -> dict[str, list[str]]:
         rows.append((method, f"{100 * cost:.0f} %", *cells.values(), flag))
     words = (
         f"{found.direction} in nats, {found.kind}, {found.k} models of each kind; the floor is the distance "
-        "between two sets of oracles, so no method is asked to go below. Margin error in the unit of margins. "
+        "between two sets of oracles, so no method is asked to go below. Of that, from means: by how much the distance "
+        "would fall if every row's mean output were the oracles'; the rest is how models scatter. Margin error in the unit of margins. "
         "Attack AUC: how well an unlearned model is told from an oracle; .5 is not at all, and the floor what few models make of oracles themselves."
     )
     table = report.table(rows, ("method", "cost", *names, "flags"))

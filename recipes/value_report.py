@@ -24,6 +24,10 @@ def write_report(
     if owned is not None:
         more, numbers = owners_of(study, owned)
         sections, metrics = {**sections, **more}, {**metrics, **numbers}
+    elif study.flags.owner is not None:
+        words = one_owner(study)
+        print(words)
+        sections["Owners"] = [report.paragraph(words)]
     facts = {**facts_of(study), **classification.facts_of(study.data)}
     sections["How this was made"] = [report.facts(facts)]
     out = study.flags.out
@@ -31,6 +35,11 @@ def write_report(
     given = as_given(study.flags)
     report.write_metrics(out / "metrics.json", {**metrics, **facts, "flags": given})
     print(f"written to {out}/report.html")
+
+
+def one_owner(study: Study) -> str:
+    """Why the owners who were asked for are not valued."""
+    return f"Column {study.flags.owner!r} names one owner alone, {study.data.owners[0]!r}: owners are not valued, paid or bought."
 
 
 def rows_of(
@@ -221,7 +230,8 @@ def purchase_of(owned: Owned) -> tuple[dict[str, Any], dict[str, Any]]:
     print(f"\n{bought.table()}")
     players = bought.decision.meta["players"]
     words = (
-        f"At one a training row and half of the price of all, the best purchase is {', '.join(map(str, players))}. Retrained on it, "
+        f"Each training row costs 1, and half of the price of all may be spent: the best purchase is then the rows of "
+        f"{', '.join(map(str, players))}. Retrained on them, "
         f"the test loss is {paired_interval(bought.actual[:, 0])} (predicted for the targets: {float(bought.predicted[0]):.4g}); "
         f"on random rows of the same price {paired_interval(bought.control['random'][:, 0])}."
     )

@@ -1,6 +1,7 @@
 """recipes/value_data.py as a user meets it: one command, the same again, a file of one's own, wrong input."""
 
 import contextlib
+import html
 import json
 import sys
 from types import SimpleNamespace
@@ -429,15 +430,33 @@ def test_a_class_of_one_row_is_told_before_anything_is_trained(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_values_of_owners_do_not_outlive_a_run_without_owners(tmp_path):
-    path, _ = written(tmp_path, 60)
+def test_values_of_owners_do_not_outlive_a_run_without_owners(tmp_path, capsys):
+    path, _ = written(tmp_path, 60, clinic="north")
     out = tmp_path / "out"
     out.mkdir()
     (out / "owners.csv").write_text("of an earlier run")
     few = ["--retrainings", "20", "--points", "1", "--epochs", "1", "--seeds", "1"]
     run([*QUICK, *few, "--data", str(path), "--label", "outcome", "--out", str(out)])
+    assert "one owner" not in capsys.readouterr().out  # nobody asked for owners
     assert (out / "rows-influence.parquet").exists()
     assert not (out / "owners.csv").exists()
+    run(
+        [
+            *QUICK,
+            *few,
+            "--data",
+            str(path),
+            "--label",
+            "outcome",
+            "--owner",
+            "clinic",
+            "--out",
+            str(out / "one"),
+        ]
+    )
+    words = "Column 'clinic' names one owner alone, 'north'"
+    assert words in capsys.readouterr().out
+    assert words in html.unescape((out / "one" / "report.html").read_text())
 
 
 @pytest.mark.parametrize(

@@ -434,7 +434,7 @@ def test_what_is_missing_is_told_by_its_term(kind):
 
 def test_the_table_says_which_term_is_missing():
     found = evaluate(samples(mean=0.5, seed=3), samples(n=400, seed=1), samples(mean=5.0, seed=2))
-    assert "of it means (floor)" in found.table().split("\n")[0]
+    assert "of that, from means (floor)" in found.table().split("\n")[0]
 
 
 def test_point_masses_apart_miss_their_means():

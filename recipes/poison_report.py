@@ -54,6 +54,7 @@ class Row:
     held_out: Interval
     target: Interval
     predicted: float
+    predicted_held_out: float
     random: float
     auc: dict[str, float]
     suspects: float
@@ -88,6 +89,7 @@ def row_of(some: Sequence[Outcome]) -> Row:
         held_out=over(lambda x: x.changed[HELD_OUT]),
         target=over(lambda x: x.changed[TARGET]),
         predicted=over(lambda x: x.predicted.get(TARGET, math.nan)).mean,
+        predicted_held_out=over(lambda x: x.predicted.get(HELD_OUT, math.nan)).mean,
         random=over(lambda x: x.random[TARGET]).mean,
         auc={name: float(np.mean([x.auc[name] for x in some])) for name in detectors},
         suspects=over(lambda x: x.suspects).mean, removed=over(lambda x: x.removed).mean,
@@ -232,11 +234,20 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def agreement(rows: Sequence[Row]) -> str:
-    """By how much what was predicted of the target loss differs from what came."""
-    said = [row for row in rows if math.isfinite(row.predicted) and row.target.mean]
-    each = [f"{name_of(row)} {100 * row.predicted / row.target.mean - 100:+.0f} %" for row in said]
-    told = "; ".join(each) or "nothing was predicted"
-    return f"Predicted less actual change of the target loss, in % of the actual one: {told}."
+    """By how much what was predicted of the losses differs from what came."""
+    found = {
+        TARGET: [(row, row.predicted, row.target.mean) for row in rows],
+        HELD_OUT: [(row, row.predicted_held_out, row.held_out.mean) for row in rows],
+    }
+    told = []
+    for output, some in found.items():
+        each = [
+            f"{name_of(row)} {100 * said / came - 100:+.0f} %"
+            for row, said, came in some
+            if math.isfinite(said) and came
+        ]
+        told.append(f"of the {output}: {'; '.join(each) or 'nothing was predicted'}")
+    return f"Predicted less actual change, in % of the actual one, {'. '.join(told)}."
 
 
 def name_of(x: Row | Outcome | Emptied) -> str:

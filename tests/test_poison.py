@@ -284,7 +284,7 @@ def made_up(split=0, attack="one shot", auc=(0.7, 0.8), **other):
         "split": split, "budget": 0.05, "attack": attack, "rows": 5,
         "clean": dict(zip(names, (0.5, 0.4, 0.9), strict=True)),
         "changed": dict(zip(names, (0.2 + 0.1 * split, 0.1, -0.02), strict=True)),
-        "random": dict.fromkeys(names, 0.01), "predicted": {"target loss": 0.125},
+        "random": dict.fromkeys(names, 0.01), "predicted": {"target loss": 0.125, "held-out loss": 0.15},
         "auc": dict(zip(("combined", "loss"), auc, strict=True)), "suspects": 8, "removed": 8, "caught": 4, "spared": [],
         "recovered": dict.fromkeys(names, 0.75), "by_random": dict.fromkeys(names, -0.5), "possible": dict.fromkeys(names, 0.9), "curves": curves,
     }  # fmt: skip
@@ -303,7 +303,8 @@ def test_the_table_says_which_detector_won_and_how_good_predictions_were(capsys)
     print_table([made_up(), made_up(attack="in rounds", auc=(0.9, 0.8))])
     said = capsys.readouterr().out
     assert "best in 1 of 2 rows; not in one shot at 5 %: loss 0.8000, combined 0.7000." in said
-    assert "one shot at 5 % -38 %" in said  # .125 / .2 − 1
+    assert "of the target loss: one shot at 5 % -38 %" in said  # .125 / .2 − 1
+    assert "of the held-out loss: one shot at 5 % +50 %" in said  # the dashes of its picture
     assert "accuracy is 0.9000, held-out loss 0.4000 and target loss 0.5000" in said
     lines = said.splitlines()
     assert len({line.index("8 / 4") for line in lines if "8 / 4" in line}) == 1

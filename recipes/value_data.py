@@ -98,9 +98,9 @@ def main(flags: Flags) -> None:
     flags.out.mkdir(parents=True, exist_ok=True)
     study = start(flags, data)
     valued: Valued = value_rows(study)
-    removed = judge(study, valued)
+    removed, accuracy = judge(study, valued)
     owned = value_owners(study, valued)
-    write_report(study, valued, removed, owned)
+    write_report(study, valued, removed, owned, accuracy)
 
 
 def payable(flags: Flags, data: Any) -> None:

@@ -10,17 +10,17 @@ from applied import report, value_pictures
 from applied.recipe import paired_interval
 from recipes import classification
 from recipes.command import as_given
-from recipes.valuing import Owned, Study, Valued
+from recipes.valuing import Owned, Removed, Study, Valued
 
 CONTROL, RANDOM = " (control)", "random (control)"
 INSPECTED = np.linspace(0, 0.5, 51)  # shares of the rows, worst first
 
 
 def write_report(
-    study: Study, valued: Valued, removed: dict[str, Any], owned: Owned | None
+    study: Study, valued: Valued, removed: Removed, owned: Owned | None, accuracy: Removed
 ) -> None:
     """report.html and metrics.json; the same table is printed."""
-    sections, metrics = rows_of(study, valued, removed)
+    sections, metrics = rows_of(study, valued, removed, accuracy)
     if owned is not None:
         more, numbers = owners_of(study, owned)
         sections, metrics = {**sections, **more}, {**metrics, **numbers}
@@ -43,7 +43,7 @@ def one_owner(study: Study) -> str:
 
 
 def rows_of(
-    study: Study, valued: Valued, removed: dict[str, Any]
+    study: Study, valued: Valued, removed: Removed, accuracy: Removed
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(sections, metrics) of single rows."""
     from sklearn.metrics import roc_auc_score
@@ -59,21 +59,23 @@ def rows_of(
             auc = float(roc_auc_score(bad, -values.values))
             row += [auc, float(found_by(values.values, bad)[10])]
             metrics[name] = {"auc": auc}
-        rows.append((*row, change))
-        metrics.setdefault(name, {})["removal"] = change
-    head = ["method", "needs", *(["AUC", "found in a tenth"] if len(rows[0]) > 3 else [])]
-    head.append(f"test loss without the worst {100 * shares[last - 1]:g}%, change")
+        points = paired_interval(100 * accuracy[name][:, last], 100 * accuracy[name][:, 0])
+        rows.append((*row, change, points))
+        metrics.setdefault(name, {}).update(removal=change, accuracy=points)
+    head = ["method", "needs", *(["AUC", "found in a tenth"] if len(rows[0]) > 4 else [])]
+    loss = f"test loss without the worst {100 * shares[last - 1]:g}%, change"
+    head += [loss, "accuracy, points, change"]
     sections: dict[str, list[str]] = {
         "What each method finds": [
             report.table(
-                rows, head, best={head[-1]: "low", **({"AUC": "high"} if "AUC" in head else {})}
+                rows, head, best={loss: "low", **({"AUC": "high"} if "AUC" in head else {})}
             ),
             report.paragraph(
                 "AUC: how well low values tell the rows with planted wrong labels; found in a tenth: their share "
-                "among the 10 % of rows with the lowest values. Last column: retrained without the lowest rows, less "
+                "among the 10 % of rows with the lowest values. Changes: retrained without the lowest rows, less "
                 f"retrained on all, {study.flags.seeds} seeds, paired, 95 % t interval."
                 if bad is not None
-                else "Last column: retrained without the lowest rows, less retrained on all, paired by seed."
+                else "Changes: retrained without the lowest rows, less retrained on all, paired by seed."
             ),
         ]
     }
@@ -103,7 +105,7 @@ def rows_of(
     return sections, {"rows": metrics, "remainder": valued.remainder}
 
 
-def verdict(removed: dict[str, Any], place: int, share: float) -> str:
+def verdict(removed: Removed, place: int, share: float) -> str:
     """Whose rows are better gone than random ones, by intervals paired by seed; "" where none were taken at random."""
     at = {name: losses[:, place] for name, losses in removed.items()}
     if RANDOM not in at:

@@ -167,8 +167,22 @@ def _unknown(n: int) -> tuple[Any, Any, Any]:
     return np.full(n, np.nan), np.arange(n), np.zeros((n, 1))
 
 
-def judge(study: Study, valued: Valued) -> dict[str, NDArray[np.float64]]:
-    """Test loss [seeds, 1 + shares] without the worst rows, by method; the first column is the whole set."""
+def loss_or_right(model: Any, batch: Any) -> Any:
+    """Cross entropy, or where the third column says so, whether the largest logit is the label's."""
+    x, y, right = batch
+    import torch
+
+    hit = (model(x).argmax(1) == y).to(x)
+    return torch.where(right, hit, cross_entropy(model, (x, y)))
+
+
+Removed = dict[str, NDArray[np.float64]]  # method -> [seeds, 1 + shares], the whole set first
+
+
+def judge(study: Study, valued: Valued) -> tuple[Removed, Removed]:
+    """(Test loss, accuracy) [seeds, 1 + shares] without the worst rows, by method; the first column is the whole set."""
+    import torch
+
     flags, n = study.flags, study.problem.n
     rows = [np.ones(n)]
     for values in valued.found.values():
@@ -177,11 +191,20 @@ def judge(study: Study, valued: Valued) -> dict[str, NDArray[np.float64]]:
             weights = np.ones(n)
             weights[order[: round(share * n)]] = 0.0
             rows.append(weights)
-    table = study.retrain(rows, seeds=flags.seeds, progress=bar("without the worst"))
-    losses = table.per_seed[:, :, 0].T  # [seeds, rows]
-    many = len(flags.remove)
+    x, y = (torch.tensor(np.concatenate([a, a])) for a in (study.data.test_x, study.data.test_y))
+    held = len(x) // 2
+    table = study.retrain(
+        rows, seeds=flags.seeds, outputs=Outputs(loss_or_right, (x, y, torch.arange(len(x)) >= held)),
+        folder=flags.out / "without", progress=bar("without the worst"),
+    )  # fmt: skip
+    loss, right = (part.mean(2).T for part in np.split(table.per_seed, 2, axis=2))  # [seeds, rows]
+    return _by_method(loss, valued, len(flags.remove)), _by_method(right, valued, len(flags.remove))
+
+
+def _by_method(read: NDArray[Any], valued: Valued, many: int) -> Removed:
+    """[seeds, rows] as method -> [seeds, 1 + many]."""
     return {
-        name: np.concatenate([losses[:, :1], losses[:, 1 + k * many : 1 + (k + 1) * many]], axis=1)
+        name: np.concatenate([read[:, :1], read[:, 1 + k * many : 1 + (k + 1) * many]], axis=1)
         for k, name in enumerate(valued.found)
     }
 

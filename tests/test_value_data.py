@@ -70,6 +70,8 @@ def test_embedded_data_from_start_to_report(tmp_path, capsys):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["rows"]["held-out margin"]["auc"] > 0.8
     assert 0.3 < metrics["rows"]["random (control)"]["auc"] < 0.7
+    for name in ("influence", "random (control)"):  # of 135 test rows
+        assert abs(metrics["rows"][name]["accuracy"]["mean"]) < 30
     assert sum(metrics["owners"]["payments"].values()) == pytest.approx(1000)
     page = (tmp_path / "report.html").read_text()
     assert page.count("<img") == 5
@@ -357,7 +359,10 @@ def test_shares_and_small_payments_keep_their_digits(tmp_path, capsys):
     assert "0.01500  " in capsys.readouterr().out  # of the owner of three quarters
     one = {"influence": Values([1.0, 2.0], [0.0] * 2, [0, 1], np.zeros((2, 1)))}
     valued = Valued(one, {"influence": ""}, None, 0.0)
-    sections, _ = rows_of(study, valued, {"influence": np.array([[1.0, 1.1], [1.0, 1.2]])})
+    losses, right = np.array([[1.0, 1.1], [1.0, 1.2]]), np.array([[0.9, 0.88], [0.9, 0.86]])
+    sections, _ = rows_of(study, valued, {"influence": losses}, {"influence": right})
+    assert "accuracy, points, change" in sections["What each method finds"][0]
+    assert ">-3.0" in sections["What each method finds"][0].replace("−", "-")
     assert "without the worst 12.5%, change" in sections["What each method finds"][0]
 
 

@@ -39,7 +39,17 @@ ROUNDING = 1e-9
 PAIRS = 2  # rehearsals at least: one shows no noise, and larger batches tell more than many
 LEFT_ALONE = (
     "the models are left as they were and have forgotten nothing: what was rehearsed is no more than its noise, or nothing brought "
-    "the first model nearer to it (see .meta['trust']); give more runs, a larger budget, or counterparts that were never seen (`like=`)"
+    "the first models nearer to it (see .meta['trust']); give more runs, a larger budget, or counterparts that were never seen (`like=`)"
+)
+BEHIND = 0.5  # of the runs' logits; where rehearsals serve, they miss .1 to .3
+TOO_LITTLE = (
+    "rehearsals come less than half as far as the runs (on the forget set they miss {behind:.2f} of the runs' logits): what is "
+    "learned late is not rehearsed, and less may be forgotten than should be; give a larger budget, more runs, or "
+    "counterparts that were never seen (`like=`)"
+)
+ALONE = (
+    "one run shows no noise: what its rehearsal says is believed as it is, and other rows may be moved by as much as the forget "
+    "set; give several runs of the same training by other seeds"
 )
 LARGEST = 0.5  # share of a batch: no rehearsal is the whole training without the forget set
 
@@ -156,7 +166,8 @@ def unlearn(
     Raises:
         ValueError: rows that are none of the training data, twice, all of it, or already without weight; a
             budget outside (0, 1] or too small for a step; outputs missing where only outputs are asked for.
-        UnlearningWarning: (a warning) models that are left as they were, since nothing is predicted beyond its noise.
+        UnlearningWarning: (a warning) models that are left as they were, since nothing is predicted beyond its noise;
+            rehearsals that come less than half as far as the runs; a single run.
 
     Source: Georgiev et al. 2024 (arXiv 2410.23232) for predicting, then matching.
     """
@@ -196,6 +207,10 @@ def unlearn(
         moved = {name: (trust[name] * part.corrected).numpy() for name, part in parts.items()}
         spent = found.steps / len(several)
         meta = {"pairs": pairs, "pace": plan, "trust": trust, "carried": carried}
+        if goal is not None and KINDS[0] in parts:
+            behind = _behind(parts[KINDS[0]], goal.logits(several[0].model)[KINDS[0]])
+            meta["behind"] = behind
+            _warn_of(several, behind)
     else:
         moved = {}
     if datamodel is not None:
@@ -220,7 +235,21 @@ def unlearn(
 
 
 class UnlearningWarning(UserWarning):
-    """Models that come back as they were given."""
+    """Models that come back as they were given, or may have forgotten too little or too much."""
+
+
+def _behind(found: Rehearsal, logits: Tensor) -> float:
+    """How much of a run's logits its rehearsals miss, in their size: √(mean ahead² / mean logits²)."""
+    ahead, size = (float(x.double().square().mean()) for x in (found.ahead.mean(0), logits))
+    return math.sqrt(ahead / size) if size else math.inf if ahead else 0.0
+
+
+def _warn_of(runs: Sequence[Any], behind: float) -> None:
+    """Say what rehearsals cannot have told: of one run its noise, of what is learned late most."""
+    if len(runs) == 1:
+        warnings.warn(ALONE, UnlearningWarning, stacklevel=3)
+    if behind > BEHIND:
+        warnings.warn(TOO_LITTLE.format(behind=behind), UnlearningWarning, stacklevel=3)
 
 
 def retained(run: Any, forget: ArrayLike, most: int = 2000, seed: int = 0) -> NDArray[np.intp]:
@@ -351,14 +380,14 @@ class _Reader:
     def trust(self, parts: Mapping[str, Rehearsal]) -> dict[str, float]:
         """How far each part's mean change is believed.
 
-        Logits by the geometric mean of what all of them and what those of the labels deserve: most of a change is in
-        the latter, most of the noise in the others.
+        Logits by the larger of what all of them and what those of the labels deserve: most of a change is in the latter, most
+        of the noise in the others, and two pairs tell little of either.
         """
         trust = {name: part.trust for name, part in parts.items()}
         if self.goal is not None:
             for name in KINDS:
                 own = self.goal.own(name, parts[name].changes)
-                trust[name] = math.sqrt(trust[name] * replace(parts[name], changes=own).trust)
+                trust[name] = max(trust[name], replace(parts[name], changes=own).trust)
         return trust
 
 

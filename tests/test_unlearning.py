@@ -12,6 +12,7 @@ from sklearn.datasets import load_wine
 
 from applied import unlearners, unlearning
 from applied.conformance import conformance
+from applied.matching import KINDS, Goal
 from applied.unlearners import Steps, centred_logits, match
 from attribution_core import (
     SGD,
@@ -26,6 +27,7 @@ from attribution_core import (
     squared_error,
     train,
 )
+from attribution_core.data import Rows, as_data
 from attribution_core.rehearsal import Rehearsal
 from recipes.classification import network
 from recipes.embedded import digits
@@ -249,9 +251,11 @@ def test_a_change_that_is_all_noise_leaves_models_alone(trained, monkeypatch):
     assert found.meta["missed"] in (0.0, 1.0)  # nothing was wanted, or all of it is missed
 
 
+@pytest.mark.filterwarnings("ignore:rehearsals come less than half as far")
 def test_one_run_is_enough(trained):
     _, _, runs, rows, outputs = trained
-    found = unlearning.unlearn(runs[0], rows, outputs, budget=0.6)
+    with pytest.warns(unlearning.UnlearningWarning, match="one run shows no noise"):
+        found = unlearning.unlearn(runs[0], rows, outputs, budget=0.6)
     assert found.share <= 0.6 + 1e-9
     change = (
         found.outputs(outputs)["forget"].mean()
@@ -260,6 +264,38 @@ def test_one_run_is_enough(trained):
     assert change < -2
     assert found.model is found.models[0]
     assert 0 < found.meta["missed"] < 1  # of the squared change of logits
+
+
+def test_rehearsals_far_behind_the_runs_are_told(trained, monkeypatch):
+    """Of logits √(mean square) 2 rehearsals miss 1.5."""
+    none = torch.zeros(2, 4, 3)
+    found = Rehearsal(none, none + 1.5, 0)
+    assert unlearning._behind(found, 2 * torch.ones(4, 3)) == pytest.approx(0.75)
+    assert unlearning._behind(Rehearsal(none, none, 0), none[0]) == 0
+    _, _, runs, rows, outputs = trained
+    monkeypatch.setattr(unlearning, "BEHIND", 10.0)
+    behind = unlearning.unlearn(runs, rows, outputs).meta["behind"]  # in silence
+    monkeypatch.setattr(unlearning, "BEHIND", behind / 2)
+    with pytest.warns(unlearning.UnlearningWarning, match="come less than half as far"):
+        unlearning.unlearn(runs, rows, outputs)
+
+
+def test_logits_are_believed_where_either_part_is_told_from_noise():
+    """The labels' logits move alike in both pairs, the others against one another, or the other way around."""
+    rows, classes = 6, 3
+    labels = torch.zeros(rows, dtype=torch.long)
+    data = Rows(as_data((torch.zeros(rows, 2), labels)), np.arange(rows))
+    reader = unlearning._Reader({}, Goal(data, data))
+    changes = torch.zeros(2, 2, rows, classes)
+    changes[0, :, :, 0] = torch.tensor([1.0, 1.1])[:, None]  # the labels' alike, the others not
+    changes[0, :, :, 1] = torch.tensor([1.0, -1.0])[:, None]
+    changes[1, :, :, 0] = torch.tensor([1.0, -1.0])[:, None]  # and the other way around
+    changes[1, :, :, 1] = torch.tensor([10.0, 11.0])[:, None]
+    # 1 - s^2 / mean^2: labels of the first .005 / 1.05^2, all of the second (2 + .5) / 10.5^2
+    expected = 1 - 0.005 / 1.05**2, 1 - 2.5 / 10.5**2
+    for some, trust in zip(changes, expected, strict=True):
+        found = reader.trust({name: Rehearsal(some, torch.zeros_like(some), 0) for name in KINDS})
+        assert found == pytest.approx(dict.fromkeys(KINDS, trust), rel=1e-5)
 
 
 def test_outputs_alone_cost_no_models(trained):

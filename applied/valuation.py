@@ -27,9 +27,9 @@ from applied.worth import Values
 from attribution_core.data import named
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.groups import group_table
-from attribution_core.retraining import RetrainingTable
 from attribution_core.semivalues import Kind, around, beyond, levelling, semivalues, telling
 from attribution_core.subsets import all_subsets, leave_out_subsets, permutation_subsets
+from attribution_core.table import RetrainingTable
 
 __all__ = [
     "Payments", "SignWarning", "ValuationWarning", "Values", "buy", "held_out", "pay", "self_confidence", "values",

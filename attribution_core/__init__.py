@@ -32,7 +32,7 @@ from attribution_core.regression import (
     fit_datamodel,
 )
 from attribution_core.rehearsal import Pace, Rehearsal, rehearse
-from attribution_core.retraining import RetrainingTable, retrain
+from attribution_core.retraining import retrain
 from attribution_core.self_influence import self_influence
 from attribution_core.smoothness import MetagradientWarning
 from attribution_core.subsets import (
@@ -43,6 +43,7 @@ from attribution_core.subsets import (
     permutation_subsets,
     random_subsets,
 )
+from attribution_core.table import RetrainingTable
 from attribution_core.training import SGD, Adam, AdamW, Recipe, Run, train
 from attribution_core.trak import trak
 from attribution_core.unrolling import source, tracin

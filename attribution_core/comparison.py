@@ -12,8 +12,8 @@ from typing import Any
 
 from attribution_core.evaluation import LDS, Predictor, lds
 from attribution_core.gradients import Progress
-from attribution_core.retraining import RetrainingTable
 from attribution_core.store import write_text
+from attribution_core.table import RetrainingTable
 
 Method = Callable[[float], Predictor]  # keep fraction -> datamodel, anchored where it likes
 

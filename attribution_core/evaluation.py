@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.datamodel import columns
-from attribution_core.retraining import RetrainingTable
+from attribution_core.table import RetrainingTable
 
 MAX_SPLITS = 20  # of the seeds into halves, for the ceiling
 ROUNDING = 1e-12  # of the largest value of a column, as `fit_datamodel` takes it

@@ -20,8 +20,8 @@ from attribution_core.data import batches, named, take
 from attribution_core.gradients import Progress, check_directions, flatten
 from attribution_core.problem import Params, Problem, per_example, widened
 from attribution_core.processes import collect, failing_together, my_rows
-from attribution_core.retraining import RetrainingTable
 from attribution_core.soundness import refuse_unsound
+from attribution_core.table import RetrainingTable
 
 BLOCK = 2**12  # parameters a product runs over: one long float32 product loses a digit
 

@@ -18,8 +18,8 @@ from attribution_core.data import take
 from attribution_core.gradients import Progress
 from attribution_core.linear_models import LinearModel, from_sklearn
 from attribution_core.problem import Outputs, Problem
-from attribution_core.retraining import RetrainingTable
 from attribution_core.seeds import listed
+from attribution_core.table import RetrainingTable
 
 
 def refitted(fitted: Any, problem: Problem, weights: ArrayLike) -> Problem:

@@ -19,8 +19,8 @@ from attribution_core.datamodel import LinearDatamodel, columns
 from attribution_core.gradients import Progress
 from attribution_core.lasso import NotConverged, centred, lasso
 from attribution_core.pairs import PairDatamodel, Pairs
-from attribution_core.retraining import RetrainingTable
 from attribution_core.ridge import Ridge, choose
+from attribution_core.table import RetrainingTable
 
 __all__ = ["NotConverged", "PairDatamodel", "Underdetermined", "fit_datamodel"]
 

@@ -24,8 +24,8 @@ from applied.counting import counted
 from applied.unlearners import of_classes
 from applied.yardstick import Evaluation
 from attribution_core.data import as_data, take
+from attribution_core.fingerprint import fingerprint
 from attribution_core.outputs import logits_of
-from attribution_core.store import fingerprint
 
 SAME = 1e-6  # of the outputs' spread, besides rounding: what outputs of one function differ by
 TRIED = 256  # forget rows on which two functions are compared

@@ -25,8 +25,9 @@ from applied.threat import ThreatModel
 from applied.versions import rewritten
 from attribution_core.data import Column, floating_column, row_numbers, take
 from attribution_core.datamodel import LinearDatamodel
+from attribution_core.files import claim, whole
+from attribution_core.fingerprint import fingerprint
 from attribution_core.problem import Problem
-from attribution_core.store import claim, fingerprint, whole
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 InputSurrogate = Callable[[Problem, NDArray[np.intp], int], LinearDatamodel]

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from applied.divergence import attack, gaussian_klom, klom, sample
 from applied.recipe import aligned
-from attribution_core.store import ending
+from attribution_core.files import ending
 
 __all__ = ["CEILING", "FLOOR", "Evaluation", "attack", "evaluate", "gaussian_klom", "klom"]
 

@@ -21,13 +21,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.data import named
 from attribution_core.datamodel import LinearDatamodel
+from attribution_core.files import claim, whole
+from attribution_core.fingerprint import fingerprint
 from attribution_core.gradients import Progress, Sized
 from attribution_core.magic import magic
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import from_first, wait, world
 from attribution_core.retraining import retrain
 from attribution_core.smoothness import MetagradientWarning
-from attribution_core.store import claim, fingerprint, whole
 from attribution_core.training import Adam, Recipe, Run, train
 
 Method = Callable[[Run, Outputs], LinearDatamodel]

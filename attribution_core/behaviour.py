@@ -31,8 +31,7 @@ SETTINGS = (
     types.MethodType, types.BuiltinFunctionType, functools._lru_cache_wrapper, nn.Module,
 )  # fmt: skip
 BUILT_BY = {"__init__", "__post_init__", "__new__", "__setstate__"}
-CHANGING = {"clear", "pop", "popitem", "setdefault", "update"}  # methods of dicts
-GROWING = CHANGING | {"append", "extend", "insert", "add"}  # and of lists and sets
+CHANGING = {"add", "append", "clear", "extend", "insert", "pop", "popitem", "setdefault", "update"}
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # packages that register hooks by themselves, some on a first pass: they ask for gradients, note and count
 HOOKING = {"torch", "transformers", "peft", "accelerate", "attribution_core", "applied"}
@@ -108,23 +107,13 @@ def _comes_from(hook: Any) -> str:
 
 
 def closed_over(function: Any) -> list[Any]:
-    """What a function holds of the scopes around it, but for what it counts and collects there itself."""
-    code = function.__code__
-    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
-    changed = {s.argval for s in steps if s.opname in ("STORE_DEREF", "DELETE_DEREF")}
-    for at, step in enumerate(steps):
-        if step.opname != "LOAD_DEREF":
-            continue
-        after = [*steps[at + 1 : at + 4], *[step] * 3]
-        if after[1].opname == "BINARY_SUBSCR":  # of an entry
-            grows = after[2].argval in GROWING
-        else:
-            grows = after[0].argval in GROWING
-        kept = after[1].opname in ("STORE_SUBSCR", "DELETE_SUBSCR", "COPY", "DUP_TOP_TWO")
-        if grows or kept:
-            changed.add(step.argval)
-    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
-    return [cell.cell_contents for name, cell in cells if name not in changed]
+    """What a function holds of the scopes around it, but for names it sets there, and containers if it changes any."""
+    codes = list(_codes(function.__code__))
+    left = _named_by(codes, ("STORE_DEREF", "DELETE_DEREF"))
+    changes = _changes_containers(codes)
+    cells = zip(codes[0].co_freevars, function.__closure__ or (), strict=True)
+    held = [cell.cell_contents for name, cell in cells if name not in left]
+    return [value for value in held if not (changes and isinstance(value, (dict, list, set)))]
 
 
 def read_globals(function: Any) -> dict[str, Any]:
@@ -135,19 +124,14 @@ def read_globals(function: Any) -> dict[str, Any]:
     """
     scope, module = function.__globals__, function.__module__
     own = is_own(module)
-    read: set[str] = set()
-    written: set[str] = set()
+    codes = list(_codes(function.__code__))
+    read = _named_by(codes, ("LOAD_GLOBAL", "LOAD_NAME"))
+    written = _named_by(codes, ("STORE_GLOBAL", "DELETE_GLOBAL"))
+    changes = _changes_containers(codes)
     found: dict[str, Any] = {}
-    changes = False
-    for code in _codes(function.__code__):
-        steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
-        changes |= not CHANGING.isdisjoint(code.co_names)
-        changes |= any(step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") for step in steps)
-        for step, after in pairwise(steps):
-            if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-                written.add(step.argval)
-            elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                read.add(step.argval)
+    for code in codes:
+        for step, after in pairwise(_steps(code)):
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 at = scope.get(step.argval)
                 if own and isinstance(at, types.ModuleType) and is_own(at.__name__):
                     found[f"{step.argval}.{after.argval}"] = vars(at).get(after.argval)
@@ -193,16 +177,15 @@ def _configures(value: Any, changes: bool) -> bool:
 
 def _set_again(classes: list[type]) -> set[str]:
     """Attributes that functions of classes set, but for their constructors."""
-    return {
-        step.argval
+    codes = [
+        code
         for cls in classes
         for name, value in vars(cls).items()
         for function in _functions(value)
         for code in _codes(function.__code__)
         if name not in BUILT_BY or code is not function.__code__
-        for step in dis.get_instructions(code)
-        if step.opname in ("STORE_ATTR", "DELETE_ATTR")
-    }
+    ]
+    return _named_by(codes, ("STORE_ATTR", "DELETE_ATTR"))
 
 
 def _functions(value: Any) -> list[types.FunctionType]:
@@ -225,3 +208,20 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             yield from _codes(inner)
+
+
+def _steps(code: types.CodeType) -> list[dis.Instruction]:
+    return [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+
+
+def _named_by(codes: list[types.CodeType], operations: tuple[str, ...]) -> set[str]:
+    """The names that some operations of codes are about."""
+    return {step.argval for code in codes for step in _steps(code) if step.opname in operations}
+
+
+def _changes_containers(codes: list[types.CodeType]) -> bool:
+    """Whether codes set an entry, or call anything by the name of a method that changes lists, dicts or sets."""
+    called = {name for code in codes for name in code.co_names}
+    return not CHANGING.isdisjoint(called) or any(
+        step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") for code in codes for step in _steps(code)
+    )

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.data import named
-from attribution_core.store import whole, write_text
+from attribution_core.files import whole, write_text
 
 FORMAT = 1  # of the saved folder; another number is refused
 OF_OUTPUTS = ("change", "weight_decay", "remainder")  # lists in meta with a number for each output

@@ -18,11 +18,12 @@ from attribution_core.damping import choose_damping
 from attribution_core.data import Rows, named, sample
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.ekfac import Labels
+from attribution_core.fingerprint import fingerprint
 from attribution_core.gradients import Engine, Progress, directional, flatten, output_gradients
 from attribution_core.groups import group_directional
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import gathered, my_rows
-from attribution_core.store import Store, fingerprint
+from attribution_core.store import Store
 from attribution_core.trained import OWN, Trained, over_runs, several, trained
 from attribution_core.training import Drop, Run
 
@@ -84,7 +85,7 @@ def influence(
         curvature_rows: estimate the curvature on so many rows, drawn with a fixed seed; all if not given.
         engine, batch_size: how gradients are taken; change cost, never the result.
         folder: keep scores there, block by block; the same call resumes. [n, t] float32. What it does not
-            notice: see `store.fingerprint`.
+            notice: see `fingerprint.fingerprint`.
         progress: wraps the loops over solver iterations and training rows (tqdm).
 
     Returns:

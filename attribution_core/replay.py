@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+from attribution_core.files import whole
 from attribution_core.problem import Params
 from attribution_core.steps import Steps, TrainingState
-from attribution_core.store import whole
 
 States = Literal["auto", "all", "sqrt"] | int
 SAME = 1e-3  # of the parameters' norm, by which a run without digests may end elsewhere: other kernels, not other steps

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from attribution_core.files import claim, whole
+from attribution_core.fingerprint import fingerprint
 from attribution_core.gradients import Progress, Sized
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import failing_together, from_first, sum_over_processes, world
 from attribution_core.seeds import listed
 from attribution_core.soundness import refuse_mixed_outputs
 from attribution_core.stacked import Cell, Diverged, Stack, stack_size
-from attribution_core.store import claim, fingerprint, whole
 from attribution_core.table import RetrainingTable
 from attribution_core.training import Drop, Recipe, check_drop, train
 
@@ -48,7 +49,7 @@ def retrain(
         folder: keep every finished training there; the same call resumes, and a larger table of the
             same problem and recipe trains only what is new. A kill loses the stacks in flight, no more. Edits of
             your own functions and classes are noticed, those of installed packages and of files that they read
-            are not (`store.fingerprint`).
+            are not (`fingerprint.fingerprint`).
         drop: "row" removes examples of weight 0 and trains on the rest, with as many epochs: what
             happens when data are really taken away. "weight" keeps every batch and counts them as
             nothing: the counterfactual that a same-order metagradient predicts.

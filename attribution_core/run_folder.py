@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attribution_core.files import whole, write_text
 from attribution_core.optimizers import Checkpoint, load_state, save_state
 from attribution_core.problem import Params
 from attribution_core.replay import StatesOnDisk, load_training_state, save_training_state
 from attribution_core.steps import Steps, TrainingState
-from attribution_core.store import whole, write_text
 
 if TYPE_CHECKING:
     from attribution_core.training import Run

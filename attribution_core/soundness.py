@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from attribution_core.behaviour import KEPT_BY_TORCH, SCALAR
 from attribution_core.data import Batch, rows_in, take
+from attribution_core.fingerprint import fingerprint
 from attribution_core.layers import owners
 from attribution_core.problem import (
     Outputs,
@@ -35,7 +36,6 @@ from attribution_core.problem import (
     rounding,
     trainable,
 )
-from attribution_core.store import fingerprint
 from attribution_core.swapping import refuse_hidden_parameters
 
 TRIED = 8  # rows that are passed through together, and some of them alone

@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_map
 
 from attribution_core.behaviour import settings
 from attribution_core.data import Batch, Rows, batches, rows_in, take
+from attribution_core.fingerprint import fingerprint
 from attribution_core.optimizers import clipped
 from attribution_core.problem import Outputs, Params, Problem, batch_norms, call, trainable
-from attribution_core.store import fingerprint
 from attribution_core.training import Drop, Recipe, checked_weights, first_gradient, steps_of
 
 Cell = tuple[NDArray[np.float64], int]  # (weights [n], seed)

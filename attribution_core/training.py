@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from attribution_core.data import row_numbers
+from attribution_core.fingerprint import fingerprint
 from attribution_core.gradients import Progress
 from attribution_core.optimizers import (
     SGD,
@@ -49,7 +50,6 @@ from attribution_core.replay import MEMORY, States, first_pass, states_held
 from attribution_core.run_folder import RunFolder
 from attribution_core.soundness import nothing_else_changes
 from attribution_core.steps import Augment, Steps, TrainingState
-from attribution_core.store import fingerprint
 from attribution_core.swapping import refuse_computed_weights, refuse_hidden_parameters
 
 __all__ = ["SGD", "Adam", "AdamW", "Checkpoint", "Recipe", "Run", "train"]
@@ -258,7 +258,7 @@ def train(
             step; without it every process trains the whole model by itself.
         folder: keep the run there; the same call reads it back instead of training again, and goes on
             where a killed one stopped. Under torchrun the first process writes and the others read. What
-            it does not notice: see `store.fingerprint`.
+            it does not notice: see `fingerprint.fingerprint`.
         progress: wraps the loop over steps (tqdm).
 
     Raises:

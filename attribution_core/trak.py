@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from attribution_core.data import batches, take
 from attribution_core.datamodel import LinearDatamodel
+from attribution_core.fingerprint import fingerprint
 from attribution_core.gradients import Progress, unflatten
 from attribution_core.outputs import cross_entropy, margin
 from attribution_core.problem import Outputs, PerExample, Problem, widened
 from attribution_core.processes import collect, failing_together, my_rows, sum_over_processes
 from attribution_core.projection import Kind, Projection, projection
-from attribution_core.store import Store, fingerprint
+from attribution_core.store import Store
 from attribution_core.trained import Trained, several, trained
 from attribution_core.training import Run
 from attribution_core.trajectory import problem_at

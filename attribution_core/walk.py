@@ -21,13 +21,14 @@ from torch import Tensor
 
 from attribution_core.adjoint import Adjoint, Form, Owed, Wanted, pull
 from attribution_core.data import Rows, take
+from attribution_core.files import whole
+from attribution_core.fingerprint import fingerprint
 from attribution_core.gradients import Progress, Sized, has_forward_mode, output_gradients
 from attribution_core.optimizers import stretches
 from attribution_core.problem import Outputs
 from attribution_core.processes import from_first, sum_over_processes, wait, world
 from attribution_core.replay import backwards, refuse_another_end
 from attribution_core.steps import Steps
-from attribution_core.store import fingerprint, whole
 from attribution_core.training import Run
 
 CHUNK = 32  # targets that share a walk, unless their adjoints take more than WIDE numbers

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attribution_core.store import write_text
+from attribution_core.files import write_text
 from recipes.embedded import Document
 
 KINDS = (".parquet", ".jsonl", ".txt")

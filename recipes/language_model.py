@@ -106,7 +106,8 @@ def language_model(model: str, pool: Sequence[Document], folder: Path) -> Langua
 
 def kept_bpe(folder: Path, texts: list[str], vocabulary: int) -> Path:
     """The tokeniser of these texts in a folder; trained again where other texts or another size had left one."""
-    from attribution_core.store import fingerprint, write_text
+    from attribution_core.files import write_text
+    from attribution_core.fingerprint import fingerprint
 
     path, about = folder / "tokenizer.json", folder / "tokenizer.of"
     made_of = fingerprint(texts, vocabulary)

@@ -199,7 +199,8 @@ def parted(found: Sequence[Outcome | Emptied]) -> tuple[list[Outcome], list[Empt
 def one_part(flags: Flags, split: int, budget: float) -> list[Outcome | Emptied]:
     """Every attack of one split and budget."""
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
-    from attribution_core.store import fingerprint, write_text
+    from attribution_core.files import write_text
+    from attribution_core.fingerprint import fingerprint
 
     shared = ("out", "jobs", "splits", "seed", "budgets")
     settings = {k: v for k, v in asdict(flags).items() if k not in shared}

@@ -28,7 +28,7 @@ from applied.unlearners import (
 from applied.unlearning import Evaluation, evaluate, plan_rehearsals, read_all, unlearn
 from attribution_core import SGD, Outputs, Recipe, margin, retrain, train
 from attribution_core.data import sample
-from attribution_core.store import write_text
+from attribution_core.files import write_text
 from recipes.classification import Classification, problem_of
 from recipes.command import forget_report
 from recipes.forget_sets import Forget

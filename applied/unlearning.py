@@ -8,11 +8,10 @@ distance between two sets of such models (`evaluate`). No oracle is needed to un
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -22,11 +21,12 @@ from torch import Tensor, nn
 
 from applied.counting import FORWARD, counted
 from applied.matching import KINDS, Goal
+from applied.rehearsing import ROUNDING, Told, UnlearningWarning, rehearsed
 from applied.unlearners import Steps, Unlearner, to_unseen
 from applied.yardstick import Evaluation, attack, evaluate, gaussian_klom, klom
 from attribution_core.data import Data, Rows, as_data, sample
 from attribution_core.problem import Outputs
-from attribution_core.rehearsal import Pace, Rehearsal, rehearse
+from attribution_core.rehearsal import Pace
 
 __all__ = [
     "Evaluation", "Pace", "Unlearned", "UnlearningWarning", "attack", "evaluate", "gaussian_klom", "klom", "unlearn",
@@ -34,24 +34,10 @@ __all__ = [
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 BUDGET, BY_HEART = 0.2, 1 / 3  # of a training's steps; the latter with counterparts
-MATCHING = 0.3  # of the budget; the rest is for rehearsals
-ROUNDING = 1e-9
-PAIRS = 2  # rehearsals at least: one shows no noise, and larger batches tell more than many
 LEFT_ALONE = (
     "the models are left as they were and have forgotten nothing: what was rehearsed is no more than its noise, or nothing brought "
     "the first models nearer to it (see .meta['trust']); give more runs, a larger budget, or counterparts that were never seen (`like=`)"
 )
-BEHIND = 0.5  # of the runs' logits; where rehearsals serve, they miss .1 to .3
-TOO_LITTLE = (
-    "rehearsals come less than half as far as the runs (on the forget set they miss {behind:.2f} of the runs' logits): what is "
-    "learned late is not rehearsed, and less may be forgotten than should be; give a larger budget, more runs, or "
-    "counterparts that were never seen (`like=`)"
-)
-ALONE = (
-    "one run shows no noise: what its rehearsal says is believed as it is, and other rows may be moved by as much as the forget "
-    "set; give several runs of the same training by other seeds"
-)
-LARGEST = 0.5  # share of a batch: no rehearsal is the whole training without the forget set
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,23 +182,13 @@ def unlearn(
     goal = Goal(Rows(train, rows), Rows(train, rest)) if method == "auto" else None
 
     # plug in: a datamodel, or rehearsals, for f(without) − f(the runs' own weights)
-    spent, meta = 0.0, {}
-    wanted = {} if datamodel is not None else named
-    if (change is None and goal is not None) or wanted:
-        plan, pairs = plan_rehearsals(several, budget, pace, goal is not None)
-        reader = _Reader(wanted, goal if change is None else None)
-        found = rehearse(several[:pairs], without, reader, pace=plan, progress=progress)
-        parts = reader.cut(found)
-        trust, carried = reader.trust(parts), {name: part.carried for name, part in parts.items()}
-        moved = {name: (trust[name] * part.corrected).numpy() for name, part in parts.items()}
-        spent = found.steps / len(several)
-        meta = {"pairs": pairs, "pace": plan, "trust": trust, "carried": carried}
-        if goal is not None and KINDS[0] in parts:
-            behind = _behind(parts[KINDS[0]], goal.logits(several[0].model)[KINDS[0]])
-            meta["behind"] = behind
-            _warn_of(several, behind)
-    else:
-        moved = {}
+    told, wanted = Told(), {} if datamodel is not None else named
+    if wanted or (change is None and goal is not None):
+        told = rehearsed(
+            several, without, wanted, goal if change is None else None,
+            of_models=goal is not None, budget=budget, pace=pace, progress=progress,
+        )  # fmt: skip
+    moved, spent, meta = told.moved, told.steps, dict(told.meta)
     if datamodel is not None:
         moved = {**moved, **_from_datamodel(datamodel, named, several[0], without)}
     before = read_all(several, named)
@@ -232,24 +208,6 @@ def unlearn(
             warnings.warn(LEFT_ALONE, UnlearningWarning, stacklevel=2)
     meta = {"method": method, "budget": budget, **meta}
     return Unlearned(rows, models, predicted, spent, spent / length, meta)
-
-
-class UnlearningWarning(UserWarning):
-    """Models that come back as they were given, or may have forgotten too little or too much."""
-
-
-def _behind(found: Rehearsal, logits: Tensor) -> float:
-    """How much of a run's logits its rehearsals miss, in their size: √(mean ahead² / mean logits²)."""
-    ahead, size = (float(x.double().square().mean()) for x in (found.ahead.mean(0), logits))
-    return math.sqrt(ahead / size) if size else math.inf if ahead else 0.0
-
-
-def _warn_of(runs: Sequence[Any], behind: float) -> None:
-    """Say what rehearsals cannot have told: of one run its noise, of what is learned late most."""
-    if len(runs) == 1:
-        warnings.warn(ALONE, UnlearningWarning, stacklevel=3)
-    if behind > BEHIND:
-        warnings.warn(TOO_LITTLE.format(behind=behind), UnlearningWarning, stacklevel=3)
 
 
 def retained(run: Any, forget: ArrayLike, most: int = 2000, seed: int = 0) -> NDArray[np.intp]:
@@ -307,88 +265,6 @@ def _checked(runs: list[Any], forget: Iterable[int], budget: float) -> NDArray[n
     if not 0 < budget <= 1:
         raise ValueError(f"expected a budget in (0, 1] of a training's steps, got {budget}")
     return rows
-
-
-def plan_rehearsals(
-    runs: Sequence[Any], budget: float, pace: Pace | None = None, models: bool = True
-) -> tuple[Pace, int]:
-    """(how rehearsals are taken, of how many runs), within the budget of all runs together; see `unlearn`.
-
-    Args:
-        runs: whatever has the `order` of a training's batches.
-        pace: the one that is asked for; by default the largest batches that the budget has room for.
-        models: whether models are to be matched afterwards, for which a part of the budget is kept.
-
-    Raises:
-        ValueError: batches of one row; the smallest rehearsals, or those asked for, cost more, or leave no step
-            to match with.
-    """
-    n, length, rows = len(runs), len(runs[0].order), len(runs[0].order[0])
-    sizes = range(int(LARGEST * rows), 0, -1)
-    paces = [pace] if pace is not None else [Pace(size / rows) for size in sizes]
-    if not paces:
-        raise ValueError(
-            "expected runs on batches of two rows or more, got one: rehearsals are on smaller ones; "
-            "`pace=Pace(1)` asks for whole trainings without the forget set"
-        )
-    total, least = n * length * budget + ROUNDING, min(n, PAIRS)
-    whole = total * (1 - MATCHING if models else 1)
-    fitting = (some for some in paces if least * some.cost(runs[0]) <= whole)
-    plan = next(fitting, paces[-1])
-    pairs = min(n, max(int(whole // plan.cost(runs[0])), least))
-    spent = pairs * plan.cost(runs[0]) / n
-    if spent > budget * length + ROUNDING - models:
-        raise ValueError(
-            f"expected a budget that rehearsals fit in, got {budget:g} of {length} steps, while {pairs} pairs "
-            f"on batches of {plan.size(runs[0])} take {spent:.1f} a model{', and matching a step' * models}; raise `budget` "
-            "or give more runs"
-        )
-    return plan, pairs
-
-
-@dataclass(frozen=True, eq=False)
-class _Reader:
-    """What rehearsals read of a model: outputs by name, and the logits of both sets, as one vector."""
-
-    named: Mapping[str, Outputs]
-    goal: Goal | None
-
-    def parts(self, model: nn.Module) -> dict[str, Tensor]:
-        found = {name: some.evaluate(model) for name, some in self.named.items()}
-        return found if self.goal is None else {**found, **self.goal.logits(model)}
-
-    def __call__(self, model: nn.Module) -> Tensor:
-        parts = self.parts(model)
-        self.shapes.update({name: part.shape for name, part in parts.items()})
-        return torch.cat([part.double().cpu().flatten() for part in parts.values()])
-
-    @cached_property
-    def shapes(self) -> dict[str, torch.Size]:
-        return {}
-
-    def cut(self, found: Rehearsal) -> dict[str, Rehearsal]:
-        """The rehearsals, as they read each part."""
-        sizes = [math.prod(shape) for shape in self.shapes.values()]
-        parts = zip(found.changes.split(sizes, dim=1), found.ahead.split(sizes, dim=1), strict=True)
-        return {
-            name: replace(
-                found, changes=changes.reshape(-1, *shape), ahead=ahead.reshape(-1, *shape)
-            )
-            for (name, shape), (changes, ahead) in zip(self.shapes.items(), parts, strict=True)
-        }
-
-    def trust(self, parts: Mapping[str, Rehearsal]) -> dict[str, float]:
-        """How far each part's mean change is believed.
-
-        Logits by the larger of what all of them and what those of the labels deserve: most of a change is in the latter, most
-        of the noise in the others, and two pairs tell little of either.
-        """
-        trust = {name: part.trust for name, part in parts.items()}
-        if self.goal is not None:
-            for name in KINDS:
-                own = self.goal.own(name, parts[name].changes)
-                trust[name] = max(trust[name], replace(parts[name], changes=own).trust)
-        return trust
 
 
 def _by_unlearner(

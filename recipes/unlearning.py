@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from applied.rehearsing import plan_rehearsals
 from applied.unlearners import (
     Steps,
     Unlearner,
@@ -25,7 +26,7 @@ from applied.unlearners import (
     npo,
     scrub,
 )
-from applied.unlearning import Evaluation, evaluate, plan_rehearsals, read_all, unlearn
+from applied.unlearning import Evaluation, evaluate, read_all, unlearn
 from attribution_core import SGD, Outputs, Recipe, margin, retrain, train
 from attribution_core.data import sample
 from attribution_core.files import write_text

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.datasets import load_wine
 
-from applied import unlearners, unlearning
+from applied import rehearsing, unlearners, unlearning
 from applied.conformance import conformance
 from applied.matching import KINDS, Goal
 from applied.unlearners import Steps, centred_logits, match
@@ -220,7 +220,7 @@ def test_clean_rows_gain_what_wrong_labels_took_without_overshoot():
 def test_the_forget_set_is_never_retrained_in_full(trained, runs, models, budget):
     """Whatever the budget: pairs on half batches, which cost a training each, and more of them."""
     several = [trained[2][0]] * runs
-    pace, pairs = unlearning.plan_rehearsals(several, budget, None, models)
+    pace, pairs = rehearsing.plan_rehearsals(several, budget, None, models)
     assert pace.share <= 0.5
     assert min(2, runs) <= pairs <= runs
     assert pairs * pace.cost(several[0]) <= runs * budget * len(several[0].order) * (
@@ -244,7 +244,7 @@ def test_a_change_that_is_all_noise_leaves_models_alone(trained, monkeypatch):
         changes = torch.stack([one, other - one / 2])  # they agree in places, by chance
         return Rehearsal(changes, torch.zeros_like(changes), 0.0)
 
-    monkeypatch.setattr(unlearning, "rehearse", rehearsed)
+    monkeypatch.setattr(rehearsing, "rehearse", rehearsed)
     with pytest.warns(unlearning.UnlearningWarning, match="have forgotten nothing"):
         found = unlearning.unlearn(runs[:2], rows, outputs, budget=0.5)
     assert moved(runs[0].model, found.models[0]).abs().max() < 1e-12
@@ -270,12 +270,12 @@ def test_rehearsals_far_behind_the_runs_are_told(trained, monkeypatch):
     """Of logits √(mean square) 2 rehearsals miss 1.5."""
     none = torch.zeros(2, 4, 3)
     found = Rehearsal(none, none + 1.5, 0)
-    assert unlearning._behind(found, 2 * torch.ones(4, 3)) == pytest.approx(0.75)
-    assert unlearning._behind(Rehearsal(none, none, 0), none[0]) == 0
+    assert rehearsing._behind(found, 2 * torch.ones(4, 3)) == pytest.approx(0.75)
+    assert rehearsing._behind(Rehearsal(none, none, 0), none[0]) == 0
     _, _, runs, rows, outputs = trained
-    monkeypatch.setattr(unlearning, "BEHIND", 10.0)
+    monkeypatch.setattr(rehearsing, "BEHIND", 10.0)
     behind = unlearning.unlearn(runs, rows, outputs).meta["behind"]  # in silence
-    monkeypatch.setattr(unlearning, "BEHIND", behind / 2)
+    monkeypatch.setattr(rehearsing, "BEHIND", behind / 2)
     with pytest.warns(unlearning.UnlearningWarning, match="come less than half as far"):
         unlearning.unlearn(runs, rows, outputs)
 
@@ -285,7 +285,7 @@ def test_logits_are_believed_where_either_part_is_told_from_noise():
     rows, classes = 6, 3
     labels = torch.zeros(rows, dtype=torch.long)
     data = Rows(as_data((torch.zeros(rows, 2), labels)), np.arange(rows))
-    reader = unlearning._Reader({}, Goal(data, data))
+    reader = rehearsing._Reader({}, Goal(data, data))
     changes = torch.zeros(2, 2, rows, classes)
     changes[0, :, :, 0] = torch.tensor([1.0, 1.1])[:, None]  # the labels' alike, the others not
     changes[0, :, :, 1] = torch.tensor([1.0, -1.0])[:, None]

@@ -20,7 +20,13 @@ from attribution_core.leave_out import leave_one_out
 from attribution_core.magic import magic
 from attribution_core.neighbors import bm25, knn, knn_values, representation_similarity
 from attribution_core.newton import NewtonDatamodel, newton
-from attribution_core.outputs import causal_lm_loss, cross_entropy, margin, squared_error
+from attribution_core.outputs import (
+    causal_lm_loss,
+    cross_entropy,
+    logit_margin,
+    margin,
+    squared_error,
+)
 from attribution_core.preflight import preflight
 from attribution_core.problem import Outputs, Problem
 from attribution_core.projection import project
@@ -93,6 +99,7 @@ __all__ = [
     "lds",
     "leave_one_out",
     "leave_out_subsets",
+    "logit_margin",
     "magic",
     "margin",
     "newton",

@@ -147,8 +147,8 @@ def _whole(labels: Tensor) -> Tensor:
     return labels if labels.is_floating_point() else labels.long()
 
 
-def margin(model: nn.Module, batch: Batch) -> Tensor:
-    """log p/(1 − p) of the label, [b]: its logit less the logsumexp of the others (Park et al. 2023, eq. 8)."""
+def _own_and_others(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The label's logit [b], and all logits [b, classes] with −∞ in its place."""
     logits, labels = logits_and_labels(model, batch)
     if logits.ndim != 2 or labels.ndim != 1:
         raise ValueError(
@@ -156,8 +156,25 @@ def margin(model: nn.Module, batch: Batch) -> Tensor:
         )
     with _in_range("labels", f"logits {tuple(logits.shape)}"):
         own = logits.gather(1, labels.long()[:, None])
-    others = logits.scatter(1, labels.long()[:, None], float("-inf"))
-    return own[:, 0] - others.logsumexp(1)
+    return own[:, 0], logits.scatter(1, labels.long()[:, None], float("-inf"))
+
+
+def margin(model: nn.Module, batch: Batch) -> Tensor:
+    """log p/(1 − p) of the label, [b]: its logit less the logsumexp of the others (Park et al. 2023, eq. 8)."""
+    own, others = _own_and_others(model, batch)
+    return own - others.logsumexp(1)
+
+
+def logit_margin(model: nn.Module, batch: Batch) -> Tensor:
+    """The label's logit less the largest of the others, [b], positive where the label is the model's decision.
+
+    >>> import torch
+    >>> model = nn.Identity()
+    >>> logit_margin(model, (torch.tensor([[1.0, 4.0, 2.0], [3.0, 0.0, 3.5]]), torch.tensor([1, 0]))).tolist()
+    [2.0, -0.5]
+    """
+    own, others = _own_and_others(model, batch)
+    return own - others.amax(1)
 
 
 def squared_error(model: nn.Module, batch: Batch) -> Tensor:

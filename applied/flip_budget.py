@@ -178,7 +178,7 @@ def budget_to_flip(
     found = FlipBudgets(
         names, margin, np.array(numbers, dtype=float), unknown, list(rows), list(into), versions
     )
-    return found if victim is None else replace(found, actual=_smallest(found, victim, seeds))
+    return found if victim is None else replace(found, actual=smallest(found, victim, seeds))
 
 
 def _as_they_are(problem: Problem) -> Versions:
@@ -312,10 +312,12 @@ def _fewest(
     return value if value <= most + 1e-6 else None
 
 
-def _smallest(
+def smallest(
     found: FlipBudgets, victim: Callable[..., Retrained], seeds: int | Sequence[int]
 ) -> NDArray[np.float64]:
-    """[t], by bisection between a number of rows that does not turn an output and one that does."""
+    """[t] rows of its order at which each output turns, by bisection between a number that does not turn it and one
+    that does; infinite where none does.
+    """
     t, chosen = len(found.targets), distinct_seeds(seeds)
     train = Victim(victim, found.versions.problem)
     reach = np.array([len(order) for order in found.rows])

@@ -1,0 +1,303 @@
+"""Debugging: which training rows stand behind what a model does, and would it do the same without them?
+
+    min |R|  such that  f_j(S \\ R) ≤ 0        the support of a decision: the fewest rows that hold it up
+
+A decision is an output that is positive, such as `logit_margin` of the label that the model gives. Wrong ones are asked
+like right ones: rows without which a mistake would not be made are where to look first. `subpopulations` asks the same of
+many outputs at once: which of them hang on the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from applied.flip_budget import FlipBudgets, Surrogate, budget_to_flip, smallest
+from applied.recipe import Retrain, Retrained, aligned, distinct_seeds, retrained_outputs
+from applied.threat import ThreatModel
+from attribution_core.datamodel import LinearDatamodel
+from attribution_core.problem import Problem
+
+__all__ = ["Subpopulations", "Support", "subpopulations", "support"]
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+DIRECTIONS = 20  # principal components that outputs are clustered in
+MOST_GROUPS = 10
+ROWS_SHOWN = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Support:
+    """How few training rows each decision hangs on: predicted, found by retraining, and along other orders of rows.
+
+    Args:
+        found: the numbers by the datamodel, and its order of rows for each output.
+        controls: name -> [t], the smallest number along another order; infinite where `most` rows do not do it.
+        most: rows that were looked at.
+    """
+
+    found: FlipBudgets
+    controls: Mapping[str, NDArray[np.float64]]
+    most: int
+
+    def rows(self, j: int) -> NDArray[np.intp]:
+        """The rows without which output j is another: as many as retraining took, or else as were predicted."""
+        for many in (self.found.actual[j], self.found.predicted[j]):
+            if np.isfinite(many):
+                return self.found.rows[j][: int(many)]
+        return self.found.rows[j][:0]
+
+    def turned(self, k: ArrayLike, order: str | None = None) -> NDArray[np.float64]:
+        """Share of the outputs that another training turns without k rows, in the datamodel's order or a control's."""
+        numbers = self.found.actual if order is None else self.controls[order]
+        return (numbers[:, None] <= np.atleast_1d(np.asarray(k, dtype=float))).mean(axis=0)
+
+    def table(self, most: int = 20) -> str:
+        """One line an output, those that hang on the fewest rows first."""
+        names = list(self.controls)
+        lines = [["output", "margin", "predicted", "actual", *names, "rows"]]
+        first = np.where(np.isnan(self.found.actual), self.found.predicted, self.found.actual)
+        for j in np.argsort(first, kind="stable")[:most]:
+            numbers = (
+                self.found.predicted[j],
+                self.found.actual[j],
+                *(self.controls[n][j] for n in names),
+            )
+            rows = [str(i) for i in self.rows(j)[:ROWS_SHOWN]]
+            lines.append([
+                str(self.found.targets[j]), f"{self.found.margin[j]:.3f}", *(self._number(x) for x in numbers),
+                " ".join(rows) + (" ..." if len(self.rows(j)) > ROWS_SHOWN else ""),
+            ])  # fmt: skip
+        return "\n".join(aligned(lines))
+
+    def _number(self, rows: float) -> str:
+        return "-" if np.isnan(rows) else f"> {self.most}" if np.isinf(rows) else f"{rows:.0f}"
+
+
+def support(
+    problem: Problem,
+    surrogate: Surrogate,
+    victim: Callable[..., Retrained] | None = None,
+    *,
+    most: int,
+    rounds: int = 3,
+    orders: Mapping[str, LinearDatamodel | ArrayLike] | None = None,
+    seeds: int | Sequence[int] = 1,
+    progress: Progress = iter,
+) -> Support:
+    """The fewest training rows without which each decision would be another, predicted, then retrained.
+
+        min Σ_i z_i    s.t.   f_j − Σ_i z_i scores_ij ≤ 0,   0 ≤ z ≤ 1        asked again on the way, `rounds` times
+
+    Args:
+        surrogate: (problem, weights [n]) -> a datamodel of decisions around these weights, positive while they stand:
+            `logit_margin` of the labels that the model gives, right or wrong.
+        victim: (problem, weights [m, n], seeds) -> retrained outputs, as `retrain` and `refit` give them; the mean over
+            seeds decides. None: nothing is retrained.
+        most: rows that may be left out.
+        rounds: first order asks for too few rows; 1 asks it alone, R up to R − 1 times more for each output.
+        orders: controls by name, scores [n, t] or datamodels of the same outputs: rows are left out from the highest
+            positive score down. `knn(problem, outputs)` is one to beat; random rows are always beside it.
+        seeds: of victims.
+
+    Returns:
+        a `Support`, whose `.found.rows` are row numbers of the training data.
+
+    Raises:
+        ValueError: a decision that does not stand (an output ≤ 0); scores of another shape; no room for a row.
+        RuntimeError: the solver found no optimum.
+
+    Source: Ilyas et al. 2022 (arXiv 2202.00622, section 4.1), there by datamodels alone and checked by bisection.
+    """
+    given = {} if orders is None else dict(orders)
+    if "random" in given:
+        raise ValueError("expected another name than 'random', which stands for random rows")
+
+    # rewrite: a decision stands while its margin, as a function of weights, is positive
+    threat = ThreatModel(most, "rows")
+
+    # plug in, optimize: what leaving rows out does to each margin; the fewest rows that take it to 0
+    found = budget_to_flip(
+        problem, threat, surrogate, victim, rounds=rounds, seeds=seeds, progress=progress
+    )
+
+    # verify: along the same rows in other orders
+    reach = threat.rows(problem.n)
+    named = {name: _order(name, scores, found, problem.n, reach) for name, scores in given.items()}
+    named["random"] = [
+        np.random.default_rng([0x5C, j]).permutation(problem.n)[:reach]
+        for j in range(len(found.targets))
+    ]
+    controls = {}
+    if victim is not None:
+        for name, rows in named.items():
+            other = replace(found, rows=rows, into=[np.full(len(some), -1) for some in rows])
+            controls[name] = smallest(other, victim, seeds)
+    return Support(found, controls, reach)
+
+
+def _order(
+    name: str, scores: LinearDatamodel | ArrayLike, found: FlipBudgets, n: int, most: int
+) -> list[NDArray[np.intp]]:
+    """For each output the rows of positive score, the highest first."""
+    array = np.asarray(
+        scores.scores if isinstance(scores, LinearDatamodel) else scores, dtype=float
+    )
+    shape = (n, len(found.targets))
+    if array.shape != shape:
+        raise ValueError(
+            f"expected scores of {name!r} of shape {shape}, got {array.shape}; score the same outputs"
+        )
+    best = [np.argsort(-column, kind="stable")[:most] for column in array.T]
+    return [rows[column[rows] > 0] for rows, column in zip(best, array.T, strict=True)]
+
+
+# --- subpopulations ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Subpopulations:
+    """Outputs that hang on the same rows, and what each group of outputs does without its own rows.
+
+    Args:
+        group: [t], which group each output is in; 0 is the largest.
+        rows: for each group the rows that raise its mean output most, the strongest first.
+        predicted, actual: [G, G], change of group h's mean output without the rows of group g; actual is nan where
+            nothing was retrained.
+        random: [G, G], the same without as many random rows.
+    """
+
+    group: NDArray[np.intp]
+    rows: list[NDArray[np.intp]]
+    predicted: NDArray[np.float64]
+    actual: NDArray[np.float64]
+    random: NDArray[np.float64]
+
+    def of(self, g: int) -> NDArray[np.intp]:
+        """The outputs of a group."""
+        return np.flatnonzero(self.group == g)
+
+    def table(self) -> str:
+        """One line a group: its own change without its rows, that of the other groups, that without random rows."""
+        lines = [["group", "outputs", "rows", "predicted", "actual", "other groups", "random rows"]]
+        size = np.bincount(self.group)
+        for g, rows in enumerate(self.rows):
+            others = np.delete(np.arange(len(self.rows)), g)
+            apart = (
+                np.average(self.actual[g, others], weights=size[others]) if len(others) else np.nan
+            )
+            numbers = (self.predicted[g, g], self.actual[g, g], apart, self.random[g, g])
+            told = ["-" if np.isnan(x) else f"{x:+.3f}" for x in numbers]
+            lines.append([str(g), str(size[g]), str(len(rows)), *told])
+        return "\n".join(aligned(lines))
+
+
+def subpopulations(
+    datamodel: LinearDatamodel,
+    groups: int | None = None,
+    *,
+    k: int = 20,
+    retrain: Retrain | None = None,
+    seeds: int | Sequence[int] = 3,
+    seed: int = 0,
+) -> Subpopulations:
+    """Groups of outputs that the same training rows move, and the rows of each.
+
+        e_j = anchor · scores[:, j] / ‖·‖        k-means of e_1 .. e_t, in their first principal components
+
+    Args:
+        datamodel: of outputs such as losses of mistakes: rows that raise a group's mean are what to look at, and
+            leaving them out lowers it. Of margins, those rows hold the group up.
+        groups: how many; by default from 2 to 10 the number with the largest silhouette.
+        k: rows for each group at most; rows of weight 0, or that lower the mean, are never among them.
+        retrain: (weights, seeds) -> all outputs of the datamodel, to check by removal.
+        seed: of k-means and of random rows.
+
+    Raises:
+        ValueError: fewer outputs than groups; outputs that no row moves; a group whose mean no row raises.
+
+    Source: Ilyas et al. 2022 (arXiv 2202.00622, section 5.2), for clusters of datamodels.
+    """
+    # rewrite: one question for each group: its mean output
+    effect = np.asarray(datamodel.anchor)[:, None] * np.asarray(datamodel.scores, dtype=float)
+    group = _clustered(effect, groups, seed)
+    size = np.bincount(group)
+    means = datamodel.combine((group[:, None] == np.arange(len(size))) / size)
+
+    # plug in: what every row does to every mean
+    of_group = np.asarray(datamodel.anchor)[:, None] * means.scores
+
+    # optimize: the rows that raise it most
+    rows = [_strongest(of_group[:, g], k, g) for g in range(len(size))]
+    predicted = np.array([-of_group[some].sum(axis=0) for some in rows])
+
+    # verify: each group without its own rows, without the others', without random ones
+    unknown = np.full(predicted.shape, np.nan)
+    if retrain is None:
+        return Subpopulations(group, rows, predicted, unknown, unknown)
+    full, rng = np.asarray(datamodel.anchor, dtype=float), np.random.default_rng([seed, 0x5B])
+    there = np.flatnonzero(full > 0)
+    drawn = [rng.choice(there, len(some), replace=False) for some in rows]
+    weights = np.repeat(full[None], 1 + 2 * len(rows), axis=0)
+    for w, some in zip(weights[1:], [*rows, *drawn], strict=True):
+        w[some] = 0.0
+    names = [
+        "nothing",
+        *(f"group {g}" for g in range(len(rows))),
+        *(f"random {g}" for g in range(len(rows))),
+    ]
+    outputs = retrained_outputs(retrain, weights, distinct_seeds(seeds), len(group), names).mean(
+        axis=1
+    )
+    of_means = np.stack([outputs[:, group == g].mean(axis=1) for g in range(len(rows))], axis=1)
+    change = of_means[1:] - of_means[0]
+    return Subpopulations(group, rows, predicted, change[: len(rows)], change[len(rows) :])
+
+
+def _clustered(effect: NDArray[np.float64], groups: int | None, seed: int) -> NDArray[np.intp]:
+    """[t] groups of columns by direction, the largest first."""
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+    from sklearn.metrics import silhouette_score
+
+    t, size = effect.shape[1], np.linalg.norm(effect, axis=0)
+    least = 2 if groups is None else groups
+    if not 1 <= least <= t:
+        raise ValueError(
+            f"expected 1 to t={t} groups of outputs, got {least}; score more outputs or ask for fewer groups"
+        )
+    if (still := np.flatnonzero(size == 0)).size:
+        raise ValueError(
+            f"expected outputs that training rows move, got none for {still[:5].tolist()}; leave these out"
+        )
+    place = PCA(min(DIRECTIONS, *effect.shape), random_state=seed).fit_transform((effect / size).T)
+
+    def by_means(count: int) -> NDArray[np.intp]:
+        return KMeans(count, n_init=10, random_state=seed).fit_predict(place)
+
+    if groups is None:
+        tried = [by_means(count) for count in range(2, min(MOST_GROUPS, t - 1) + 1)]
+        found = (
+            max(tried, key=lambda some: silhouette_score(place, some)) if tried else by_means(least)
+        )
+    else:
+        found = by_means(groups)
+    order = np.argsort(-np.bincount(found), kind="stable")
+    return np.argsort(order)[found]
+
+
+def _strongest(effect: NDArray[np.float64], k: int, g: int) -> NDArray[np.intp]:
+    """The rows of positive effect, the largest first."""
+    if k < 1:
+        raise ValueError(f"expected k of at least 1, got {k}")
+    order = np.argsort(-effect, kind="stable")[:k]
+    order = order[effect[order] > 0]
+    if not len(order):
+        raise ValueError(
+            f"expected rows that raise the mean output of group {g}, got none; pass .combine(-identity) of the datamodel"
+        )
+    return order

@@ -265,7 +265,7 @@ def _clustered(effect: NDArray[np.float64], groups: int | None, seed: int) -> ND
     from sklearn.metrics import silhouette_score
 
     t, size = effect.shape[1], np.linalg.norm(effect, axis=0)
-    least = 2 if groups is None else groups
+    least = min(2, t) if groups is None else groups
     if not 1 <= least <= t:
         raise ValueError(
             f"expected 1 to t={t} groups of outputs, got {least}; score more outputs or ask for fewer groups"
@@ -274,6 +274,8 @@ def _clustered(effect: NDArray[np.float64], groups: int | None, seed: int) -> ND
         raise ValueError(
             f"expected outputs that training rows move, got none for {still[:5].tolist()}; leave these out"
         )
+    if least == 1:
+        return np.zeros(t, dtype=int)
     place = PCA(min(DIRECTIONS, *effect.shape), random_state=seed).fit_transform((effect / size).T)
 
     def by_means(count: int) -> NDArray[np.intp]:

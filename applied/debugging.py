@@ -116,28 +116,49 @@ def support(
     given = {} if orders is None else dict(orders)
     if "random" in given:
         raise ValueError("expected another name than 'random', which stands for random rows")
+    if not isinstance(most, (int, np.integer)) or not 1 <= most < problem.n:
+        raise ValueError(
+            f"expected most among 1 .. {problem.n - 1} of {problem.n} rows, got {most!r}"
+        )
 
     # rewrite: a decision stands while its margin, as a function of weights, is positive
     threat = ThreatModel(most, "rows")
 
     # plug in, optimize: what leaving rows out does to each margin; the fewest rows that take it to 0
-    found = budget_to_flip(
-        problem, threat, surrogate, victim, rounds=rounds, seeds=seeds, progress=progress
-    )
+    found = budget_to_flip(problem, threat, surrogate, rounds=rounds, progress=progress)
 
-    # verify: along the same rows in other orders
-    reach = threat.rows(problem.n)
-    named = {name: _order(name, scores, found, problem.n, reach) for name, scores in given.items()}
-    named["random"] = [
-        np.random.default_rng([0x5C, j]).permutation(problem.n)[:reach]
-        for j in range(len(found.targets))
-    ]
-    controls = {}
-    if victim is not None:
-        for name, rows in named.items():
-            other = replace(found, rows=rows, into=[np.full(len(some), -1) for some in rows])
-            controls[name] = smallest(other, victim, seeds)
-    return Support(found, controls, reach)
+    # verify: along these rows, and along others
+    n, t = problem.n, len(found.targets)
+    named = {name: _order(name, scores, found, n, most) for name, scores in given.items()}
+    if victim is None:
+        return Support(found, {}, most)
+    draws = [np.random.default_rng([0x5C, j]) for j in range(t)]
+    named["random"] = [rng.permutation(n)[:most] for rng in draws]
+    rows = [*found.rows, *(some for order in named.values() for some in order)]
+    times = 1 + len(named)
+    every = replace(
+        found.some(np.tile(np.arange(t), times)),
+        rows=rows,
+        into=[np.full(len(some), -1) for some in rows],
+    )
+    actual, *others = smallest(every, _Repeated(victim, times), seeds).reshape(times, t)
+    return Support(replace(found, actual=actual), dict(zip(named, others, strict=True)), most)
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """A victim's outputs, once for each order of rows: all orders are trained together."""
+
+    victim: Callable[..., Retrained]
+    times: int
+
+    def __call__(self, table: Problem, weights: NDArray[np.float64], seeds: Any) -> _Outputs:
+        return _Outputs(np.tile(self.victim(table, weights, seeds).per_seed, self.times))
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    per_seed: NDArray[Any]
 
 
 def _order(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 STYLES = {"nearest": (ORANGE, "--"), "random": (GREY, ":")}
 FIRST = (BLUE, "-")
+OTHERS = [colour for colour in PALETTE if colour not in (BLUE, ORANGE, GREY)]
 TICKS = [m * 10**k for k in range(6) for m in (1, 2, 5)]
 
 
@@ -40,7 +41,8 @@ def turned(numbers: Mapping[str, ArrayLike], most: int, *, title: str = "") -> F
                 f"expected numbers of rows of at least 1 for {name!r}, got {found[:5].tolist()}"
             )
         share = (found[:, None] <= k).mean(axis=0)
-        colour, line = STYLES.get(name, FIRST if i == 0 else (PALETTE[i % len(PALETTE)], "-."))
+        other = (OTHERS[i % len(OTHERS)], "-.")
+        colour, line = STYLES.get(name, other if i else FIRST)
         ax.step(k, share, where="post", color=colour, linestyle=line, linewidth=2, label=name)
     ax.set_xscale("log")
     ax.set_xlim(0.8, 1.1 * most)

@@ -190,7 +190,7 @@ def _refuse_wrong(names: NDArray[Any], margin: NDArray[np.float64]) -> None:
     wrong = np.flatnonzero(margin <= 0)
     if len(wrong):
         raise ValueError(
-            f"expected outputs that are right (positive) without an attack, got {len(wrong)} that are wrong already: "
+            f"expected outputs that are positive (right) with the data as they are, got {len(wrong)} that are wrong already: "
             f"{names[wrong][:10].tolist()}; leave them out"
         )
 

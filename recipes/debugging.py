@@ -242,7 +242,17 @@ def study(flags: Flags, data: Classification) -> list[Asked]:
         found = Parallel(return_as="generator")(
             delayed(one)(flags, int(j), int(said[j])) for j in places
         )
-        return [x for x in bar("decisions")(found, total=len(places)) if x is not None]
+        asked = [x for x in bar("decisions")(found, total=len(places)) if x is not None]
+    if lost := len(places) - len(asked):
+        print(
+            f"{lost} of {len(places)} decisions left out: the datamodel's trainings contradict those that judge",
+            flush=True,
+        )
+    if not asked:
+        raise ValueError(
+            "expected decisions that other seeds make as well, got none; train longer (--epochs), or ask about more"
+        )
+    return asked
 
 
 def one(flags: Flags, place: int, said: int) -> Asked | None:

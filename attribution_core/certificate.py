@@ -33,6 +33,7 @@ from attribution_core.affine import (
     smoothness_of,
     step_bounds,
 )
+from attribution_core.data import checked_weights
 from attribution_core.problem import Params, Problem
 from attribution_core.quadratic import standing
 
@@ -260,7 +261,7 @@ def _start(problem: Problem, weights: ArrayLike | None, gamma: float | None) -> 
             "parameters; fit with some, and give it to the Problem"
         )
     refuse_nonlinear(problem)
-    w = _checked(np.ones(problem.n) if weights is None else weights, problem.n)
+    w = _checked(weights, problem.n)
     if gamma is not None and not 0 <= gamma < math.inf:
         raise ValueError(f"expected a finite gamma of at least 0, got {gamma}; see fit_certified")
     known = smoothness_of(problem) if gamma is None else Smoothness(float(gamma), centred=False)
@@ -268,12 +269,10 @@ def _start(problem: Problem, weights: ArrayLike | None, gamma: float | None) -> 
     return Certified(problem, w, math.nan, math.nan, known, noise)
 
 
-def _checked(weights: ArrayLike, n: int) -> NDArray[np.float64]:
-    w = np.array(weights, dtype=float)
-    if w.shape != (n,) or not np.isfinite(w).all() or (w < 0).any() or not w.any():
-        raise ValueError(
-            f"expected finite weights [n={n}] of at least 0, not all of them 0, got shape {w.shape}"
-        )
+def _checked(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:
+    w = checked_weights(weights, n)
+    if not w.any():
+        raise ValueError("expected a row of positive weight, got weight 0 for every example")
     return w
 
 

@@ -213,6 +213,23 @@ def row_numbers(rows: ArrayLike, n: int, *, once: bool = False) -> NDArray[np.in
     return found
 
 
+def checked_weights(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:
+    """Training weights [n] as an array of their own; 1 where none are given.
+
+    Raises:
+        ValueError: another number of them; some that are negative, NaN or infinite.
+    """
+    w = np.ones(n) if weights is None else np.array(weights, dtype=float)
+    if w.shape != (n,):
+        raise ValueError(f"expected one weight per training example, [n={n}], got {w.shape}")
+    bad = np.flatnonzero(~(np.isfinite(w) & (w >= 0)))
+    if len(bad):
+        raise ValueError(
+            f"expected finite weights >= 0, got {w[bad][:5].tolist()} for rows {bad[:5].tolist()}; use 0 to drop an example"
+        )
+    return w
+
+
 def rows_in(batch: Batch) -> int:
     """How many rows a batch has."""
     return len(_tensors(batch)[0])

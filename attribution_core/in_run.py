@@ -6,10 +6,10 @@ A segment of steps moves the parameters by θ_b − θ_a, a sum of one movement 
 
 splits over the examples by itself, and the share of an example is its Aumann-Shapley value in the game
 whose players are the segment's movements: for a quadratic f its Shapley value, what it does alone plus
-half of its interactions, without a Hessian. z counts a gradient's later movements at once (`reach`). The
+half of its interactions, without a Hessian. A gradient is credited at once with the later movements that momentum makes of it (`reach`). The
 products of ĝ with per-example gradients wait for the end of their segment; what they are made of is kept
 from the very passes that train (`passes`). ĝ is the mean of ∇f at the segment's ends, each of which ends one
-segment, begins the next, and tells f as well. A segment is as long as its sum ⟨θ_b − θ_a, ĝ⟩ stays near f's
+segment, begins the next, and gives f as well. A segment is as long as its sum ⟨θ_b − θ_a, ĝ⟩ stays near f's
 change; where it does not, the middle of the line is looked at, too (Simpson's rule), and where that does not
 help the segment is split, before anything is read.
 """
@@ -46,11 +46,8 @@ from attribution_core.training import (
     Drop,
     Recipe,
     Run,
-    check_drop,
+    begun,
     check_steps,
-    checked_weights,
-    removed_rows,
-    steps_of,
     unchanging,
 )
 
@@ -128,18 +125,15 @@ def in_run(
     Source: Wang et al. 2024 (arXiv 2406.11011), its first and second order, with the sign of the change;
     Aumann & Shapley 1974, the diagonal formula, for the rest.
     """
-    w = checked_weights(weights, problem.n)
-    _check(recipe, order, every, drop, bool((w == 0).any()))
-    model = problem.model if recipe.init is None else recipe.init(recipe.seed).to(problem.device)
-    refuse_random_layers(model)
-    started = replace(problem, model=model)
-    batches = recipe.draw(np.flatnonzero(w > 0) if drop == "row" else np.arange(problem.n))
-    steps = steps_of(started, recipe, batches, w)
+    _check(recipe, order, every)
+    run = begun(problem, recipe, weights, drop=drop)
+    refuse_random_layers(run.problem.model)
+    steps = run.steps
     check_steps(steps)
     most = len(steps) if every == "auto" else every
     ends = None if every == "auto" else ends_of(len(steps), every)
-    rows = np.unique(np.concatenate(batches))
-    chosen, coverage = choose_engine(started, len(outputs), rows, engine)
+    rows = np.unique(np.concatenate(run.order))
+    chosen, coverage = choose_engine(run.problem, len(outputs), rows, engine)
 
     def read(engine: str, coverage: Coverage) -> tuple[_Reading, Any, NDArray[np.float64]]:
         passes = Passes(steps, engine, coverage)
@@ -151,14 +145,11 @@ def in_run(
     except NotCovered:  # what the trial's rows did not show
         if engine != "auto":
             raise
-        chosen = plain_engine(started, len(outputs), rows)
+        chosen = plain_engine(run.problem, len(outputs), rows)
         reading, state, losses = read(chosen, UNTRIED)
     by_name = steps.packing.unpack
     moments = {name: by_name(held) for name, held in state.moments.items()}
-    removed = removed_rows(recipe, w, drop)
-    run = Run(
-        started, recipe, by_name(state.params), moments, batches, w, 1.0, losses, removed=removed
-    )
+    run = replace(run, params=by_name(state.params), state=moments, losses=losses)
     meta: dict[str, object] = {
         "method": "in_run",
         "order": order,
@@ -387,11 +378,8 @@ def _warn(lag: int, wanted: int, size: int) -> None:
     )
 
 
-def _check(recipe: Recipe, order: int, every: int | str, drop: str, zeros: bool) -> None:
+def _check(recipe: Recipe, order: int, every: int | str) -> None:
     """Raise what cannot be read."""
-    check_drop(drop)
-    if drop == "row" and recipe.order is not None and zeros:
-        raise ValueError("a recipe with an explicit order cannot be redrawn; use drop='weight'")
     if order not in (1, 2):
         raise ValueError(
             f"expected order 1 or 2, got {order!r}; 2 takes ∇f at both ends of a segment"

@@ -7,8 +7,6 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from attribution_core.data import Rows, sample
 from attribution_core.gradients import Progress
 from attribution_core.magic import magic
@@ -26,7 +24,7 @@ from attribution_core.smoothness import (
     refuse_low_precision,
 )
 from attribution_core.tangent import Tangents, pushed_outputs
-from attribution_core.training import Recipe, steps_of, train
+from attribution_core.training import Recipe, begun, train
 
 
 @dataclass(frozen=True)
@@ -140,8 +138,7 @@ def preflight(
         some = sample(problem.n, 32, seed)
         outputs = Outputs(problem.loss, Rows(problem.train, some))
     refuse_low_precision(problem)
-    order = recipe.draw(np.arange(problem.n), exposure)
-    seen = look(steps_of(problem, recipe, order, np.ones(problem.n)))
+    seen = look(begun(problem, recipe, exposure=exposure).steps)
     seen.refuse()
     tried: list[Tried] = []
     for one in progress(candidates(recipe) if search else [recipe]):

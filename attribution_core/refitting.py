@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.data import take
+from attribution_core.data import checked_weights, take
 from attribution_core.gradients import Progress
 from attribution_core.linear_models import LinearModel, from_sklearn
 from attribution_core.problem import Outputs, Problem
@@ -40,11 +40,9 @@ def refitted(fitted: Any, problem: Problem, weights: ArrayLike) -> Problem:
     """
     from sklearn.base import clone
 
-    w = np.asarray(weights, dtype=float)
-    if w.shape != (problem.n,) or not (np.isfinite(w) & (w >= 0)).all() or not w.any():
-        raise ValueError(
-            f"expected finite weights >= 0 [n={problem.n}], not all 0, got shape {w.shape}"
-        )
+    w = checked_weights(weights, problem.n)
+    if not w.any():
+        raise ValueError("expected a row of positive weight, got weight 0 for every example")
     if not isinstance(problem.model, LinearModel) or type(fitted).__name__ == "RidgeClassifier":
         raise ValueError(
             "expected a problem of Problem.from_sklearn and an estimator other than RidgeClassifier, got "

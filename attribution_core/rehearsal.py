@@ -21,10 +21,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from attribution_core.data import checked_weights
 from attribution_core.gradients import Progress
 from attribution_core.problem import Params
 from attribution_core.steps import Steps
-from attribution_core.training import Recipe, Run, checked_weights, steps_of
+from attribution_core.training import Recipe, Run, steps_of
 
 Read = Callable[[nn.Module], Tensor]  # what to know of a model in eval mode: numbers of any shape
 MISSED = 0.1  # of a change, by which rehearsals are typically off

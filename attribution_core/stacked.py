@@ -24,11 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from attribution_core.behaviour import settings
-from attribution_core.data import Batch, Rows, batches, rows_in, take
+from attribution_core.data import Batch, Rows, batches, checked_weights, rows_in, take
 from attribution_core.fingerprint import fingerprint
 from attribution_core.optimizers import clipped
 from attribution_core.problem import Outputs, Params, Problem, batch_norms, call, trainable
-from attribution_core.training import Drop, Recipe, checked_weights, first_gradient, steps_of
+from attribution_core.training import Drop, Recipe, drawn_order, first_gradient, steps_of
 
 Cell = tuple[NDArray[np.float64], int]  # (weights [n], seed)
 
@@ -102,10 +102,8 @@ class Stack:
         found = []
         for w, seed in self.cells:
             checked_weights(w, self.problem.n)
-            if self.drop == "row" and self.recipe.order is not None and (w == 0).any():
-                raise ValueError("an explicit order cannot be redrawn without rows")
-            rows = np.flatnonzero(w > 0) if self.drop == "row" else np.arange(len(w))
-            found.append(replace(self.recipe, seed=seed).draw(rows) if len(rows) else [])
+            gone = self.drop == "row" and not w.any()
+            found.append([] if gone else drawn_order(replace(self.recipe, seed=seed), w, self.drop))
         return found
 
     @cached_property
@@ -184,7 +182,7 @@ class Stack:
         device = self.problem.device
         model = self.initial[0]
         finished = {name: value.clone() for name, value in params.items()}
-        factors = [[self.recipe.lr_factor(k, n) for k in range(n)] for n in length]
+        factors = [self.recipe.factors(n) for n in length]
         weights = torch.from_numpy(np.stack([w for w, _ in self.cells])).to(device)
         steps = steps_of(replace(self.problem, model=model), self.recipe, [], self.cells[0][0])
         state = {

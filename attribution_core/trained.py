@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from attribution_core.data import checked_weights
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import flatten
 from attribution_core.problem import Problem
@@ -78,14 +79,9 @@ def trained(
         )
     check_drop(drop)
     refuse_unsound(source)  # before anything else passes through it
-    w = np.ones(source.n) if weights is None else np.array(weights, dtype=float)
-    if w.shape != (source.n,) or not 0 < exposure <= 1:
-        raise ValueError(
-            f"expected weights [n={source.n}] and an exposure in (0, 1], got {w.shape} and {exposure}"
-        )
-    if not np.isfinite(w).all():
-        bad = np.flatnonzero(~np.isfinite(w))[:5].tolist()
-        raise ValueError(f"expected finite weights, got NaN or infinity for rows {bad}")
+    w = checked_weights(weights, source.n)
+    if not 0 < exposure <= 1:
+        raise ValueError(f"expected an exposure in (0, 1], got {exposure}")
     drawn = int((w > 0).sum()) if drop == "row" else source.n
     if drawn == 0:
         raise ValueError(

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from attribution_core.data import row_numbers
+from attribution_core.data import checked_weights, row_numbers
 from attribution_core.fingerprint import fingerprint
 from attribution_core.gradients import Progress
 from attribution_core.optimizers import (
@@ -123,6 +123,10 @@ class Recipe:
         """What the schedule multiplies the learning rate with at this step."""
         return lr_factor(self.schedule, step, steps)
 
+    def factors(self, steps: int) -> list[float]:
+        """What it multiplies the learning rate with at each step of so many."""
+        return [self.lr_factor(step, steps) for step in range(steps)]
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -185,7 +189,7 @@ class Run:
         is near (H + 1/(ηK))⁻¹ a: the run has not forgotten its start (Bae et al. 2024, sec. 3.3, one
         segment). With momentum η is lr/(1 − momentum), with Adam lr/(√v̂ + eps) for each parameter.
         """
-        factors = sum(self.recipe.lr_factor(k, len(self.order)) for k in range(len(self.order)))
+        factors = sum(self.recipe.factors(len(self.order)))
         reach = self.recipe.optimizer.reach(self.state, len(self.order))
         return {name: 1.0 / (value * factors) for name, value in reach.items()}
 
@@ -245,7 +249,7 @@ def train(
         weights: [n] training weights, 1 if not given.
         exposure: α in (0, 1]: take the steps (and the schedule) of a run on a fraction α of the data,
             but draw from the whole set, so that every example is seen α as often. The run's anchor is
-            then α: the place from which models trained on such a fraction are predicted best.
+            then α: the best place from which to predict models trained on such a fraction.
         drop: what weight 0 means. "weight": the example stays in its batches and counts nothing.
             "row": it is gone; batches are drawn from the other rows, with as many epochs.
         since: the weights act from this step on; before it every example counts once.
@@ -269,38 +273,17 @@ def train(
             loss of another model); more checkpoints than steps; a step since which there are none; a loss that is not
             finite (names step and rows).
     """
-    w = checked_weights(weights, problem.n)
-    if not 0 < exposure <= 1:
-        raise ValueError(f"expected an exposure in (0, 1], got {exposure}; .5 is half of the steps")
-    check_drop(drop)
-    if drop == "row" and not (w > 0).any():
-        raise ValueError(
-            "expected something to train on, got weight 0 for every example and drop='row'"
-        )
-    if drop == "row" and recipe.order is not None and (w == 0).any():
-        raise ValueError(
-            "a recipe with an explicit order cannot be redrawn without rows; use drop='weight'"
-        )
-    if drop == "row" and since > 0 and (w == 0).any():
-        raise ValueError("rows that are gone are gone from the start; since needs drop='weight'")
-    model = problem.model if recipe.init is None else recipe.init(recipe.seed).to(problem.device)
-    started = replace(problem, model=model)
-    order = recipe.draw(np.flatnonzero(w > 0) if drop == "row" else np.arange(problem.n), exposure)
-    _check_since(since, len(order))
     shards = world()[1] if shard else 1
-    steps = steps_of(started, recipe, order, w, since, shards)
+    run = begun(problem, recipe, weights, exposure, drop, since, shards)
+    steps = run.steps
     check_steps(steps)
     start = steps.start()
     held = states_held(states, len(steps), start.bytes, memory)
-    run = Run(
-        started, recipe, {}, {}, order, w, exposure, np.zeros(0), since=since, shards=shards,
-        removed=removed_rows(recipe, w, drop),
-    )  # fmt: skip
     if folder is None:
         return _descend(run, steps, held, checkpoints, progress)
     held = 0 if states == "auto" else held
     asked = {"checkpoints": checkpoints, "states": held, "since": since}
-    made_of = fingerprint(started, recipe, w, exposure, drop, asked)
+    made_of = fingerprint(run.problem, recipe, run.weights, exposure, drop, asked)
     where = RunFolder(Path(folder), from_first(made_of), start)
     if not from_first(where.finished()):
         if shards > 1 or world()[0] == 0:
@@ -311,8 +294,62 @@ def train(
     return replace(run, **where.read(steps))
 
 
+def begun(
+    problem: Problem,
+    recipe: Recipe,
+    weights: ArrayLike | None = None,
+    exposure: float = 1.0,
+    drop: Drop = "weight",
+    since: int = 0,
+    shards: int = 1,
+) -> Run:
+    """A run before its first step: its initial model, its batches and their weights; see `train`.
+
+    Raises:
+        ValueError: weights, an exposure, a drop or a step since which there are none.
+    """
+    w = checked_weights(weights, problem.n)
+    if not 0 < exposure <= 1:
+        raise ValueError(f"expected an exposure in (0, 1], got {exposure}; .5 is half of the steps")
+    order = drawn_order(recipe, w, drop, exposure)
+    if drop == "row" and since > 0 and (w == 0).any():
+        raise ValueError(
+            f"expected drop='weight' with since={since}, got drop='row': removed rows are missing from step 0 on; use "
+            "drop='weight', or since=0"
+        )
+    _check_since(since, len(order))
+    model = problem.model if recipe.init is None else recipe.init(recipe.seed).to(problem.device)
+    return Run(
+        replace(problem, model=model), recipe, {}, {}, order, w, exposure, np.zeros(0),
+        since=since, shards=shards, removed=removed_rows(recipe, w, drop),
+    )  # fmt: skip
+
+
+def drawn_order(
+    recipe: Recipe, weights: NDArray[np.float64], drop: Drop, exposure: float = 1.0
+) -> list[NDArray[np.intp]]:
+    """The batches of a run at these weights.
+
+    Raises:
+        ValueError: an unknown drop; no rows left; an explicit order that holds the removed rows.
+    """
+    check_drop(drop)
+    if drop == "weight" or weights.all():
+        return recipe.draw(np.arange(len(weights)), exposure)
+    if not weights.any():
+        raise ValueError(
+            "expected something to train on, got weight 0 for every example and drop='row'"
+        )
+    if recipe.order is not None:
+        raise ValueError(
+            f"expected drop='weight' with an explicit order, got drop='row' and {(weights == 0).sum()} rows of weight 0: "
+            "an order cannot be drawn again without them; use drop='weight'"
+        )
+    return recipe.draw(np.flatnonzero(weights), exposure)
+
+
 def removed_rows(recipe: Recipe, weights: NDArray[np.float64], drop: Drop) -> NDArray[np.intp]:
-    """Rows of weight 0 that batches are drawn without; all such rows of given batches that hold none of them."""
+    """The rows of weight 0 that no batch is drawn from; with an explicit order all of them if no batch holds any, else none."""
     out = weights == 0
     if recipe.order is None:
         gone = drop == "row"
@@ -333,7 +370,7 @@ def steps_of(
     """A training's steps: a problem and a recipe, with everything drawn that is to be drawn."""
     if recipe.accumulate < 1:
         raise ValueError(f"expected a batch in at least 1 part, got {recipe.accumulate}")
-    factors = np.array([recipe.lr_factor(k, len(order)) for k in range(len(order))])
+    factors = np.array(recipe.factors(len(order)))
     return Steps(
         problem, resolved(recipe.optimizer, problem), order, weights, factors, recipe.clip,
         recipe.accumulate, recipe.masks, recipe.augment, shards, since,
@@ -473,21 +510,7 @@ def _values(batch: Any) -> list[Tensor]:
     return list(batch.values() if isinstance(batch, dict) else batch)
 
 
-def detached(params: Params) -> Params:
-    """The same parameters, outside any graph."""
-    return {name: value.detach() for name, value in params.items()}
-
-
 def check_drop(drop: str) -> None:
     """Raise where weight 0 is to mean neither."""
     if drop not in ("weight", "row"):
         raise ValueError(f"unknown drop {drop!r}; 'weight' keeps batches, 'row' removes examples")
-
-
-def checked_weights(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:
-    w = np.ones(n) if weights is None else np.array(weights, dtype=float)  # a copy: it is kept
-    if w.shape != (n,):
-        raise ValueError(f"expected one weight per training example, [n={n}], got {w.shape}")
-    if not np.isfinite(w).all() or (w < 0).any():
-        raise ValueError("expected finite weights of at least 0, got others; 0 drops an example")
-    return w

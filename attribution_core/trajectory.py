@@ -81,7 +81,7 @@ def _of_run(run: Run, final: Problem, final_alone: bool) -> list[Stretch]:
         if at.last <= run.since:
             continue  # weights did not act there yet
         first = max(at.first, run.since)
-        factors = sum(run.recipe.lr_factor(k, total) for k in range(first, at.last))
+        factors = sum(run.recipe.factors(total)[first : at.last])
         reach = factors * _flat(optimizer.reach(at.state, at.step + 1))
         # decoupled decay is not divided by √v̂ + eps
         pull = optimizer.lr * factors if getattr(optimizer, "decoupled", False) else reach

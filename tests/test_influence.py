@@ -206,7 +206,8 @@ def test_curvature_from_some_rows():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": np.ones(3)}, r"expected weights \[n=6\]"),
+        ({"weights": np.ones(3)}, r"expected one weight per training example, \[n=6\]"),
+        ({"weights": -np.ones(6)}, "expected finite weights >= 0"),
         ({"exposure": 0.0}, r"an exposure in \(0, 1\]"),
         ({"exposure": 2.0}, r"an exposure in \(0, 1\]"),
         ({"curvature": "kfac"}, "unknown curvature 'kfac'; auto, identity, .* or ekfac"),

@@ -193,7 +193,7 @@ def test_a_decision_is_verified_by_it():
 def test_weights_that_do_not_fit(weights):
     estimator, x, y = ridge()
     problem = Problem.from_sklearn(estimator.fit(x, y), x, y)
-    with pytest.raises(ValueError, match=r"finite weights >= 0 \[n=30\], not all 0"):
+    with pytest.raises(ValueError, match=r"expected (a row of positive|finite|one) weights?"):
         refitted(estimator, problem, weights)
 
 

@@ -172,6 +172,17 @@ def test_preflight_looks_at_training_rows_by_itself_and_refuses_half_precision()
         preflight(half, Recipe(SGD(0.1), 3, 2))
 
 
+def test_preflight_looks_at_the_model_that_is_trained():
+    problem, _ = small()
+    kinked = replace(problem, model=nn.Sequential(nn.Linear(4, 3), nn.ReLU()).double())
+
+    def init(seed):
+        return problem.model
+
+    found = preflight(kinked, Recipe(SGD(0.1), 3, 1, init=init), search=False)
+    assert found.look.kinked == 0
+
+
 def test_a_paragraph():
     problem, outputs = small()
     runs = [train(problem, Recipe(SGD(0.1), 3, 5, seed=s), exposure=0.5) for s in (0, 1)]

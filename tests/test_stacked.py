@@ -279,7 +279,7 @@ def test_weights_and_orders_that_train_refuses():
         retrain(problem, recipe, outputs, weights, seeds=1)
     fixed = replace(recipe, order=[[0, 1], [2, 3]])
     halves = random_subsets(12, 5, keep=0.5)
-    with pytest.raises(ValueError, match="explicit order cannot be redrawn"):
+    with pytest.raises(ValueError, match="expected drop='weight' with an explicit order"):
         retrain(problem, fixed, outputs, halves, seeds=1)
     compared(problem, fixed, outputs, halves, "weight", seeds=(0,))
 

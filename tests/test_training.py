@@ -390,8 +390,8 @@ def test_checkpoints_are_kept_in_the_folder_and_their_number_is_part_of_it(tmp_p
     ("settings", "message"),
     [
         ({"weights": np.ones(3)}, r"expected one weight per training example, \[n=6\], got \(3,\)"),
-        ({"weights": -np.ones(6)}, "expected finite weights of at least 0"),
-        ({"weights": np.full(6, np.nan)}, "expected finite weights of at least 0"),
+        ({"weights": -np.ones(6)}, r"expected finite weights >= 0, got \[-1.*rows \[0, 1"),
+        ({"weights": np.full(6, np.nan)}, "expected finite weights >= 0, got .nan"),
         ({"weights": np.zeros(6), "drop": "row"}, "expected something to train on"),
         ({"exposure": 0.0}, r"expected an exposure in \(0, 1\], got 0"),
         ({"exposure": 1.5}, r"expected an exposure in \(0, 1\], got 1.5"),
@@ -405,7 +405,9 @@ def test_arguments_that_make_no_sense(settings, message):
 
 def test_an_explicit_order_cannot_lose_rows():
     recipe = Recipe(SGD(0.1), 2, 1, order=[[0, 1], [2, 3]])
-    with pytest.raises(ValueError, match="explicit order cannot be redrawn"):
+    with pytest.raises(
+        ValueError, match="expected drop='weight' with an explicit order, got drop='row' and 1 rows"
+    ):
         train(menagerie.mlp(), recipe, [1, 1, 1, 1, 1, 0], drop="row")
 
 

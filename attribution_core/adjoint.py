@@ -22,7 +22,7 @@ from torch.func import grad, jvp, vmap
 from attribution_core.data import Batch, Column, replaced, take
 from attribution_core.optimizers import State
 from attribution_core.problem import Params
-from attribution_core.processes import sum_over_processes, world
+from attribution_core.processes import sum_all, world
 from attribution_core.steps import Steps, TrainingState
 
 Form = Literal["auto", "double", "vmap"]
@@ -85,7 +85,9 @@ def pull(
         for k, rows in enumerate(steps.parts(step))
     ]
     double = form == "double"
-    grads = _summed(steps, state, [part.trace() if double else part.plain() for part in parts])
+    grads = _summed(
+        steps, state.params, [part.trace() if double else part.plain() for part in parts]
+    )
     before, pulled, hyper = _through_update(steps, state, grads, step, at, wanted)
     found = [
         part.second(pulled, at.buffers) if double else part.second_vmapped(pulled) for part in parts
@@ -105,26 +107,13 @@ def pull(
     )
 
 
-def _summed(steps: Steps, like: TrainingState | Params, parts: list[Params]) -> Params:
+def _summed(steps: Steps, like: Params, parts: list[Params]) -> Params:
     """The sum over the parts of a batch and over the processes that share it, in one all-reduce."""
-    like = like.params if isinstance(like, TrainingState) else like
     total = {
         name: sum((part[name].detach() for part in parts), torch.zeros_like(value))
         for name, value in like.items()
     }
-    return _shared(steps, total)
-
-
-def _shared(steps: Steps, parts: Params) -> Params:
-    """Summed over the processes that share the rows, in one all-reduce."""
-    if steps.shards == 1:
-        return parts
-    flat = torch.cat([value.flatten() for value in parts.values()])
-    pieces = sum_over_processes(flat).split([value.numel() for value in parts.values()])
-    return {
-        name: piece.reshape(value.shape).to(value)
-        for (name, value), piece in zip(parts.items(), pieces, strict=True)
-    }
+    return total if steps.shards == 1 else sum_all(total)
 
 
 # --- (a) the update -------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from attribution_core.layers import (
     watched,
 )
 from attribution_core.problem import Params, PerExample, Problem, per_example, refuse_random_layers
-from attribution_core.processes import from_first, my_rows, sum_over_processes, union, world
+from attribution_core.processes import from_first, my_rows, sum_all, union, world
 
 Labels = Literal["model", "data"]
 
@@ -118,31 +118,20 @@ def _fitted(
     strays = union(strays)
     if strays:
         return strays
-    _reduce(totals)
-    blocks = _in_bases(first, sums)
+    blocks = _in_bases(first, sum_all(sums))
     inside = {name for place in places for name in (place.weight, place.bias)}
     diagonal = {k: _zeros(first, *v.shape) for k, v in first.params.items() if k not in inside}
     values = [block.values for block in blocks.values()] + list(diagonal.values())
     for view in views(2 * seed + 1):
         view.add_squares(blocks, diagonal)
         view.refuse_nan(values)
-    _reduce(values)
-    for value in values:
-        value /= first.n * len(problems)
+    for value, total in zip(values, sum_all(values), strict=True):
+        value.copy_(total / (first.n * len(problems)))
     return EKFAC(first.params, tuple(blocks.values()), diagonal)
 
 
 def _zeros(problem: Problem, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64, device=problem.device)
-
-
-def _reduce(totals: list[Tensor]) -> None:
-    """Sums over processes, in place: one all-reduce for all of them."""
-    if world()[1] == 1 or not totals:
-        return
-    flat = sum_over_processes(torch.cat([total.flatten() for total in totals]))
-    for total, part in zip(totals, flat.split([x.numel() for x in totals]), strict=True):
-        total.copy_(part.reshape(total.shape))
 
 
 def _in_bases(problem: Problem, sums: dict[Place, list[Tensor]]) -> dict[str, Block]:

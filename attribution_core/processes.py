@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 T = TypeVar("T")
 
@@ -45,6 +46,17 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     moved = moved.contiguous()
     dist.all_reduce(moved)
     return moved.to(tensor.device)
+
+
+def sum_all(tensors: T) -> T:
+    """The tensors of a list, a dict or several of them summed over all processes, in one all-reduce."""
+    leaves, form = tree_flatten(tensors)
+    if world()[1] == 1 or not leaves:
+        return tensors
+    flat = sum_over_processes(torch.cat([leaf.flatten() for leaf in leaves]))
+    parts = flat.split([leaf.numel() for leaf in leaves])
+    found = [part.reshape(leaf.shape).to(leaf) for part, leaf in zip(parts, leaves, strict=True)]
+    return tree_unflatten(found, form)
 
 
 def collect(rows: Tensor) -> Tensor:

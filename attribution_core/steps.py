@@ -35,7 +35,7 @@ from attribution_core.problem import (
     decay_of,
     given_first,
 )
-from attribution_core.processes import failing_together, sum_over_processes, world
+from attribution_core.processes import failing_together, sum_all, world
 
 Augment = Callable[[Batch, NDArray[np.intp], int], Batch]  # (batch, its rows, step) -> batch
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -245,7 +245,8 @@ class Steps:
         except Exception as error:  # the others wait in the sum; a loss of NaN tells them
             failed, total = error, math.nan
             grads = {name: torch.zeros_like(value) for name, value in state.params.items()}
-        total, grads = _summed(total, grads)
+        loss = torch.as_tensor(total).to(next(iter(grads.values())))
+        total, grads = sum_all((loss, grads))
         if total.isnan():
             with failing_together():
                 if failed is not None:
@@ -298,19 +299,6 @@ class Steps:
         with torch.no_grad():
             params, moments = self.update(state.params, state.moments, grads, step)
         return TrainingState(params, moments, buffers), loss
-
-
-def _summed(total: Any, grads: Params) -> tuple[Tensor, Params]:
-    """Loss and gradients summed over processes, in one all-reduce for each dtype."""
-    device = next(iter(grads.values()))
-    loss = torch.as_tensor(total).reshape(1).to(device)
-    names = list(grads)
-    flat = torch.cat([loss, *(grads[name].flatten().to(loss) for name in names)])
-    parts = sum_over_processes(flat).split([1, *(grads[name].numel() for name in names)])
-    pairs = zip(names, parts[1:], strict=True)
-    return parts[0][0], {
-        name: part.reshape(grads[name].shape).to(grads[name]) for name, part in pairs
-    }
 
 
 # --- what layers do beside their losses ------------------------------------------------------

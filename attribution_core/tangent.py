@@ -21,7 +21,7 @@ from attribution_core.adjoint import Part, Wanted, with_hyper
 from attribution_core.data import batches, take
 from attribution_core.gradients import Progress, forward_mode
 from attribution_core.problem import Outputs, Params
-from attribution_core.processes import sum_over_processes
+from attribution_core.processes import sum_all
 from attribution_core.replay import check, refuse_another_end
 from attribution_core.soundness import refuse_mixed_outputs
 from attribution_core.steps import Steps, TrainingState
@@ -119,8 +119,7 @@ def _moved(steps: Steps, state: TrainingState, step: int, tangents: Any, along: 
     slope = _slope_with_statistics if steps.tracking else _slope
     grads, slopes, buffers = slope(steps, state, step, params, buffers, along)
     if steps.shards > 1:
-        slopes = {k: sum_over_processes(v) for k, v in slopes.items()}
-        grads = {k: sum_over_processes(v) for k, v in grads.items()}
+        slopes, grads = sum_all((slopes, grads))
     where = next(iter(state.params.values())).device
     hyper = {
         name: torch.tensor(along.at[name], dtype=torch.float64, device=where)

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from attribution_core.processes import collect, from_first, my_rows, sum_over_processes, wait, world
+from attribution_core.processes import (
+    collect,
+    from_first,
+    my_rows,
+    sum_all,
+    sum_over_processes,
+    wait,
+    world,
+)
 from tests import menagerie, two_processes
 
 
@@ -64,5 +72,6 @@ def test_one_process_is_all_there_is(value):
     rows, tensor = np.arange(5), torch.ones(5, 2)
     np.testing.assert_array_equal(my_rows(rows), rows)
     assert sum_over_processes(tensor) is tensor
+    assert sum_all([tensor])[0] is tensor
     assert collect(tensor) is tensor
     wait()

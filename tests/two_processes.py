@@ -39,7 +39,15 @@ from attribution_core import (
     trak,
 )
 from attribution_core.ekfac import fit_ekfac
-from attribution_core.processes import collect, from_first, my_rows, sum_over_processes, wait, world
+from attribution_core.processes import (
+    collect,
+    from_first,
+    my_rows,
+    sum_all,
+    sum_over_processes,
+    wait,
+    world,
+)
 from tests import menagerie
 
 ROWS = 256 * 5 + 7  # six blocks of a store, the last one short
@@ -211,6 +219,10 @@ if __name__ == "__main__":
     assert from_first(rank) == 0
     ranks = torch.tensor([float(rank)])
     assert sum_over_processes(ranks + 1).item() == 3
+    total, named = sum_all((ranks.double(), {"a": ranks.expand(2, 3), "none": ranks[:0]}))
+    assert (total.dtype, total.item()) == (torch.float64, 1)
+    assert (named["a"] == torch.ones(2, 3)).all()
+    assert (named["a"].dtype, named["none"].shape) == (torch.float32, (0,))
     rows = np.arange(5)
     assert collect(torch.from_numpy(my_rows(rows))[:, None])[:, 0].tolist() == rows.tolist()
     out = Path(sys.argv[1])

@@ -15,19 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.func import hessian, jacrev
+from torch.func import hessian
 
-from attribution_core.data import batches, sample, take
+from attribution_core.data import Batch, batches, sample, take
 from attribution_core.draws import open_output
-from attribution_core.gradients import (
-    as_batch,
-    flatten,
-    mean_gradient,
-    row_by_row,
-    unflatten,
-)
+from attribution_core.gradients import mean_gradient
+from attribution_core.jacobian import move_parameters, row_jacobians
 from attribution_core.problem import Params, Problem, per_example
 from attribution_core.quadratic import factored, rows_at_once, second_order, solved
+from attribution_core.vectors import vector
 
 LOGISTIC = 1 / (6 * math.sqrt(3))  # max |σ''|
 SOFTMAX = math.sqrt(2) / (3 * math.sqrt(3))  # see `Smoothness`
@@ -163,16 +159,11 @@ def step_bounds(
 def jacobian(problem: Problem, rows: NDArray[np.intp]) -> Tensor:
     """∂ outputs / ∂ parameters of some training rows, [b, c, p], float64 on the CPU."""
 
-    def one(example: Any) -> Tensor:
-        def outputs(at: Params) -> Tensor:
-            return _only(
-                open_output(problem.model, problem.loss, at, as_batch(example))[0]
-            ).flatten()
+    def outputs(at: Params, row: Batch) -> Tensor:
+        return _only(open_output(problem.model, problem.loss, at, row)[0])
 
-        return flatten(jacrev(outputs)(problem.params))
-
-    found = row_by_row(one, take(problem.train, rows, problem.device))
-    return found.detach().double().cpu()
+    found = row_jacobians(outputs, problem.params, take(problem.train, rows, problem.device))
+    return found.double().cpu()
 
 
 # --- Newton steps ----------------------------------------------------------------------------
@@ -187,7 +178,7 @@ class Step(NamedTuple):
 def newton_step(problem: Problem, w: NDArray[np.float64], noise: Tensor) -> Step:
     p, n = len(problem.decay), problem.n
     h = torch.diag(problem.decay)
-    slope = problem.decay * flat(problem.params)
+    slope = problem.decay * vector(problem.params)
     size = float(slope.norm()) + float(noise.norm()) / n
     slope = slope + noise / n
     for rows in batches(np.flatnonzero(w), rows_at_once(problem)):
@@ -224,7 +215,7 @@ def minimised(problem: Problem, w: NDArray[np.float64], noise: Tensor) -> tuple[
 
 def objective(problem: Problem, w: NDArray[np.float64], noise: Tensor) -> float:
     """L(θ; w) + bᵀθ/n."""
-    theta = flat(problem.params)
+    theta = vector(problem.params)
     total = 0.5 * float((problem.decay * theta.square()).sum()) + float(noise @ theta) / problem.n
     with torch.no_grad():
         for rows in batches(np.flatnonzero(w), 4096):
@@ -236,22 +227,14 @@ def objective(problem: Problem, w: NDArray[np.float64], noise: Tensor) -> float:
 
 def gradient_norm(problem: Problem, w: NDArray[np.float64], noise: Tensor) -> float:
     """‖∇L(θ; w)‖."""
-    return float((flat(mean_gradient(problem, w)) + noise / problem.n).norm())
+    return float((vector(mean_gradient(problem, w)) + noise / problem.n).norm())
 
 
 def moved(problem: Problem, d: Tensor) -> Problem:
     """The problem with a copy of its model, at θ + d."""
     model = copy.deepcopy(problem.model)
-    named = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, part in unflatten(d[None], problem.params).items():
-            named[name].add_(part[0].to(named[name]))
+    move_parameters(model, d)
     return replace(problem, model=model)
-
-
-def flat(params: Params) -> Tensor:
-    """[p], float64 on the CPU."""
-    return flatten({name: value[None] for name, value in params.items()})[0].double().cpu()
 
 
 # --- opening a model -------------------------------------------------------------------------

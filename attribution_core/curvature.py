@@ -31,7 +31,7 @@ from attribution_core.conjugate import conjugate_gradients, conjugate_steps
 from attribution_core.data import Batch, Rows, batches, sample, take
 from attribution_core.draws import Losses, open_output
 from attribution_core.ekfac import EKFAC, Labels, fit_ekfac
-from attribution_core.gradients import Progress, flatten, row_gradients, unflatten
+from attribution_core.gradients import Progress, row_gradients
 from attribution_core.problem import (
     Params,
     PerExample,
@@ -42,6 +42,7 @@ from attribution_core.problem import (
 )
 from attribution_core.processes import my_rows, sum_over_processes
 from attribution_core.spectrum import Dense, Diagonal, Spectrum
+from attribution_core.vectors import flatten, size_of, unflatten
 
 Kind = Literal["identity", "diagonal", "hessian", "gauss_newton", "ekfac"]
 Form = Literal["auto", "dense", "cg"]
@@ -83,7 +84,7 @@ def spectrum(
     several = [problems] if isinstance(problems, Problem) else list(problems)
     first = several[0]
     w = np.ones(first.n) if weights is None else weights
-    p = sum(value.numel() for value in first.params.values())
+    p = size_of(first.params)
     if kind == "identity":
         return Diagonal(torch.zeros(p, dtype=torch.float64))
     if kind == "diagonal":
@@ -145,7 +146,7 @@ def fit_curvature(
             converged within max_iterations (says how far it came).
     """
     w = np.ones(problem.n) if weights is None else weights
-    p = sum(value.numel() for value in problem.params.values())
+    p = size_of(problem.params)
     _refuse(problem, kind, damping, p)
     if kind == "auto":
         kind = "gauss_newton" if p <= DENSE else "ekfac"
@@ -278,7 +279,7 @@ class DiagonalWarning(UserWarning):
 
 def _warned_share(h: EKFAC) -> float:
     """Which share of the parameters EK-FAC treats as a diagonal; a warning where it is large."""
-    share = sum(v.numel() for v in h.diagonal.values()) / sum(v.numel() for v in h.params.values())
+    share = size_of(h.diagonal) / size_of(h.params)
     if share > MOSTLY:
         names = sorted(h.diagonal, key=lambda name: -h.diagonal[name].numel())
         warnings.warn(
@@ -391,7 +392,7 @@ def fisher_diagonal(
 ) -> Tensor:
     """(1/n) Σ w_i ∇ℓ_i², [p], float64."""
     params = problem.params
-    total = torch.zeros(sum(value.numel() for value in params.values()), dtype=torch.float64)
+    total = torch.zeros(size_of(params), dtype=torch.float64)
     for rows in batches(my_rows(np.arange(problem.n)), min(batch_size, 32)):
         batch = take(problem.train, rows, problem.device)
         g = flatten(row_gradients(problem.model, problem.loss, params, batch)).double().cpu()

@@ -15,13 +15,14 @@ from attribution_core.curvature import Curvature, fit_curvature
 from attribution_core.data import Rows
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.evaluation import lds
-from attribution_core.gradients import Progress, directional, flatten, output_gradients
+from attribution_core.gradients import Progress, directional, output_gradients
 from attribution_core.problem import Outputs
 from attribution_core.processes import gathered, my_rows
 from attribution_core.retraining import retrain
 from attribution_core.subsets import random_subsets
 from attribution_core.trained import trained
 from attribution_core.training import Run
+from attribution_core.vectors import flatten
 
 MULTIPLES = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 SUBSETS = 16

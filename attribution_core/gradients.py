@@ -44,6 +44,7 @@ from attribution_core.problem import (
     widened,
 )
 from attribution_core.soundness import refuse_mixed_outputs, refuse_unsound
+from attribution_core.vectors import flatten, size_of, unflatten
 
 Engine = Literal["auto", "ghost", "jvp", "rows"]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # tqdm fits
@@ -150,7 +151,7 @@ def check_directions(directions: Params | Tensor, params: Params) -> Params:
 
     Those of a model in float16 stay in float32.
     """
-    p = sum(value.numel() for value in params.values())
+    p = size_of(params)
     if isinstance(directions, Tensor):
         if directions.ndim != 2 or directions.shape[1] != p:
             raise ValueError(
@@ -170,20 +171,6 @@ def check_directions(directions: Params | Tensor, params: Params) -> Params:
             f"expected directions [k, *shape] with one k for all parameters, got {wrong or shapes}"
         )
     return {k: directions[k].detach().to(v.device, roomy(v.dtype)) for k, v in params.items()}
-
-
-def flatten(directions: Params) -> Tensor:
-    """[k, p] from a dict name -> [k, *shape]."""
-    return torch.cat([value.reshape(len(value), -1) for value in directions.values()], dim=1)
-
-
-def unflatten(flat: Tensor, params: Params) -> Params:
-    """A dict name -> [k, *shape] from [k, p]."""
-    parts = flat.split([value.numel() for value in params.values()], dim=1)
-    return {
-        name: part.reshape(len(flat), *value.shape)
-        for part, (name, value) in zip(parts, params.items(), strict=True)
-    }
 
 
 # --- forward mode and per-example rows; ghost has a file of its own --------------------------

@@ -19,13 +19,14 @@ from attribution_core.data import Rows, named, sample
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.ekfac import Labels
 from attribution_core.fingerprint import fingerprint
-from attribution_core.gradients import Engine, Progress, directional, flatten, output_gradients
+from attribution_core.gradients import Engine, Progress, directional, output_gradients
 from attribution_core.groups import group_directional
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import gathered, my_rows
 from attribution_core.store import Store
 from attribution_core.trained import OWN, Trained, over_runs, several, trained
 from attribution_core.training import Drop, Run
+from attribution_core.vectors import flatten, size_of
 
 QUICK = 5 * 10**9  # rows · parameters · targets up to which EK-FAC is refined in seconds
 WIDE = 2**28  # output gradients, in numbers, up to which float32 models are solved in float64
@@ -117,7 +118,7 @@ def influence(
     base = outputs.evaluate(problem.model).numpy()  # first, for it names rows of NaN
 
     some = sample(problem.n, curvature_rows)
-    size = len(some) * sum(value.numel() for value in problem.params.values()) * len(outputs)
+    size = len(some) * size_of(problem.params) * len(outputs)
     if refine is None and isinstance(source, Run) and not isinstance(curvature, Curvature):
         refine = 4 if size <= QUICK else "size" if damping is None else 0
 

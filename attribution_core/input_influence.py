@@ -25,11 +25,12 @@ from attribution_core.data import (
     take,
 )
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.gradients import flatten, output_gradients, unflatten
+from attribution_core.gradients import output_gradients
 from attribution_core.influence import fitted_curvature
 from attribution_core.problem import Outputs, Params, Problem, call
 from attribution_core.trained import trained
 from attribution_core.training import Run
+from attribution_core.vectors import flatten, unflatten
 
 
 @torch.enable_grad()  # whatever the caller is in

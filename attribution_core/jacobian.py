@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import jacrev
 
 from attribution_core.data import Batch
-from attribution_core.gradients import as_batch, flatten, row_by_row, unflatten
-from attribution_core.problem import call, trainable
+from attribution_core.gradients import as_batch, row_by_row
+from attribution_core.problem import Params, call, trainable
+from attribution_core.vectors import by_name, flatten
 
 
 def jacobian(
@@ -25,21 +27,28 @@ def jacobian(
     >>> torch.equal(jacobian(model, lambda model, batch: model(batch[0]), (x,)), x)
     True
     """
-    from torch.func import jacrev
-
     params = trainable(model)
-
-    def one(example: Any) -> Any:
-        return jacrev(lambda at: call(model, function, at, as_batch(example))[0])(params)
-
     with torch.no_grad():
-        per_row = row_by_row(one, batch)
-        return flatten({name: part.flatten(0, 1) for name, part in per_row.items()})
+        return row_jacobians(lambda at, row: call(model, function, at, row), params, batch).flatten(
+            0, 1
+        )
+
+
+def row_jacobians(
+    outputs: Callable[[Params, Batch], Tensor], params: Params, batch: Batch
+) -> Tensor:
+    """∂ outputs(params, row)_j / ∂ params of every row by itself, [b, k, p]."""
+
+    def one(example: Any) -> Tensor:
+        row = as_batch(example)
+        return flatten(jacrev(lambda at: outputs(at, row).flatten())(params))
+
+    return row_by_row(one, batch).detach()
 
 
 def move_parameters(model: nn.Module, by: Tensor) -> None:
     """Add [p], in the order of a Jacobian's columns, to the trainable parameters, in place."""
     params = trainable(model)
     with torch.no_grad():
-        for name, part in unflatten(by[None], params).items():
-            params[name] += part[0].to(params[name])
+        for name, part in by_name(by, params).items():
+            params[name] += part

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from attribution_core.ghost import LAYER_ELEMENTS
-from attribution_core.gradients import flatten, unflatten
 from attribution_core.problem import Params
 from attribution_core.spectrum import Phi, not_definite
+from attribution_core.vectors import flatten, size_of, unflatten
 
 WIDEST = 4096  # a side up to which eigenvectors are found
 
@@ -194,7 +194,7 @@ class EKFAC:
 
     @property
     def _size(self) -> int:
-        return sum(value.numel() for value in self.params.values())
+        return size_of(self.params)
 
     def _applied(self, v: Tensor, shift: Tensor, phi: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         held, shifts = unflatten(v, self.params), unflatten(shift, self.params)

@@ -12,11 +12,7 @@ from torch import Tensor
 
 from attribution_core.data import batches
 from attribution_core.datamodel import LinearDatamodel, average
-from attribution_core.gradients import (
-    Progress,
-    flatten,
-    output_gradients,
-)
+from attribution_core.gradients import Progress, output_gradients
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import collect, failing_together, my_rows, sum_over_processes
 from attribution_core.quadratic import (
@@ -30,6 +26,7 @@ from attribution_core.quadratic import (
 )
 from attribution_core.trained import several
 from attribution_core.training import Run
+from attribution_core.vectors import flatten
 
 
 def leave_one_out(

@@ -20,11 +20,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.data import Data, as_data, batches, take
 from attribution_core.datamodel import LinearDatamodel, average
-from attribution_core.gradients import Progress, flatten, row_gradients
+from attribution_core.gradients import Progress, row_gradients
 from attribution_core.problem import Outputs, Problem, per_example, refuse_random_layers
 from attribution_core.representations import last_layer, representations
 from attribution_core.trained import several, trained
 from attribution_core.training import Run
+from attribution_core.vectors import flatten, size_of
 
 BLOCK = 2**20  # distances worked on at a time, 8 MiB
 HELD = 2**26  # numbers of per-row gradients held at once where signs are found (256 MiB in float32)
@@ -284,7 +285,7 @@ def _counts(texts: list[NDArray[Any]], width: int) -> Any:
 def _signs(problem: Problem, outputs: Outputs) -> NDArray[np.float64]:
     """s_j of every target row, [rows]: one gradient step on a twin moves its output this way."""
     model, params = problem.model, problem.params
-    size = max(1, min(64, HELD // sum(value.numel() for value in params.values())))
+    size = max(1, min(64, HELD // size_of(params)))
     found = []
     for rows in batches(len(outputs.data), size):
         batch = take(outputs.data, rows, problem.device)

@@ -14,10 +14,6 @@ from torch import Tensor
 
 from attribution_core.data import batches
 from attribution_core.datamodel import refuse_mask
-from attribution_core.gradients import (
-    flatten,
-    unflatten,
-)
 from attribution_core.problem import Outputs, Params, Problem
 from attribution_core.quadratic import (
     ALONE,
@@ -30,6 +26,7 @@ from attribution_core.quadratic import (
     standing,
 )
 from attribution_core.training import Run
+from attribution_core.vectors import by_name, vector
 
 HELD = 2**28  # numbers of a stacked Jacobian, 2 GiB, that are kept at most
 
@@ -93,13 +90,13 @@ class NewtonDatamodel:
         if w.shape != self.anchor.shape or not np.isfinite(w).all():
             raise ValueError(f"expected finite weights [n={len(self.anchor)}], got shape {w.shape}")
         named = self.problem.params
-        start = _flat(named)
+        start = vector(named)
         theta = start + self._first_step(torch.from_numpy(w))
         kept = np.flatnonzero(w)
         for _ in range(self.steps - 1):
             if not theta.isfinite().all():
                 break
-            rows = _stacked(self.problem, _named(theta, named), kept)
+            rows = _stacked(self.problem, by_name(theta, named), kept)
             share = self.unit * torch.from_numpy(w[kept])
             h = rows.gram(share) + torch.diag(self.problem.decay + self.damping)
             slope = rows.gradient(share) + self.problem.decay * theta
@@ -110,7 +107,7 @@ class NewtonDatamodel:
                 "expected Newton steps that converge, got parameters that are not finite; take fewer "
                 "steps, or give a weight decay or a damping"
             )
-        return _named(theta, named)
+        return by_name(theta, named)
 
     @cached_property
     def _left(self) -> Tensor:
@@ -118,7 +115,7 @@ class NewtonDatamodel:
         if (self.damping == 0).all():
             return torch.zeros_like(self.damping)
         at_anchor = self.rows.gradient(self.unit * torch.from_numpy(self.anchor))
-        return at_anchor + self.problem.decay * _flat(self.problem.params)
+        return at_anchor + self.problem.decay * vector(self.problem.params)
 
     @cached_property
     def _factor(self) -> Tensor:
@@ -129,7 +126,7 @@ class NewtonDatamodel:
     def _first_step(self, w: Tensor) -> Tensor:
         """−H(w)⁻¹ ∇L(w), [p], by whichever way is cheaper."""
         slope = self.rows.gradient(self.unit * w) - self._left
-        slope = slope + self.problem.decay * _flat(self.problem.params)
+        slope = slope + self.problem.decay * vector(self.problem.params)
         changed = int((w != torch.from_numpy(self.anchor)).sum())
         if changed * self.rows.x.shape[1] < len(slope):
             step = self._by_changes(w, slope)
@@ -231,14 +228,3 @@ def _stacked(problem: Problem, params: Params, rows: NDArray[np.intp]) -> Quadra
         part = second_order(problem, params, rows[place])
         x[place], slope[place], curve[place] = part.x, part.slope, part.curve
     return Quadratic(x, slope, curve)
-
-
-def _flat(params: Params) -> Tensor:
-    """[p], float64 on the CPU."""
-    return flatten({name: value[None] for name, value in params.items()})[0].double().cpu()
-
-
-def _named(flat: Tensor, like: Params) -> Params:
-    """[p] as parameters by name, in the dtype and on the device of `like`."""
-    parts = unflatten(flat[None], like)
-    return {name: part[0].to(like[name]) for name, part in parts.items()}

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from attribution_core.coverage import coverage_of
 from attribution_core.data import Batch, Data, batches, row_numbers, rows_in, take
 from attribution_core.ekfac import plan
-from attribution_core.gradients import Progress, flatten, row_gradients
+from attribution_core.gradients import Progress, row_gradients
 from attribution_core.kronecker import Place
 from attribution_core.layers import (
     UNTRIED,
@@ -49,6 +49,7 @@ from attribution_core.layers import (
 )
 from attribution_core.problem import Params, PerExample, Problem, per_example, widened
 from attribution_core.soundness import refuse_unsound
+from attribution_core.vectors import flatten, size_of
 
 Kind = Literal["auto", "factored", "rademacher", "gaussian"]
 Law = Literal["rademacher", "gaussian"]
@@ -112,7 +113,7 @@ def projection(
     if kind not in ("auto", "factored", "rademacher", "gaussian"):
         raise ValueError(f"unknown kind {kind!r}; auto, factored, rademacher or gaussian")
     refuse_unsound(problem)
-    p = sum(value.numel() for value in problem.params.values())
+    p = size_of(problem.params)
     if dim >= p:
         return Projection(problem, p, seed, "exact", scale)
     if kind in ("rademacher", "gaussian"):

@@ -22,10 +22,11 @@ from torch.func import grad, hessian, jacrev
 from attribution_core.curvature import DENSE
 from attribution_core.data import take
 from attribution_core.draws import open_output
-from attribution_core.gradients import as_batch, flatten, row_by_row
+from attribution_core.gradients import as_batch, row_by_row
 from attribution_core.problem import Params, Problem, per_example, refuse_random_layers
 from attribution_core.trained import Trained, trained
 from attribution_core.training import Run
+from attribution_core.vectors import flatten
 
 ALONE = 1 - 1e-6  # leverage from which an example alone determines a direction
 BLOCK = 2**23  # numbers of a stacked Jacobian that are worked on at a time, 64 MiB

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from attribution_core.curvature import Curvature, Kind
 from attribution_core.data import batches, sample, take
-from attribution_core.gradients import Progress, flatten, row_gradients
+from attribution_core.gradients import Progress, row_gradients
 from attribution_core.influence import fitted_curvature
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import collect, failing_together, my_rows
 from attribution_core.trained import several, trained
 from attribution_core.training import Run
+from attribution_core.vectors import flatten, size_of
 
 HELD = 2**26  # numbers of row gradients at a time
 
@@ -74,7 +75,7 @@ def self_influence(
     fitted = fitted_curvature(
         source, at, own, curvature, damping, rows=some, labels="model", refine=0
     )
-    size = max(1, min(batch_size, HELD // sum(value.numel() for value in params.values())))
+    size = max(1, min(batch_size, HELD // size_of(params)))
     parts: list[Any] = [torch.zeros(0, 1, dtype=torch.float64)]
     with failing_together():
         for rows in progress(list(batches(my_rows(np.arange(problem.n)), size))):

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from attribution_core.data import checked_weights
 from attribution_core.datamodel import LinearDatamodel, average
-from attribution_core.gradients import flatten
 from attribution_core.problem import Problem
 from attribution_core.soundness import refuse_unsound
 from attribution_core.training import Drop, Run, check_drop
+from attribution_core.vectors import vector
 
 OWN = "a run brings its own weights and exposure; do not give them again"
 
@@ -71,12 +71,9 @@ def trained(
             )
         if weights is not None or exposure != 1.0 or drop != "weight":
             raise ValueError(OWN)
-        damping = flatten({name: value[None] for name, value in source.damping.items()})[0]
-        problem = source.trained()
+        problem, damping = source.trained(), vector(source.damping)
         refuse_unsound(problem)
-        return Trained(
-            problem, source.weights, source.exposure, source.drawn, damping.double().cpu()
-        )
+        return Trained(problem, source.weights, source.exposure, source.drawn, damping)
     check_drop(drop)
     refuse_unsound(source)  # before anything else passes through it
     w = checked_weights(weights, source.n)

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from attribution_core.gradients import flatten
 from attribution_core.optimizers import Checkpoint
-from attribution_core.problem import Params, Problem
+from attribution_core.problem import Problem
 from attribution_core.swapping import refuse_computed_weights
 from attribution_core.trained import Trained, trained
 from attribution_core.training import Run
+from attribution_core.vectors import vector
 
 Checkpoints = Sequence[Checkpoint | Mapping[str, Tensor]]
 Rates = float | Sequence[float]
@@ -82,7 +82,7 @@ def _of_run(run: Run, final: Problem, final_alone: bool) -> list[Stretch]:
             continue  # weights did not act there yet
         first = max(at.first, run.since)
         factors = sum(run.recipe.factors(total)[first : at.last])
-        reach = factors * _flat(optimizer.reach(at.state, at.step + 1))
+        reach = factors * vector(optimizer.reach(at.state, at.step + 1))
         # decoupled decay is not divided by √v̂ + eps
         pull = optimizer.lr * factors if getattr(optimizer, "decoupled", False) else reach
         found.append(Stretch(problem_at(final, at.params), reach, final.decay * pull))
@@ -145,7 +145,3 @@ def problem_at(problem: Problem, params: Mapping[str, Tensor]) -> Problem:
     own = model.state_dict()
     model.load_state_dict({k: v for k, v in params.items() if k in own}, strict=False)
     return replace(problem, model=model)
-
-
-def _flat(params: Params) -> Tensor:
-    return flatten({k: v[None] for k, v in params.items()})[0].double().cpu()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attribution_core.data import batches, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.fingerprint import fingerprint
-from attribution_core.gradients import Progress, unflatten
+from attribution_core.gradients import Progress
 from attribution_core.outputs import cross_entropy, margin
 from attribution_core.problem import Outputs, PerExample, Problem, widened
 from attribution_core.processes import collect, failing_together, my_rows, sum_over_processes
@@ -25,6 +25,7 @@ from attribution_core.store import Store
 from attribution_core.trained import Trained, several, trained
 from attribution_core.training import Run
 from attribution_core.trajectory import problem_at
+from attribution_core.vectors import size_of, unflatten
 
 RIDGE = 2.0  # × the mean eigenvalue of the examples' kernel, where no run says better
 WIDEST = 2048  # dimensions taken without being asked
@@ -97,7 +98,7 @@ def trak(
     if features is None:
         _refuse_negative(first.problem, batch_size)
     f = features or margin_of(first.problem.loss)
-    p = sum(value.numel() for value in first.problem.params.values())
+    p = size_of(first.problem.params)
     dim = (
         min(p, WIDEST, max(256, first.problem.n // 2)) if projection_dim is None else projection_dim
     )

@@ -24,7 +24,7 @@ from attribution_core.conjugate import conjugate_gradients
 from attribution_core.curvature import DENSE, Kind, spectrum
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.fingerprint import fingerprint
-from attribution_core.gradients import Engine, Progress, directional, flatten, output_gradients
+from attribution_core.gradients import Engine, Progress, directional, output_gradients
 from attribution_core.influence import WIDE
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import gathered, my_rows
@@ -33,6 +33,7 @@ from attribution_core.store import Store
 from attribution_core.trained import over_runs, several
 from attribution_core.training import Run
 from attribution_core.trajectory import Checkpoints, Rates, Stretch, Way, way_of
+from attribution_core.vectors import flatten
 
 Remember = Callable[
     [str, Callable[[], Tensor]], Tensor

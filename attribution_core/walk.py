@@ -30,6 +30,7 @@ from attribution_core.processes import from_first, sum_over_processes, wait, wor
 from attribution_core.replay import backwards, refuse_another_end
 from attribution_core.steps import Steps
 from attribution_core.training import Run
+from attribution_core.vectors import size_of
 
 CHUNK = 32  # targets that share a walk, unless their adjoints take more than WIDE numbers
 WIDE = 2**27
@@ -72,7 +73,7 @@ def walk_back(run: Run, outputs: Outputs, wanted: Wanted, how: Walk) -> Walked:
         owed: rows are training rows, or (of "inputs") the rows asked for times their numbers, or
             hyperparameters; derivatives by the weight that a row carries each time it appears.
     """
-    p = sum(value.numel() for value in run.params.values())
+    p = size_of(run.params)
     size = how.batch_targets or max(1, min(CHUNK, WIDE // max(1, p)))
     chunks = [np.arange(k, min(k + size, len(outputs))) for k in range(0, len(outputs), size)]
     made_of = fingerprint(
@@ -183,7 +184,7 @@ def _form(form: Form, count: int, steps: Steps) -> Form:
     layers = steps.problem.model.modules()
     convolves = any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in layers)
     if form == "auto":
-        tiny = sum(value.numel() for value in steps.problem.params.values()) <= TINY
+        tiny = size_of(steps.problem.params) <= TINY
         quick = tiny and count >= VMAP and not (fixed or convolves)
         some = steps.batch(0, steps.order[0][:2])
         return "vmap" if quick and has_forward_mode(steps.problem, some) else "double"

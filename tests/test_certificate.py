@@ -12,9 +12,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from attribution_core import Problem, cross_entropy, squared_error
-from attribution_core.affine import LOGISTIC, SOFTMAX, flat, smoothness_of
+from attribution_core.affine import LOGISTIC, SOFTMAX, smoothness_of
 from attribution_core.certificate import fit_certified, remove
 from attribution_core.linear_models import poisson_loss
+from attribution_core.vectors import vector
 from tests import menagerie
 from tests.menagerie import softplus_loss
 
@@ -54,7 +55,7 @@ def by_sklearn(problem, w):
 
 
 def error(found, exact):
-    return float(np.linalg.norm(flat(found.params).numpy() - exact))
+    return float(np.linalg.norm(vector(found.params).numpy() - exact))
 
 
 # --- the bound -------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def test_the_bound_holds_in_every_trial():
         fitted = fit_certified(problem)
         share = np.random.default_rng([seed, 2]).uniform(0.01, 0.3)
         rows = some(problem, share, seed)
-        exact = flat(fitted.remove(rows, steps=2).refit(1).params).numpy()
+        exact = vector(fitted.remove(rows, steps=2).refit(1).params).numpy()
         for steps in (1, 2):
             found = fitted.remove(rows, steps=steps)
             assert found.residual <= found.bound <= found.meta["guo"], (seed, steps)
@@ -229,7 +230,7 @@ def test_one_after_another_ends_where_all_at_once_does(steps):
         found = found.remove([row], steps=steps)
         bounds.append(found.bound)
     np.testing.assert_array_equal(found.weights, joint.weights)
-    apart = error(found, flat(joint.params).numpy())
+    apart = error(found, vector(joint.params).numpy())
     assert apart <= found.distance + joint.distance
     assert (
         found.residual < joint.residual or steps == 2
@@ -321,9 +322,9 @@ def test_epsilon_and_delta_hold_for_the_exact_densities():
     for b in sigma * norm.ppf((np.arange(40) + 0.5) / 40):
         here = removed(b)
         step = 1e-3 * sigma
-        ahead, back = (flat(removed(b + s).params).item() for s in (step, -step))
+        ahead, back = (vector(removed(b + s).params).item() for s in (step, -step))
         slope = (ahead - back) / (2 * step)  # dθ'/db
-        theta = flat(here.params).item()
+        theta = vector(here.params).item()
         beta = -sum_gradient(theta, w)
         s = 1 / (1 + np.exp(-x[:, 0] * theta))
         steep = (w * s * (1 - s) * x[:, 0] ** 2).sum() + n * decay  # |dβ/dθ'|
@@ -341,8 +342,8 @@ def test_noise_moves_the_optimum_and_refits_draw_it_anew():
     fitted = fit_certified(problem, sigma=3.0, seed=5)
     assert fitted.residual < 1e-13  # rounding of gradients of size 1, noise included
     again = fit_certified(problem, sigma=3.0, seed=5)
-    torch.testing.assert_close(flat(again.params), flat(fitted.params), rtol=0, atol=0)
-    assert error(fitted, flat(fit_certified(problem).params).numpy()) > 1e-3
+    torch.testing.assert_close(vector(again.params), vector(fitted.params), rtol=0, atol=0)
+    assert error(fitted, vector(fit_certified(problem).params).numpy()) > 1e-3
     fresh = fitted.remove([0]).refit(seed=6)
     assert fresh.residual < 1e-13
     assert not fresh.retrain

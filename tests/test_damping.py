@@ -10,7 +10,7 @@ from attribution_core import SGD, Recipe, influence, lds, random_subsets, retrai
 from attribution_core import damping as core
 from attribution_core.curvature import fit_curvature
 from attribution_core.damping import choose_damping
-from attribution_core.gradients import flatten
+from attribution_core.vectors import flatten
 from tests import menagerie
 
 RECIPE = Recipe(SGD(0.3, momentum=0.5), batch_size=4, epochs=6)

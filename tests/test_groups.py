@@ -24,9 +24,10 @@ from attribution_core import (
     random_subsets,
 )
 from attribution_core.data import named
-from attribution_core.gradients import directional, unflatten
+from attribution_core.gradients import directional
 from attribution_core.groups import group_directional
 from attribution_core.representations import activation_gradients, representations
+from attribution_core.vectors import unflatten
 from tests import menagerie
 
 LABELS = np.array(["b", "a", "b", "c", "a", "b"])  # six rows, as the menagerie's networks have

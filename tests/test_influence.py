@@ -30,8 +30,8 @@ from attribution_core import (
 from attribution_core.curvature import fit_curvature
 from attribution_core.ekfac import fit_ekfac
 from attribution_core.fingerprint import fingerprint
-from attribution_core.gradients import flatten
 from attribution_core.input_influence import gradient_matching, input_influence
+from attribution_core.vectors import flatten
 from tests import menagerie
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

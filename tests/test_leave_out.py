@@ -23,10 +23,10 @@ from attribution_core import (
     squared_error,
     train,
 )
-from attribution_core.gradients import flatten
 from attribution_core.leave_out import leave_one_out
 from attribution_core.newton import NewtonDatamodel, newton
 from attribution_core.quadratic import second_order
+from attribution_core.vectors import flatten
 from tests import menagerie
 from tests.test_curvature import dense_gauss_newton
 
@@ -355,7 +355,7 @@ def _softmax():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": np.ones(3)}, r"expected weights \[n=20\]"),
+        ({"weights": np.ones(3)}, "expected one weight per training example"),
         ({"damping": -1.0}, "expected damping of at least 0"),
         ({"damping": torch.ones(3)}, r"expected damping of at least 0, one number or \[p=15\]"),
     ],

@@ -25,7 +25,7 @@ from applied.threat import ThreatModel
 from applied.versions import rewritten
 from attribution_core.data import Column, floating_column, row_numbers, take
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.files import claim, whole
+from attribution_core.files import claim, write_arrays
 from attribution_core.fingerprint import fingerprint
 from attribution_core.problem import Problem
 
@@ -215,8 +215,7 @@ class _Ascent:
         if path is None:
             return
         of = {name: getattr(self, name) for name in ("rows", "x", "mean", "targets")}
-        with whole(path) as part, part.open("wb") as file:
-            np.savez(file, levels=np.stack(self.levels), **of)
+        write_arrays(path, levels=np.stack(self.levels), **of)
 
     @classmethod
     def resumed(

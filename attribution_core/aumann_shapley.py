@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.data import named
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.files import claim, whole
+from attribution_core.files import claim, write_array
 from attribution_core.fingerprint import fingerprint
 from attribution_core.gradients import Progress, Sized
 from attribution_core.magic import magic
@@ -253,7 +253,6 @@ def _point(
         np.add.at(total, index, scores)
         scores = total
     if kept is not None and world()[0] == 0:
-        with whole(kept) as part, part.open("wb") as file:
-            np.save(file, scores)
+        write_array(kept, scores)
     wait()
     return scores

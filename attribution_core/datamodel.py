@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.data import named
-from attribution_core.files import whole, write_text
+from attribution_core.files import write_array, write_text
 
 FORMAT = 1  # of the saved folder; another number is refused
 OF_OUTPUTS = ("change", "weight_decay", "remainder")  # lists in meta with a number for each output
@@ -225,10 +225,7 @@ class LinearDatamodel:
             if getattr(self, name) is None:
                 (folder / f"{name}.npy").unlink(missing_ok=True)
                 continue
-            array = np.asarray(getattr(self, name))
-            # beside it: the array may be a map of the very file it replaces
-            with whole(folder / f"{name}.npy") as part, part.open("wb") as file:
-                np.save(file, _typed(array))
+            write_array(folder / f"{name}.npy", _typed(np.asarray(getattr(self, name))))
         text = json.dumps({"format": FORMAT, "meta": dict(self.meta)}, indent=1, default=plain)
         write_text(folder / "datamodel.json", text)
 

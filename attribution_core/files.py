@@ -7,6 +7,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from attribution_core.processes import from_first, wait, world
 
@@ -28,6 +32,26 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_array(path: Path, array: ArrayLike) -> None:
+    """Write a .npy file whole or not at all; the array may be a map of the very file it replaces."""
+    with whole(path) as part, part.open("wb") as file:
+        np.save(file, array)
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write a .npz file whole or not at all."""
+    with whole(path) as part, part.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def write_parquet(path: Path, table: Any) -> None:
+    """Write a pyarrow table as a .parquet file, whole or not at all."""
+    from pyarrow import parquet
+
+    with whole(path) as part:
+        parquet.write_table(table, part)
 
 
 def ending(path: str | Path, *known: str) -> str:

@@ -10,11 +10,9 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attribution_core.problem import Params, Problem, decay_of
@@ -233,25 +231,3 @@ def stretches(steps: int, count: int) -> list[tuple[int, int]]:
         )
     ends = [round(steps * k / max(count, 1)) for k in range(count + 1)]
     return list(itertools.pairwise(ends))
-
-
-def save_state(path: Path, params: Params, state: State) -> None:
-    """Parameters and an optimizer's state as one safetensors file."""
-    groups = {"params": params, **state}
-    save_file(
-        {f"{g}/{k}": v.contiguous() for g, held in groups.items() for k, v in held.items()}, path
-    )
-
-
-def load_state(path: Path, like: Params) -> tuple[Params, State]:
-    """What `save_state` wrote, on the device and in the order of `like`."""
-    device = next(iter(like.values())).device
-    groups: dict[str, Params] = {}
-    for key, value in load_file(path).items():
-        group, name = key.split("/", 1)
-        groups.setdefault(group, {})[name] = value.to(device)
-    ordered = {
-        group: {name: held[name] for name in (*(name for name in like if name in held), *held)}
-        for group, held in groups.items()
-    }  # a file holds names by the alphabet, and who flattens a group goes by its order
-    return ordered.pop("params"), ordered

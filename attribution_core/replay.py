@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Literal
 
-import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 
-from attribution_core.files import whole
 from attribution_core.problem import Params
 from attribution_core.steps import Steps, TrainingState
 
@@ -147,55 +143,3 @@ def refuse_another_end(params: Params, again: Params) -> None:
                 f"the training cannot be repeated: taken again, its steps end {float(off / size):.1%} of their norm away from "
                 "the run's parameters. The initial model, the loss or the data have changed since"
             )
-
-
-# --- on disk -------------------------------------------------------------------------------------
-
-
-def save_training_state(path: Path, state: TrainingState) -> None:
-    """One safetensors file, whole or not at all."""
-    groups = {"params": state.params, "buffers": state.buffers}
-    groups |= {f"moments.{name}": held for name, held in state.moments.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as part:
-        save_file(
-            {f"{g}/{k}": v.contiguous() for g, held in groups.items() for k, v in held.items()},
-            part,
-        )
-
-
-def load_training_state(path: Path, like: TrainingState) -> TrainingState:
-    """What `save_training_state` wrote, on the device of `like`."""
-    device = next(iter(like.params.values())).device
-    held = {key: value.to(device) for key, value in load_file(path).items()}
-
-    def group(prefix: str, names: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: held[f"{prefix}/{name}"] for name in names}
-
-    return TrainingState(
-        group("params", like.params),
-        {name: group(f"moments.{name}", of) for name, of in like.moments.items()},
-        group("buffers", like.buffers),
-    )
-
-
-class StatesOnDisk(Mapping[int, TrainingState]):
-    """The kept states of a run in a folder, read one at a time."""
-
-    def __init__(self, folder: Path, like: TrainingState):
-        self.folder = folder
-        self.like = like
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"{step:08d}.safetensors"
-
-    def __getitem__(self, step: int) -> TrainingState:
-        if not self.path(step).exists():
-            raise KeyError(step)
-        return load_training_state(self.path(step), self.like)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(sorted(int(path.stem) for path in self.folder.glob("*.safetensors")))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)

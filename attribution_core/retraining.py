@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.files import claim, whole
+from attribution_core.files import claim, write_array
 from attribution_core.fingerprint import fingerprint
 from attribution_core.gradients import Progress, Sized
 from attribution_core.problem import Outputs, Problem
@@ -174,8 +174,7 @@ class _Cache:
             ) from None
 
     def put(self, cell: Cell, values: NDArray[np.float64]) -> None:
-        with whole(self._path(cell)) as part, part.open("wb") as file:
-            np.save(file, values)
+        write_array(self._path(cell), values)
 
 
 @dataclass(frozen=True)

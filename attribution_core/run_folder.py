@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
-from attribution_core.files import whole, write_text
-from attribution_core.optimizers import Checkpoint, load_state, save_state
+from attribution_core.files import whole, write_arrays, write_text
+from attribution_core.optimizers import Checkpoint, State
 from attribution_core.problem import Params
-from attribution_core.replay import StatesOnDisk, load_training_state, save_training_state
 from attribution_core.steps import Steps, TrainingState
 
 if TYPE_CHECKING:
@@ -66,16 +68,18 @@ class RunFolder:
 
     def keep(self, step: int, state: TrainingState) -> None:
         """Keep a state for attribution."""
-        save_training_state(StatesOnDisk(self.path / "states", self.like).path(step), state)
+        _save_training_state(StatesOnDisk(self.path / "states", self.like).path(step), state)
 
     def mark(self, k: int, at: Checkpoint) -> None:
         """Keep the k-th checkpoint."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        save_state(self._tensors(k), at.params, at.state)
+        _save(self._tensors(k), {"params": at.params, **at.state})
 
     def marks(self, places: list[tuple[int, int, int]], like: Params) -> list[Checkpoint]:
         """The first checkpoints, of these (step, first, last)."""
-        return [Checkpoint(*load_state(self._tensors(k), like), *at) for k, at in enumerate(places)]
+        return [
+            Checkpoint(*_load_checkpoint(self._tensors(k), like), *at)
+            for k, at in enumerate(places)
+        ]
 
     def snapshot(
         self, step: int, state: TrainingState, losses: NDArray[Any], digests: NDArray[Any]
@@ -83,9 +87,11 @@ class RunFolder:
         """Every half minute: where the training stands, to go on from after a kill."""
         if time.monotonic() - self.clock["last"] < EVERY:
             return
-        save_training_state(self.path / f"resume{step}.safetensors", state)
-        with whole(self.path / "resume.npz") as part, part.open("wb") as file:  # names the state
-            np.savez(file, step=step, losses=losses, digests=digests, fingerprint=self.fingerprint)
+        _save_training_state(self.path / f"resume{step}.safetensors", state)
+        write_arrays(  # names the state
+            self.path / "resume.npz",
+            step=step, losses=losses, digests=digests, fingerprint=self.fingerprint,
+        )  # fmt: skip
         for old in self.path.glob("resume*.safetensors"):
             if old.name != f"resume{step}.safetensors":
                 old.unlink()
@@ -110,7 +116,7 @@ class RunFolder:
                 )
             step = int(held["step"])
             losses, digests = held["losses"], held["digests"]
-        state = load_training_state(self.path / f"resume{step}.safetensors", self.like)
+        state = _load_training_state(self.path / f"resume{step}.safetensors", self.like)
         return state, step, losses, digests
 
     # --- finished
@@ -121,9 +127,8 @@ class RunFolder:
 
     def write(self, run: Run) -> None:
         """The finished run, whose checkpoints are kept already; run.json last, so that it vouches for the others."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        save_state(self._tensors(), run.params, {**run.state, "buffers": run.buffers})
-        np.savez(
+        _save(self._tensors(), {"params": run.params, **run.state, "buffers": run.buffers})
+        write_arrays(
             self.path / "run.npz",
             order=np.concatenate(run.order),
             sizes=[len(batch) for batch in run.order],
@@ -145,10 +150,79 @@ class RunFolder:
             digests = held["digests"] if "digests" in held else np.zeros(0)
             where = held["checkpoints"].tolist() if "checkpoints" in held else []
         like = steps.problem.params
-        params, state = load_state(self._tensors(), like)
+        params, state = _load_checkpoint(self._tensors(), like)
         buffers = state.pop("buffers", {})
         return {
             "params": params, "state": state, "order": order, "losses": losses,
             "checkpoints": tuple(self.marks(where, like)), "buffers": buffers, "states": StatesOnDisk(self.path / "states", self.like),
             "digests": digests if len(digests) else None, "shards": shards,
         }  # fmt: skip
+
+
+class StatesOnDisk(Mapping[int, TrainingState]):
+    """The kept states of a run in a folder, read one at a time."""
+
+    def __init__(self, folder: Path, like: TrainingState):
+        self.folder = folder
+        self.like = like
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"{step:08d}.safetensors"
+
+    def __getitem__(self, step: int) -> TrainingState:
+        if not self.path(step).exists():
+            raise KeyError(step)
+        return _load_training_state(self.path(step), self.like)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(int(path.stem) for path in self.folder.glob("*.safetensors")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+# --- tensors -----------------------------------------------------------------------------------
+
+
+def _save(path: Path, groups: Mapping[str, Params]) -> None:
+    """Tensors by group and name as one safetensors file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flat = {f"{g}/{k}": v.contiguous() for g, held in groups.items() for k, v in held.items()}
+    with whole(path) as part:
+        save_file(flat, part)
+
+
+def _load(path: Path, device: torch.device) -> dict[str, Params]:
+    """What `_save` wrote; names are in the order of the alphabet."""
+    groups: dict[str, Params] = {}
+    for key, value in load_file(path).items():
+        group, name = key.split("/", 1)
+        groups.setdefault(group, {})[name] = value.to(device)
+    return groups
+
+
+def _load_checkpoint(path: Path, like: Params) -> tuple[Params, State]:
+    """Parameters and an optimizer's state, on the device and in the order of `like`."""
+    ordered = {
+        group: {name: held[name] for name in (*(name for name in like if name in held), *held)}
+        for group, held in _load(path, next(iter(like.values())).device).items()
+    }  # who flattens a group goes by its order
+    return ordered.pop("params"), ordered
+
+
+def _save_training_state(path: Path, state: TrainingState) -> None:
+    moments = {f"moments.{name}": held for name, held in state.moments.items()}
+    _save(path, {"params": state.params, "buffers": state.buffers, **moments})
+
+
+def _load_training_state(path: Path, like: TrainingState) -> TrainingState:
+    groups = _load(path, next(iter(like.params.values())).device)
+
+    def ordered(group: str, names: Params) -> Params:
+        return {name: groups[group][name] for name in names}
+
+    return TrainingState(
+        ordered("params", like.params),
+        {name: ordered(f"moments.{name}", of) for name, of in like.moments.items()},
+        ordered("buffers", like.buffers),
+    )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.files import whole, write_text
+from attribution_core.files import write_arrays, write_text
 from attribution_core.processes import failing_together, from_first, wait, world
 
 FORMAT = 1
@@ -104,8 +104,7 @@ class Store:
         if not from_first(path.exists()):
             tensor, about = make()
             if world()[0] == 0:
-                with whole(path) as part, part.open("wb") as file:
-                    np.savez(file, tensor=tensor.cpu().numpy(), about=json.dumps(about))
+                write_arrays(path, tensor=tensor.cpu().numpy(), about=json.dumps(about))
             wait()
         with np.load(path) as held:
             return torch.from_numpy(held["tensor"]), json.loads(str(held["about"]))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from attribution_core.adjoint import Adjoint, Form, Owed, Wanted, pull
 from attribution_core.data import Rows, take
-from attribution_core.files import whole
+from attribution_core.files import write_arrays
 from attribution_core.fingerprint import fingerprint
 from attribution_core.gradients import Progress, Sized, has_forward_mode, output_gradients
 from attribution_core.optimizers import stretches
@@ -266,11 +266,9 @@ class _Total:
 
 def _write(path: Path, made_of: str, chunk: NDArray[np.intp], found: Walked) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as part, part.open("wb") as file:
-        np.savez(
-            file, made_of=made_of, chunk=chunk, owed=found.owed, growth=found.growth,
-            held=found.held,
-        )  # fmt: skip
+    write_arrays(
+        path, made_of=made_of, chunk=chunk, owed=found.owed, growth=found.growth, held=found.held
+    )
 
 
 def _read(path: Path, made_of: str, chunk: NDArray[np.intp]) -> Walked | None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attribution_core.files import write_text
+from attribution_core.files import write_array, write_text
 from recipes.embedded import Document
 
 KINDS = (".parquet", ".jsonl", ".txt")
@@ -334,8 +334,7 @@ class Blocks:
             folder.mkdir(parents=True, exist_ok=True)
             mark.unlink(missing_ok=True)  # it vouches for the others
             for name, numbers in (("blocks", rows), ("document", owners)):
-                written = folder / f"{name}.part.npy"
-                np.save(written, np.array(numbers, dtype=np.int32))
-                written.replace(folder / f"{name}.npy")  # who has read the old file keeps it
+                # who has read the old file keeps it
+                write_array(folder / f"{name}.npy", np.array(numbers, dtype=np.int32))
             write_text(mark, digest.hexdigest())
         return cls(folder)

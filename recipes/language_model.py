@@ -106,7 +106,7 @@ def language_model(model: str, pool: Sequence[Document], folder: Path) -> Langua
 
 def kept_bpe(folder: Path, texts: list[str], vocabulary: int) -> Path:
     """The tokeniser of these texts in a folder; trained again where other texts or another size had left one."""
-    from attribution_core.files import write_text
+    from attribution_core.files import whole, write_text
     from attribution_core.fingerprint import fingerprint
 
     path, about = folder / "tokenizer.json", folder / "tokenizer.of"
@@ -114,9 +114,8 @@ def kept_bpe(folder: Path, texts: list[str], vocabulary: int) -> Path:
     if not (path.exists() and about.exists() and about.read_text(encoding="utf-8") == made_of):
         folder.mkdir(parents=True, exist_ok=True)
         about.unlink(missing_ok=True)
-        part = path.with_suffix(".part")
-        train_bpe(texts, vocabulary).save(str(part))
-        part.replace(path)
+        with whole(path) as part:
+            train_bpe(texts, vocabulary).save(str(part))
         write_text(about, made_of)  # last: it vouches for the other
     return path
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from applied import report
 from applied.detection import COMBINED
 from applied.recipe import Interval, paired_interval
 from applied.threat import ThreatModel
+from attribution_core.files import write_parquet
 from recipes import classification
 from recipes.classification import Classification
 from recipes.command import as_given
@@ -379,9 +379,6 @@ def facts_of(flags: Flags, data: Classification, outcomes: Sequence[Outcome]) ->
 def write_outcomes(flags: Flags, outcomes: Sequence[Outcome]) -> None:
     """outcomes.parquet: a line for every split, budget and attack; a column for every entry of a mapping."""
     import pyarrow
-    from pyarrow import parquet
 
-    part = flags.out / "outcomes.part"
     table = pyarrow.Table.from_pylist([asdict(x) for x in outcomes]).flatten()
-    parquet.write_table(table, part)
-    os.replace(part, flags.out / "outcomes.parquet")
+    write_parquet(flags.out / "outcomes.parquet", table)

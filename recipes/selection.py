@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +11,7 @@ from numpy.typing import NDArray
 from applied.recipe import SLACK, Decision
 from applied.selection import select
 from attribution_core import LinearDatamodel, Run, influence, train
+from attribution_core.files import write_parquet
 from attribution_core.processes import world
 from recipes import filters
 from recipes.command import forget_report
@@ -132,7 +130,6 @@ def write_subset(study: Study, datamodel: LinearDatamodel, decision: Decision) -
     if world()[0] != 0:
         return
     import pyarrow
-    from pyarrow import parquet
 
     density = datamodel.scores[:, 0] / study.tokens
     rank = np.empty(len(density), dtype=int)
@@ -149,7 +146,7 @@ def write_subset(study: Study, datamodel: LinearDatamodel, decision: Decision) -
         "rank": rank[best_first],
     }
     forget_report(study.flags.out)
-    _write_parquet(parquet, pyarrow.table(columns), study.flags.out / "selected.parquet")
+    write_parquet(study.flags.out / "selected.parquet", pyarrow.table(columns))
     folder = study.flags.out / "subset"
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.parquet"):
@@ -159,16 +156,10 @@ def write_subset(study: Study, datamodel: LinearDatamodel, decision: Decision) -
         table = pyarrow.table(
             {name: [getattr(d, name) for d in some] for name in ("id", "text", "domain", "source")}
         )
-        _write_parquet(parquet, table, folder / f"part-{k:05d}.parquet")
+        write_parquet(folder / f"part-{k:05d}.parquet", table)
     say(
         f"chose {len(chosen):,} of {len(study.pool):,} documents, {decision.cost:,.0f} tokens; "
         f"predicted target loss {decision.predicted[0]:.3f} bits/byte, random "
         f"{decision.baseline[0]:.3f}"
     )
     warn_of_missed(study, "chosen", decision.weights)
-
-
-def _write_parquet(parquet: Any, table: Any, path: Path) -> None:
-    part = path.with_suffix(".part")
-    parquet.write_table(table, part)
-    os.replace(part, path)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.data import named
+from attribution_core.data import named, summed
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.files import claim, write_array
 from attribution_core.fingerprint import fingerprint
@@ -147,7 +147,7 @@ def aumann_shapley(
         "change": change.tolist(), "remainder": remainder.tolist(), "seeds": [recipe.seed],
         "trainings": len(f) + points,
     }  # fmt: skip
-    targets = np.asarray(outputs.names) if outputs.names else None
+    targets = outputs.targets
     return LinearDatamodel(scores, f[-1], np.ones(len(names)), names, targets, meta)
 
 
@@ -249,9 +249,7 @@ def _point(
     ids = np.asarray(found.ids)
     numbered = np.array_equal(ids, np.arange(len(index)))
     if numbered or not np.array_equal(ids, names):  # rows, of a method that knows no groups
-        total = np.zeros((len(names), scores.shape[1]))
-        np.add.at(total, index, scores)
-        scores = total
+        scores = summed(scores, index, len(names))
     if kept is not None and world()[0] == 0:
         write_array(kept, scores)
     wait()

@@ -264,6 +264,27 @@ def named(groups: ArrayLike, n: int) -> tuple[NDArray[Any], NDArray[np.intp]]:
     return np.unique(labels, return_inverse=True)
 
 
+def summed(rows: NDArray[Any], index: NDArray[np.intp], groups: int) -> NDArray[np.float64]:
+    """The rows of each group added up, [groups, ...]; see `named` for the index.
+
+    >>> summed(np.array([1, 2, 4]), np.array([0, 1, 0]), 2)
+    array([5., 2.])
+    """
+    total = np.zeros((groups, *rows.shape[1:]), dtype=np.result_type(rows.dtype, float))
+    np.add.at(total, index, rows)
+    return total
+
+
+def numbers_of(
+    data: Data, rows: NDArray[np.intp], column: Column
+) -> tuple[NDArray[np.intp], NDArray[np.float64], list[int]]:
+    """Every number of a column in some rows: (row · numbers of a row + place, the numbers, the column's shape)."""
+    batch: Any = take(data, rows)
+    values = batch[column].flatten(1).double().cpu().numpy()
+    ids = rows[:, None] * values.shape[1] + np.arange(values.shape[1])
+    return ids.ravel(), values.ravel(), list(batch[column].shape)
+
+
 def _missing(label: Any) -> bool:
     """None, or one of the ways of numpy and pandas to say so."""
     nan = isinstance(label, float) and math.isnan(label)

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.data import named
+from attribution_core.data import named, summed
 from attribution_core.files import write_array, write_text
 
 FORMAT = 1  # of the saved folder; another number is refused
@@ -153,12 +154,7 @@ class LinearDatamodel:
             ValueError: members of one group have different anchors.
         """
         names, index = named(groups, len(self.scores))
-
-        def folded(rows: NDArray[Any]) -> NDArray[Any]:
-            total = np.zeros((len(names), rows.shape[1]), dtype=np.result_type(rows.dtype, float))
-            np.add.at(total, index, rows)
-            return total
-
+        folded = partial(summed, index=index, groups=len(names))
         anchor = np.zeros(len(names))
         anchor[index] = self.anchor
         if not np.allclose(anchor[index], self.anchor, rtol=1e-12, atol=0):

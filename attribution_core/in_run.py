@@ -365,8 +365,7 @@ class _Reading:
             "relative_remainder": [float(abs(r / c)) if c else None for r, c in pairs],
         }
         scores = np.divide(parts, w, out=np.zeros_like(parts), where=w > 0)
-        names = np.asarray(self.outputs.names) if self.outputs.names else None
-        return LinearDatamodel(scores, base, run.weights, targets=names, meta=meta)
+        return LinearDatamodel(scores, base, run.weights, targets=self.outputs.targets, meta=meta)
 
 
 def _warn(lag: int, wanted: int, size: int) -> None:

@@ -164,8 +164,7 @@ def influence(
         "exposure": at.exposure,
         "covered": problem.covered,
     }
-    targets = np.asarray(outputs.names) if outputs.names else None
-    return LinearDatamodel(scores, base, anchor, ids=names, targets=targets, meta=meta)
+    return LinearDatamodel(scores, base, anchor, ids=names, targets=outputs.targets, meta=meta)
 
 
 def fitted_curvature(

@@ -19,6 +19,7 @@ from attribution_core.data import (
     Column,
     batches,
     floating_column,
+    numbers_of,
     replaced,
     row_numbers,
     sample,
@@ -78,7 +79,7 @@ def input_influence(
         parts.append(_along(problem, chosen, name, directions, w))
     meta = {"method": "input_influence", "damping": fitted.damping, **fitted.meta}
     base = outputs.evaluate(problem.model).numpy()
-    names = np.asarray(outputs.names) if outputs.names else None
+    names = outputs.targets
     return _by_inputs(problem, places, name, torch.cat(parts), base, names, meta)
 
 
@@ -171,10 +172,7 @@ def _by_inputs(
     meta: dict[str, Any],
 ) -> LinearDatamodel:
     """The layout of `magic(wrt="inputs")`."""
-    batch: Any = take(problem.train, rows)
-    anchor = batch[column].flatten(1).double().cpu().numpy()
-    numbers = anchor.shape[1]
-    ids = (rows[:, None] * numbers + np.arange(numbers)).ravel()
-    meta = {**meta, "wrt": "inputs", "shape": list(batch[column].shape)}
+    ids, anchor, shape = numbers_of(problem.train, rows, column)
+    meta = {**meta, "wrt": "inputs", "shape": shape}
     flat = scores.reshape(len(ids), -1).numpy()
-    return LinearDatamodel(flat, base, anchor.ravel(), ids=ids, targets=targets, meta=meta)
+    return LinearDatamodel(flat, base, anchor, ids=ids, targets=targets, meta=meta)

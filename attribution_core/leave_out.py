@@ -110,9 +110,8 @@ def leave_one_out(
         "exposure": at.exposure,
         "leverage": float(leverage.max()),
     }
-    targets = np.asarray(outputs.names) if outputs.names else None
     return LinearDatamodel(
-        collect(torch.cat(scores)).numpy(), base, at.anchor, targets=targets, meta=meta
+        collect(torch.cat(scores)).numpy(), base, at.anchor, targets=outputs.targets, meta=meta
     )
 
 

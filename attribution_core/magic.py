@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from attribution_core.adjoint import Form, Wanted
-from attribution_core.data import Column, floating_column, named, row_numbers, take
+from attribution_core.data import Column, floating_column, named, numbers_of, row_numbers, summed
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import Progress, has_forward_mode
 from attribution_core.problem import Outputs
@@ -29,6 +29,7 @@ from attribution_core.smoothness import (
 )
 from attribution_core.soundness import stopped
 from attribution_core.tangent import Tangents, pushed_outputs
+from attribution_core.trained import each_run
 from attribution_core.training import Run
 from attribution_core.walk import Walk, told_operation, walk_back
 
@@ -276,17 +277,9 @@ def _datamodel(
         ids, index = named(asked.labels, run.problem.n)
         anchor = np.array([anchor[index == g].mean() for g in range(len(ids))])
         if scores.shape[1] == run.problem.n and not asked.forward:
-            folded = np.zeros((len(scores), len(ids), scores.shape[2]))
-            for one, part in zip(folded, scores, strict=True):
-                np.add.at(one, index, part)
-            scores = folded
-    elif asked.rows is not None:
-        batch: Any = take(run.problem.train, asked.rows)
-        anchor = batch[asked.column].flatten(1).double().cpu().numpy()
-        numbers = anchor.shape[1]
-        ids = (asked.rows[:, None] * numbers + np.arange(numbers)).ravel()
-        anchor = anchor.ravel()
-        meta["shape"] = list(batch[asked.column].shape)
+            scores = np.stack([summed(part, index, len(ids)) for part in scores])
+    elif asked.rows is not None and asked.column is not None:
+        ids, anchor, meta["shape"] = numbers_of(run.problem.train, asked.rows, asked.column)
     elif asked.hyper:
         ids, anchor = np.array(list(asked.hyper)), np.array(list(asked.hyper.values()))
     steps = run.steps
@@ -295,9 +288,8 @@ def _datamodel(
         "steps": len(run.order), "since": asked.since, "covered": run.problem.covered,
         "masks": steps.masks, **meta,
     }  # fmt: skip
-    targets = np.asarray(outputs.names) if outputs.names else None
     return LinearDatamodel(
-        scores.sum(0), run.outputs(outputs).numpy(), anchor, ids=ids, targets=targets, meta=meta,
+        scores.sum(0), run.outputs(outputs).numpy(), anchor, ids=ids, targets=outputs.targets, meta=meta,
         parts=scores if asked.segments > 1 else None,
     )  # fmt: skip
 
@@ -378,8 +370,7 @@ def _mean(runs: Sequence[Run], one: Any, folder: str | Path | None) -> LinearDat
     """The mean over runs, around their mean anchor, with the spread and how far segments reproduce."""
     if not runs:
         raise ValueError("expected at least one run, got none")
-    folders = [None if folder is None else Path(folder) / f"run{k}" for k in range(len(runs))]
-    found = [one(run, folder=f) for run, f in zip(runs, folders, strict=True)]
+    found = each_run(one, runs, folder)
     anchor = np.mean([f.anchor for f in found], axis=0)
     if not all(np.array_equal(f.anchor, anchor) for f in found):
         found = [f.at(anchor) for f in found]
@@ -390,10 +381,9 @@ def _mean(runs: Sequence[Run], one: Any, folder: str | Path | None) -> LinearDat
             meta[name] = max(f.meta[name] for f in found)
     meta["seeds"] = [run.recipe.seed for run in runs]
     meta["checks"] = [f.meta["check"] for f in found if "check" in f.meta]
-    if mean.parts is not None and len(found) > 1:
-        meta["reproduces"] = [
-            _correlation([f.parts[k] for f in found]) for k in range(len(mean.parts))
-        ]
+    parts = [f.parts for f in found if f.parts is not None]
+    if len(parts) > 1:
+        meta["reproduces"] = [_correlation(list(same)) for same in zip(*parts, strict=True)]
     return replace(mean, meta=meta)
 
 

@@ -319,7 +319,8 @@ def _floor(
     scores = similar(at.problem) * _signs(at.problem, outputs)
     if outputs.matrix is not None:
         scores = scores @ outputs.matrix.numpy()
-    names = np.asarray(outputs.names) if outputs.names else None
     base = outputs.evaluate(at.problem.model).numpy()
     meta = {**meta, "evidence": "corroborative"}
-    return LinearDatamodel(scores + 0.0, base, at.anchor, targets=names, meta=meta)  # no −0
+    return LinearDatamodel(
+        scores + 0.0, base, at.anchor, targets=outputs.targets, meta=meta
+    )  # no −0

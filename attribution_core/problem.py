@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -134,6 +134,11 @@ class Outputs:
 
     def __len__(self) -> int:
         return len(self.data) if self.matrix is None else self.matrix.shape[1]
+
+    @property
+    def targets(self) -> NDArray[Any] | None:
+        """The names of the targets as a datamodel takes them; None where they have none."""
+        return np.asarray(self.names) if self.names else None
 
     def mean(self, by: ArrayLike | None = None) -> Outputs:
         """One target: the average over rows; or, with labels [rows], one average per label."""

@@ -108,6 +108,13 @@ def several(
 def over_runs(
     one: Callable[..., LinearDatamodel], runs: Sequence[Run], folder: str | Path | None
 ) -> LinearDatamodel:
-    """The mean of one(run, folder=...) over runs, each with a folder of its own."""
+    """The mean of one(run, folder=...) over runs."""
+    return average(each_run(one, runs, folder))
+
+
+def each_run(
+    one: Callable[..., LinearDatamodel], runs: Sequence[Run], folder: str | Path | None
+) -> list[LinearDatamodel]:
+    """one(run, folder=...) of each run, in a folder of its own."""
     folders = [None if folder is None else Path(folder) / f"run{k}" for k in range(len(runs))]
-    return average([one(run, folder=f) for run, f in zip(runs, folders, strict=True)])
+    return [one(run, folder=f) for run, f in zip(runs, folders, strict=True)]

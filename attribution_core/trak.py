@@ -130,8 +130,7 @@ def trak(
         "exposure": first.exposure,
         "seed": seed,
     }
-    names = np.asarray(outputs.names) if outputs.names else None
-    return LinearDatamodel(scores, base, first.anchor, targets=names, meta=meta)
+    return LinearDatamodel(scores, base, first.anchor, targets=outputs.targets, meta=meta)
 
 
 # --- models ------------------------------------------------------------------------------------

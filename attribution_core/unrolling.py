@@ -307,5 +307,4 @@ def _datamodel(
         "exposure": final.exposure,
         "covered": problem.covered,
     }
-    names = np.asarray(outputs.names) if outputs.names else None
-    return LinearDatamodel(scores, base, final.anchor, targets=names, meta=meta)
+    return LinearDatamodel(scores, base, final.anchor, targets=outputs.targets, meta=meta)

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.func import hessian
 
 from attribution_core.data import Batch, batches, sample, take
-from attribution_core.draws import open_output
 from attribution_core.gradients import mean_gradient
 from attribution_core.jacobian import move_parameters, row_jacobians
+from attribution_core.opened import open_output
 from attribution_core.problem import Params, Problem, per_example
 from attribution_core.quadratic import factored, rows_at_once, second_order, solved
 from attribution_core.vectors import vector

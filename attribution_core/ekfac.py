@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from attribution_core.coverage import coverage_of, skipped
 from attribution_core.data import Rows, batches, rows_in, take
-from attribution_core.draws import default_draws, draw, is_real, open_output
+from attribution_core.draws import default_draws, draw
 from attribution_core.gradients import Progress, row_gradients
 from attribution_core.kronecker import EKFAC, Block, Place, weighted_gram
 from attribution_core.layers import (
@@ -40,6 +40,7 @@ from attribution_core.layers import (
     plain_gradients,
     watched,
 )
+from attribution_core.opened import is_real, open_output, outputs_in
 from attribution_core.problem import Params, PerExample, Problem, per_example, refuse_random_layers
 from attribution_core.processes import from_first, my_rows, sum_all, union, world
 
@@ -334,12 +335,7 @@ def _pulled(loss: PerExample, at: list[int]) -> PerExample:
             batch = {k: v for k, v in batch.items() if not k.startswith("drawn ")}
         else:
             batch, pulls = batch[: -len(at)], batch[-len(at) :]
-        seen: list[Any] = []
-        handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
-        try:
-            loss(model, batch)
-        finally:
-            handle.remove()
+        seen = outputs_in(model, lambda: loss(model, batch))
         output = [z for z in tree_leaves(seen[0]) if is_real(z)]
         products = [(output[k] * d).flatten(1).sum(1) for k, d in zip(at, pulls, strict=True)]
         return torch.stack(products).sum(0)

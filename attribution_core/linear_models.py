@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from attribution_core.data import Batch, batches, take
 from attribution_core.gradients import mean_gradient
+from attribution_core.opened import open_output
 from attribution_core.outputs import cross_entropy, squared_error
 from attribution_core.problem import PerExample, Problem
 
@@ -303,8 +304,9 @@ def _warn_unless_stationary(problem: Problem, w: NDArray[np.float64]) -> None:
     for rows in batches(problem.n, 4096):
         batch = take(problem.train, rows, problem.device)
         assert not isinstance(batch, dict)
-        z = problem.model(batch[0]).detach().requires_grad_()
-        losses = problem.loss(_Constant(z), batch)
+        output, losses_at = open_output(problem.model, problem.loss, problem.params, batch)
+        z = output[0].requires_grad_()
+        losses = losses_at([z])
         slope = torch.autograd.grad((losses * torch.from_numpy(w[rows]).to(losses)).sum(), z)[0]
         # a fit without error has no slope but that of rounding
         size = slope.square().sum(1) + 1e-20 * (z.detach().square().sum(1) + 1)
@@ -318,14 +320,3 @@ def _warn_unless_stationary(problem: Problem, w: NDArray[np.float64]) -> None:
             UnconvergedWarning,
             stacklevel=4,
         )
-
-
-class _Constant(nn.Module):
-    """Stands in for a model whose output is known."""
-
-    def __init__(self, output: Tensor):
-        super().__init__()
-        self.output = output
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output

@@ -21,8 +21,8 @@ from torch.func import grad, hessian, jacrev
 
 from attribution_core.curvature import DENSE
 from attribution_core.data import take
-from attribution_core.draws import open_output
 from attribution_core.gradients import as_batch, row_by_row
+from attribution_core.opened import open_output
 from attribution_core.problem import Params, Problem, per_example, refuse_random_layers
 from attribution_core.trained import Trained, trained
 from attribution_core.training import Run

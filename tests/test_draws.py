@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from attribution_core import Problem, causal_lm_loss, cross_entropy, squared_error
 from attribution_core import draws as core
-from attribution_core.draws import default_draws, draw, open_output
+from attribution_core.draws import default_draws, draw
 from attribution_core.ekfac import fit_ekfac
+from attribution_core.opened import open_output
 from tests import menagerie
 
 # float64 rounding of a root that is formed by eigenvectors

@@ -1,0 +1,75 @@
+"""A loss opened at the model's output: ℓ(θ) = losses(output(θ)), the two apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from attribution_core.data import Batch
+from attribution_core.problem import Params, PerExample, call, precision_of
+
+Losses = Callable[[list[Tensor]], Tensor]  # real leaves of the output -> [b]
+
+
+def open_output(
+    model: nn.Module, loss: PerExample, params: Params, batch: Batch
+) -> tuple[list[Tensor], Losses]:
+    """The real tensors of the model's output on a batch, and the losses [b] as a function of them.
+
+    Raises:
+        ValueError: a loss that does not call the model exactly once.
+    """
+    seen = outputs_in(model, lambda: call(model, loss, params, batch))
+    if len(seen) != 1:
+        raise ValueError(
+            f"expected a loss that calls the model once, got {len(seen)} calls; "
+            "use curvature='hessian', 'diagonal' or 'identity'"
+        )
+    leaves, spec = tree_flatten(seen[0])
+    if not any(is_real(leaf) for leaf in leaves):
+        raise ValueError(
+            f"expected a model that returns tensors, by themselves or in a tuple, a dict or a ModelOutput, got "
+            f"{type(seen[0]).__name__}; return a dict instead"
+        )
+
+    def losses(output: list[Tensor]) -> Tensor:
+        values = iter(output)
+        filled = tree_unflatten([next(values) if is_real(x) else x for x in leaves], spec)
+        with precision_of(params):
+            return loss(_Given(model, filled), batch)
+
+    return [leaf for leaf in leaves if is_real(leaf)], losses
+
+
+def outputs_in(model: nn.Module, act: Callable[[], Any]) -> list[Any]:
+    """What the model puts out, call by call, in act()."""
+    seen: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        act()
+    finally:
+        handle.remove()
+    return seen
+
+
+def is_real(value: Any) -> bool:
+    """A tensor of floating-point numbers."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+class _Given(nn.Module):
+    """Stands in for a model whose output is known."""
+
+    def __init__(self, model: nn.Module, output: Any):
+        super().__init__()
+        self.__dict__["_stands_for"] = model
+        self.__dict__["_output"] = output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_stands_for"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_output"]

@@ -1,22 +1,43 @@
-"""The README's code runs as printed."""
+"""The code of the README and the guide runs as printed."""
 
 import re
 from pathlib import Path
+from typing import Any
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guide.md"
 
 
-def test_the_code_blocks_run_in_order():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 7
-    names: dict = {}
+def names_after(page: Path, count: int) -> dict[str, Any]:
+    """What the page's blocks leave behind, run in their order."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == count
+    names: dict[str, Any] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, page.name, "exec"), names)
+    return names
+
+
+def assert_first_order(predicted, actual):
+    """Dropping one row is a step of 1: first order is right in direction."""
+    assert predicted @ actual > 0.9 * (predicted**2).sum() ** 0.5 * (actual**2).sum() ** 0.5
+
+
+def test_the_readme_runs():
+    names = names_after(README, count=7)
     # a third of the labels are wrong: leaving out half of the rows by their scores beats chance
     assert names["verified"].difference("random").high < 0
-    # exact values add up; those of a few metagradients nearly
-    worth, rows = names["worth"], names["rows"]
+    # exact values add up
+    worth, attack, exact = names["worth"], names["attack"], names["exact"]
     assert abs(worth.remainder) < 1e-9 * abs(worth.change)
+    assert attack.effect("mean").mean > 2 * attack.effect("mean", "random").mean
+    assert_first_order(exact.without([0]) - exact.base, names["actual"].numpy() - exact.base)
+
+
+def test_the_guide_runs():
+    names = names_after(GUIDE, count=6)
+    # those of a few metagradients nearly add up
+    rows = names["rows"]
     assert abs(rows.remainder) < 0.05 * abs(rows.change)
     # flips cost what was predicted, to a third, are found, and mostly undone
     attack, found, mended = names["attack"], names["found"], names["mended"]
@@ -25,17 +46,27 @@ def test_the_code_blocks_run_in_order():
     assert found.auc() > 0.99
     assert mended.recovered("target loss").mean > 0.5
     exact, run, tests = names["exact"], names["run"], names["tests"]
-    predicted = exact.without([0]) - exact.base
-    actual = run.again([0.0] + [1.0] * 499).outputs(tests).numpy() - exact.base
-    # dropping one row is a step of 1: first order is right in direction
-    assert predicted @ actual > 0.9 * (predicted**2).sum() ** 0.5 * (actual**2).sum() ** 0.5
+    actual = run.again([0.0] + [1.0] * 499).outputs(tests).numpy()
+    assert_first_order(exact.without([0]) - exact.base, actual - exact.base)
+
+
+def test_links_lead_to_headings_and_files():
+    for page in (README, GUIDE):
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            path, _, heading = target.partition("#")
+            file = page.parent / path
+            assert file.exists(), target
+            titles = (
+                re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M) if heading else []
+            )
+            assert not heading or heading in [t.lower().replace(" ", "-") for t in titles], target
 
 
 def test_every_file_of_the_tree_exists():
-    tree = README.read_text(encoding="utf-8").split("## The tree")[1].split("Floors:")[0]
-    root, folder = README.parent, README.parent
+    tree = README.read_text(encoding="utf-8").split("## The tree")[1].split("Layers:")[0]
+    folder = ROOT
     for line in tree.splitlines():
         if found := re.match(r"    (\w+)/ ", line):
-            folder = root / found[1]
+            folder = ROOT / found[1]
         elif found := re.match(r"      (\w+\.py) ", line):
             assert (folder / found[1]).exists(), line

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).parent.parent
 README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guide.md"
 
@@ -24,7 +26,7 @@ def assert_first_order(predicted, actual):
 
 
 def test_the_readme_runs():
-    names = names_after(README, count=7)
+    names = names_after(README, count=8)
     # a third of the labels are wrong: leaving out half of the rows by their scores beats chance
     assert names["verified"].difference("random").high < 0
     # exact values add up
@@ -32,10 +34,15 @@ def test_the_readme_runs():
     assert abs(worth.remainder) < 1e-9 * abs(worth.change)
     assert attack.effect("mean").mean > 2 * attack.effect("mean", "random").mean
     assert_first_order(exact.without([0]) - exact.base, names["actual"].numpy() - exact.base)
+    # the decision turns, without fewer rows than of the nearest, as was predicted to a half
+    behind = names["behind"]
+    actual = behind.found.actual[0]
+    assert actual < behind.controls["nearest"][0]
+    assert 0.5 <= behind.found.predicted[0] / actual <= 1.5
 
 
 def test_the_guide_runs():
-    names = names_after(GUIDE, count=6)
+    names = names_after(GUIDE, count=7)
     # those of a few metagradients nearly add up
     rows = names["rows"]
     assert abs(rows.remainder) < 0.05 * abs(rows.change)
@@ -45,6 +52,11 @@ def test_the_guide_runs():
     assert attack.effect("target loss").mean > 2 * attack.effect("target loss", "random").mean
     assert found.auc() > 0.99
     assert mended.recovered("target loss").mean > 0.5
+    # groups of mistakes lose what was predicted without their own rows, to a half, and others move half as much at most
+    alike = names["alike"]
+    own, off = np.diag(alike.actual), ~np.eye(len(alike.rows), dtype=bool)
+    np.testing.assert_allclose(own, np.diag(alike.predicted), rtol=0.5)
+    assert abs(alike.actual[off].mean()) < 0.5 * abs(own.mean())
     exact, run, tests = names["exact"], names["run"], names["tests"]
     actual = run.again([0.0] + [1.0] * 499).outputs(tests).numpy()
     assert_first_order(exact.without([0]) - exact.base, actual - exact.base)

@@ -150,7 +150,7 @@ class Quota:
         return cls(threat.check(change, sources, n), threat.source_quota)
 
     def after(self, n: int) -> Quota:
-        """The same for rows that are numbered from n on; those before are nobody's to bring."""
+        """The same for a pool's rows, numbered from n on; the first n rows are never brought in."""
         if self.sources is None:
             return self
         return Quota(np.r_[np.full(n, self.sources[0]), self.sources], self.most)
@@ -193,7 +193,7 @@ class Quota:
         return np.array(found, dtype=int)
 
     def refuse(self, rows: NDArray[np.intp]) -> None:
-        """Raise where rows that somebody chose are more than a source may bring."""
+        """Raise where the given rows are more than a source may bring."""
         if self.sources is None or self.most is None:
             return
         names, counts = np.unique(self.sources[rows], return_counts=True)

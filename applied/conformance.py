@@ -30,8 +30,8 @@ from attribution_core.outputs import logits_of
 SAME = 1e-6  # of the outputs' spread, besides rounding: what outputs of one function differ by
 TRIED = 256  # forget rows on which two functions are compared
 BATCH = 4  # of them at a time
-KEPT = 2**22  # numbers that are held of what a model says of them
-MASKED = 1e5  # below the largest: a logit that is none
+KEPT = 2**22  # numbers of a model's outputs on them that are held
+MASKED = 1e5  # below the largest logit: masked out
 
 ADVICE = {
     "no-op": "build the optimizer on the parameters of the copy that you return, and step it",
@@ -251,7 +251,7 @@ def _no_op(before: _Snapshot, model: nn.Module, made: nn.Module) -> str:
     moves = [name for name, free in before.trainable.items() if free]
     # where all are frozen, any may be unlearned
     kept: list[Any] = [before.state[name] for name in moves or before.trainable]
-    wrapped = len(now) > len(before.trainable)  # adapters, say, around what stays as it was
+    wrapped = len(now) > len(before.trainable)  # such as adapters around parameters that stay
     if not wrapped and all(any(_same_values(old, new) for new in now) for old in kept):
         return f"none of {len(kept)} trainable parameters differs from the input's"
     return ""
@@ -303,14 +303,14 @@ def _says_else(was: _Said | None, model: nn.Module, forget: Any) -> str:
     now = _Said.by(model, forget)
     if was is None or (now is not None and was.same(now)):
         return ""
-    return "its parameters are as they were, but what it says of the forget rows is not"
+    return "its parameters are unchanged, but its outputs on the forget rows are not"
 
 
 def _same_function(was: _Said | None, now: _Said | None) -> str:
-    """Why parameters that differ say the same of the forget rows; empty if they do not, or nobody can tell."""
+    """That outputs on the forget rows are equal though parameters differ; empty if they are not, or cannot be compared."""
     if was is None or now is None or not was.same(now):
         return ""
-    return f"parameters differ, but what is said of {len(was.z)} forget rows does not"
+    return f"parameters differ, but the outputs on {len(was.z)} forget rows do not"
 
 
 @contextmanager
@@ -326,7 +326,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:
-    """Equal numbers, under another name or in another precision, too; −0 is not 0."""
+    """Equal numbers, also under another name or in another precision; −0 is not 0."""
     if a.shape != b.shape:
         return False
     low = min((a.dtype, b.dtype), key=lambda dtype: dtype.itemsize)
@@ -334,7 +334,7 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
 
 
 def _shares(model: nn.Module, made: nn.Module) -> str:
-    """Which tensors of the new model lie in the memory of the old; of one model that says nothing."""
+    """Which tensors of the new model lie in the memory of the old; empty where both are one model."""
     if made is model:
         return ""
     held = {x.untyped_storage().data_ptr() for _, x in _tensors(model) if x.numel()}
@@ -382,9 +382,12 @@ def _seen(oracles: Any) -> NDArray[np.bool_]:
         oracles = [oracles]
     if isinstance(oracles, Sequence) and all(hasattr(one, "weights") for one in oracles):
         parts = [_seen_by(one) for one in oracles]
-        if len({part.shape[1] for part in parts}) == 1:
+        sizes = sorted({part.shape[1] for part in parts})
+        if len(sizes) == 1:
             return np.concatenate(parts)
-        raise ValueError("expected runs over the same n rows, got others; pass runs of one problem")
+        raise ValueError(
+            f"expected runs over the same n rows, got {sizes}; pass runs of one problem"
+        )
     weights = np.asarray(oracles, dtype=float)
     if weights.ndim != 2 or not weights.size:
         raise ValueError(f"expected oracle_weights [m, n] or runs, got shape {weights.shape}")

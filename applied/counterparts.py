@@ -1,8 +1,8 @@
-"""Counterparts: rows that ask of somebody never seen what the forget set asks, with the same answers.
+"""Counterparts: rows like the forget set's about somebody never seen, with the same answers.
 
-A model that never saw the forget set says of it what it says of rows like it that it never saw. What was learned by
-heart is in the forget rows alone; what they taught about others (how common their answers are) shows at the
-counterparts too, and fades there as the rows are forgotten.
+A model that never saw the forget set answers it as it answers similar rows that it never saw. What was memorised is
+in the forget rows alone; what they taught in general (how common their answers are) shows at the counterparts as
+well, and fades there as the rows are forgotten.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Counterparts:
             )
 
     def typical(self, model: nn.Module) -> Rows:
-        """The round of counterparts whose answers a model finds as likely as those of all rounds, nearest.
+        """The round whose answers are, to a model, nearest in likelihood to the mean of all rounds.
 
-        One round's are some strangers'; which of them happen to be near the truth is chance.
+        Each round uses different strangers, and by chance some of them fit the true answers better.
         """
         device, n = next(model.parameters()).device, len(self.forget)
         rounds = np.arange(len(self.like)).reshape(-1, n)

@@ -53,10 +53,10 @@ def counted(model: nn.Module) -> Iterator[Count]:
 
 @dataclass(frozen=True, eq=False)
 class _Hook:
-    """Counts the rows of a call; however a model is copied, its copies count here, too."""
+    """Counts the rows of a call; however a model is copied, its copies count here as well."""
 
     count: Count
-    name: str  # by which pickled copies find it, and no other session's do
+    name: str  # by which pickled copies find it; unique
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = next(_inside([args, kwargs]), None)
@@ -74,11 +74,11 @@ class _Hook:
         return _hook_under_way, (self.name,)
 
 
-_UNDER_WAY: dict[str, _Hook] = {}  # hooks of counts that are not through
+_UNDER_WAY: dict[str, _Hook] = {}  # hooks of counts in progress
 
 
 def _hook_under_way(name: str) -> _Hook:
-    """The hook that a pickled model held; one that counts nothing where its count is through."""
+    """The hook that a pickled model held; one that counts nothing where its count has ended."""
     return _UNDER_WAY.get(name) or _Hook(Count(on=False), name)
 
 

@@ -33,7 +33,7 @@ class Detection:
     Args:
         scores: detector -> [n]. "combined" is in signed units where trusted rows were given: above 0, the rows that
             are believed dispute the label.
-        planted: [n], what was really changed; None where nobody knows.
+        planted: [n], what was really changed; None where unknown.
         signed: whether trusted rows were given, so that "combined" says where to stop.
     """
 
@@ -58,7 +58,7 @@ class Detection:
         """Chance that a planted row looks more suspicious than one that is not; ties count half.
 
         Raises:
-            ValueError: nobody knows what was planted.
+            ValueError: it is not known what was planted.
         """
         from sklearn.metrics import roc_auc_score
 
@@ -67,7 +67,7 @@ class Detection:
         return float(roc_auc_score(self.planted, self.scores[name]))
 
     def table(self, rows: int = 20) -> str:
-        """One line a detector, the best first; where nobody knows what was planted, the most suspicious rows."""
+        """One line a detector, the best first; where it is unknown what was planted, the most suspicious rows."""
         if self.planted is None:
             return self._rows(rows)
         ranked = sorted(self.scores, key=self.auc, reverse=True)
@@ -99,12 +99,12 @@ def detect(
     """How suspicious every training row is.
 
     "neighbours": the share of the nearest rows with another label. "combined": rows vote on each other's labels by
-    kernel ridge regression, margin_i = p_i(own label) − max other p_i, each by a vote that it has no part in (exact
-    leave-one-out). There are two votes, one of rows that count alike and one of classes that do, and the larger margin
-    stands: the first disputes honest rows of rare classes, the second rows of common ones. Trusted rows always vote; of
-    the others first those that trusted rows and signals doubt least, then those that the vote before agrees with. Its
-    score is −margin. Without trusted rows or labels it is the mean
-    over detectors of −log(1 − rank), and says nothing about where to stop.
+    kernel ridge regression, margin_i = p_i(own label) − max other p_i, each by a vote without itself (exact
+    leave-one-out). There are two votes, one that weights all rows alike and one that weights all classes alike, and
+    the larger margin counts: the first vote disputes honest rows of rare classes, the second honest rows of common
+    ones. Trusted rows always vote. Of the others, those vote first that trusted rows and signals doubt least, then
+    those that the previous vote agreed with. The score is −margin. Without trusted rows or labels it is the mean over
+    detectors of −log(1 − rank), and does not say where to stop.
 
     Args:
         features: [n, ...], inputs or representations, on comparable scales.
@@ -251,7 +251,7 @@ class _Vote:
     def weighed(
         self, believed: NDArray[np.bool_], of_class: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """Margins [n] by the votes of trusted rows and those believed, of_class [c] each; nobody votes on itself."""
+        """Margins [n] by the votes of trusted rows and those believed, of_class [c] each; no row votes on itself."""
         phi = np.concatenate([self.trusted_phi, self.phi[believed]])
         own = np.concatenate([self.trusted_own, self.own[believed]])
         weighed = phi * (own @ of_class)[:, None]

@@ -1,4 +1,4 @@
-"""How far outputs of unlearned models lie from those of oracles, point by point, and who can tell.
+"""How far outputs of unlearned models lie from those of oracles, point by point, and whether an attacker sees it.
 
 An oracle is a model that never saw the forget set. Samples are [models, points].
 """
@@ -25,8 +25,8 @@ def klom(
 
     KL(unlearned ‖ oracle) = Σ_b p_b log(p_b / q_b) over equal bins between the least and the greatest
     value of both samples, that value included; p_b is (count_b / N + ε) / (1 + bins · ε), q_b likewise.
-    0 for equal samples, log(1/ε) = 11.5 for point masses apart. Of one law it is far from 0 yet: in the
-    mean .35 for 100 models of each, .89 for 50, 3.0 for 20; compare with that of other oracles.
+    0 for equal samples, log(1/ε) = 11.5 for point masses apart. For two samples of one distribution it is
+    not 0: .35 in the mean for 100 models of each, .89 for 50, 3.0 for 20; compare with other oracles.
 
     Args:
         unlearned: [N, z] outputs of N models at z points.
@@ -78,9 +78,9 @@ def gaussian_klom(unlearned: ArrayLike, oracle: ArrayLike) -> NDArray[np.float64
     """Divergence of the outputs of unlearned models from oracles', from normal fits, nats per output.
 
     KL = log(s_o / s_u) + (s_u² + (m_u − m_o)²) / (2 s_o²) − ½, with means m and standard deviations s
-    (ddof 1) of the models. For few models (5 to 20). Of one normal law with N models of each it is not 0
-    but (2N − 1) / (N (N − 3)) in the mean: .020 for 100, .11 for 20, .27 for 10, .9 for 5, and without
-    bound for 3; compare with that of other oracles. It sees means and spreads only. No spread counts as
+    (ddof 1) of the models. For few models (5 to 20). For two samples of N models of one normal
+    distribution it is not 0 but (2N − 1) / (N (N − 3)) in the mean: .020 for 100, .11 for 20, .27 for 10,
+    .9 for 5, and without bound for 3; compare with other oracles. It sees means and spreads only. No spread counts as
     less than 1e-3 of that of both samples together, so outputs that never vary stay finite (≤ 2e6).
 
     Args:
@@ -113,11 +113,11 @@ def _normals(*samples: NDArray[Any]) -> list[tuple[NDArray[np.float64], NDArray[
 
 
 def attack(unlearned: ArrayLike, oracle: ArrayLike) -> NDArray[np.float64]:
-    """How well an attacker tells unlearned models from oracles by one output: AUC per output.
+    """How well an attacker distinguishes unlearned models from oracles by one output: AUC per output.
 
     The likelihood ratio of two normal fits, made on every second model and judged on the others, and the
-    other way round; the mean AUC of both. .5: cannot tell, 1: always. Each point is attacked by itself, as
-    U-LiRA does; below .5 is chance.
+    other way round; the mean AUC of both. .5: chance, 1: always. Each point is attacked by itself, as
+    U-LiRA does; below .5 is noise.
 
     Args:
         unlearned: [N, z] outputs of N models at z points.

@@ -42,7 +42,7 @@ class GaussNewton:
 
 
 def row_cost(contrasts: int) -> float:
-    """What a row's Jacobian costs, in rows of training: a pass forward and, twice as dear, one backward a contrast."""
+    """What a row's Jacobian costs, in rows of training: a forward pass, and for each contrast a backward pass, twice as dear."""
     return (1 + 2 * contrasts) / 3
 
 
@@ -100,14 +100,14 @@ def match_together(
 
         min over damping of Σ_z (mean over models of what is left of z after the step, less what should be)²
 
-    Too little damping fits the step's own rows and moves the others anyhow, otherwise for each model; too much leaves all
-    models short of the goal the same way. The mean weighs both as a comparison of sets of models does, and as the
-    squared distance does for a single one. Of `DAMPINGS` the smallest is taken that comes about as near as any. One Jacobian
-    serves all of them, and models are only read.
+    Too little damping fits the step's own rows and moves other rows at random, differently in each model; too much
+    leaves all models short of the goal in the same way. The mean weighs both as a comparison of sets of models does; for
+    a single model it is the squared distance. Of `DAMPINGS` the smallest is taken whose result is about as near as the
+    best. One Jacobian serves all of them, and models are only read.
 
     Args:
         forget_logits, retain_logits: z* of each model.
-        left: what model k, as it is by then, misses of z*: numbers of both sets, most of them on rows of no step.
+        left: z* less the present outputs of model k, on both sets; most of these rows are in no step.
         of: models that there are, of which these are the first.
         seed: of the first model's rows; the next has the next.
     """
@@ -135,7 +135,7 @@ def _damping(ways: list[_Way], systems: list[_System], part: float, left: Left, 
                 left(k, way.moved(system, damping))
                 for k, (way, system) in enumerate(zip(ways, systems, strict=True))
             ]
-        except ValueError:  # left the finite numbers
+        except ValueError:  # diverged
             return math.inf
         each = [
             [a - b for a, b in zip(*pair, strict=True)]
@@ -152,7 +152,7 @@ def _damping(ways: list[_Way], systems: list[_System], part: float, left: Left, 
 
 
 def squares_of_means(each: Sequence[Sequence[Tensor]], of: int) -> float:
-    """What the mean of `of` models misses, told by the first k of them: Σ over parts of mean squares.
+    """What the mean of `of` models misses, estimated from the first k of them: Σ over parts of mean squares.
 
         E mean_of² = max(mean_k² − (1/k − 1/of) s², s²/of),     s²: the variance over models
 

@@ -97,7 +97,7 @@ class Goal:
         return models, how, rows / batch
 
     def _solving(self, model: nn.Module, rows: float, change: Any) -> Plan | None:
-        """Gauss–Newton steps that cost so many rows of training; None where gradients have to do."""
+        """Gauss–Newton steps that cost so many rows of training; None where gradient steps are needed."""
         classes = change[0].shape[-1]
         if change[0].ndim != 2 or classes == 1:
             return None
@@ -126,7 +126,7 @@ class Goal:
                 before, self.forget, self.retain, forget_logits=forget, retain_logits=retain, left=left,
                 steps=plan.steps, rows=plan.rows, of=len(runs), seed=seed,
             )  # fmt: skip
-        except ValueError:  # left the finite numbers
+        except ValueError:  # diverged
             return alone, None
         missed = squares_of_means([left(k, model) for k, model in enumerate(models)], len(runs))
         nearer = missed < squares_of_means([part], 1)
@@ -143,7 +143,7 @@ class Goal:
             try:
                 model = self.reached(first, change, how)
                 missed = squares_of_means([_less(wanted, self.logits(model))], 1)
-            except ValueError:  # left the finite numbers
+            except ValueError:  # diverged
                 continue
             if missed < least:
                 best, least = (model, how), missed
@@ -192,7 +192,7 @@ class Goal:
                 )
 
     def share_missed(self, before: nn.Module, after: nn.Module, change: Any) -> float:
-        """Of the squared change of logits that was wanted; 0 is all of it reached, 1 none or as far beside it."""
+        """The share of the wanted squared change of logits that is missing: 0 is all reached, 1 none, or as large an error."""
         wanted = squares_of_means([change], 1)
         left = _less(self._wanted(before, change), self.logits(after))
         return squares_of_means([left], 1) / wanted if wanted else 0.0

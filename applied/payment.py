@@ -1,7 +1,7 @@
 """What to pay for data, and which to buy: values turned into money.
 
-High is good here: of a loss, pass `-values`. Nobody is paid by values that add up to less than nothing; the good players
-among them can be bought.
+High is good here: of a loss, pass `-values`. `pay` needs values with a positive sum; `buy` only needs some positive
+values.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Payments:
         """One line a player, the largest payment first."""
         width = max([6, *(len(str(p)) for p in self.players)])
         lines = [f"{'player':{width}}  {'payment':>10}  {'by worth':>10}  95 % interval by worth"]
-        # of a small budget cents tell nothing
+        # cents are too coarse for a small budget
         cents = max(2, 3 - math.floor(math.log10(self.budget))) if self.budget > 0 else 2
         paid, worth, low, high = (
             [f"{x:.{cents}f}" for x in some]
@@ -88,7 +88,7 @@ def pay(
         discount: standard errors that are taken off: what is uncertain is paid less.
 
     Raises:
-        ValueError: values that add up to less than nothing (a loss, whose sign was not turned); no player
+        ValueError: values with a negative sum (a loss, whose sign was not turned); no player
             with worth; standard errors that a discount needs; limits that the budget cannot meet.
 
     Source: Shapley shares as payments: Jia et al. 2019; Wang et al. 2024 (royalties).
@@ -104,7 +104,9 @@ def pay(
     off = discount * values.standard_error if discount else 0.0
     worth = np.maximum(values.values - off, 0.0)
     if not worth.sum() > 0:
-        raise ValueError(f"expected someone of positive worth at discount {discount:g}, got nobody")
+        raise ValueError(
+            f"expected a player of positive worth at discount {discount:g}, got none; lower it"
+        )
 
     # plug in: shares of the budget
     if not (isinstance(budget, Real) and 0 < budget < math.inf):
@@ -171,13 +173,13 @@ def _in_order(name: str, given: ByPlayer, values: Values) -> NDArray[np.float64]
             unknown
         )
         raise ValueError(
-            f"expected {name} of all of values.players and of nobody else, got {' and '.join(words)}"
+            f"expected {name} of exactly the players in values.players, got {' and '.join(words)}"
         )
     return np.array([given[player] for player in players], dtype=float)
 
 
 def _refuse_discount(values: Values, discount: float) -> None:
-    """Raise for a discount that is none, or that nothing is known for."""
+    """Raise for a negative discount, and for one without standard errors."""
     if not 0 <= discount < math.inf:
         raise ValueError(f"expected a discount of 0 or more standard errors, got {discount}")
     if discount and not np.isfinite(values.standard_error).all():
@@ -188,7 +190,7 @@ def _refuse_discount(values: Values, discount: float) -> None:
 
 
 def _are_values(values: Values) -> None:
-    """Raise for numbers that are no Values."""
+    """Raise for anything but Values."""
     if not isinstance(values, Values):
         raise ValueError(
             f"expected Values, got {type(values).__name__}; make them by applied.valuation.values"
@@ -202,8 +204,8 @@ def _good_is_high(values: Values) -> None:
     if total <= 1e-6 * size:
         raise ValueError(
             f"expected values of which high is good, got a sum of {total:.4g}; if the outputs are losses, "
-            "data lower them: pass -values. A sum of 0 means values up to a common constant: retrain on "
-            "everyone and on nobody, too"
+            "data lower them: pass -values. A sum of 0 means values up to a common constant: also "
+            "retrain on everyone and on nobody"
         )
 
 
@@ -217,18 +219,18 @@ def _someone_is_good(values: Values) -> None:
     total, size = float(values.values.sum()), float(np.abs(values.values).sum())
     if not (values.values > 0).any():
         raise ValueError(
-            "expected someone of positive value, got nobody: there is nothing to buy; if the outputs are losses, data "
-            "lower them, and the values of losses want their sign turned: pass -values"
+            "expected a player of positive value, got none: there is nothing to buy; if the outputs are losses, data "
+            "lower them: pass -values"
         )
     if math.isnan(values.change) and abs(total) <= 1e-6 * size:
         raise ValueError(
-            "expected values whose sign tells good from bad, got a sum of 0, as of values up to a common constant; "
-            "retrain on everyone and on nobody, too"
+            "expected values whose sign means good or bad, got a sum of 0, as of values up to a common constant; also "
+            "retrain on everyone and on nobody"
         )
     if total < -1e-6 * size:
         warnings.warn(
-            f"values of which high is good seldom add up to less than nothing, as these do ({total:.4g}); if they are those of "
-            "a loss, pass -values: what is bought here is what raises the output",
+            f"the values sum to {total:.4g}; values where high is good rarely have a negative sum. If the output is a loss, "
+            "pass -values: `buy` prefers what raises the output",
             SignWarning,
             stacklevel=3,
         )
@@ -274,9 +276,9 @@ def buy(
         itself, for the values of a loss. Predicted from f(nobody), or from 0 where that is unknown.
 
     Raises:
-        ValueError: nobody of positive value (a loss, whose sign was not turned); values known up to a common
-            constant; prices that do not fit; a budget that buys nobody.
-        SignWarning: (a warning) values that add up to less than nothing.
+        ValueError: no player of positive value (a loss, whose sign was not turned); values known up to a common
+            constant; prices that do not fit; a budget that is too small for any of them.
+        SignWarning: (a warning) values with a negative sum.
         RuntimeError: the solver found no optimum.
 
     >>> one = Values([3.0, 2.0, 2.0], [0.0] * 3, [0, 1, 2], [[3.0], [2.0], [2.0]])
@@ -307,7 +309,9 @@ def buy(
     gain = values.values - (discount * values.standard_error if discount else 0.0)
     wanted = price[gain > 0]
     if not len(wanted):
-        raise ValueError(f"expected someone of positive value at discount {discount:g}, got nobody")
+        raise ValueError(
+            f"expected a player of positive value at discount {discount:g}, got none; lower it"
+        )
     if whole and budget < wanted.min():
         raise ValueError(
             f"expected a budget for a player of positive value, got {budget:g}, while the cheapest of "
@@ -351,7 +355,7 @@ def _best(
 def _sure(
     gain: NDArray[Any], price: NDArray[Any], budget: float
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """(who is in every best choice, who may be), by reduced costs: a program of few players is left of many.
+    """(who is in every best choice, who may be in one), by reduced costs: a small program is left of a large one.
 
     With λ the gain per price at which the budget runs out, no choice that goes against the sign of gain − λ price
     gains more than the bound (fractions allowed) less |gain − λ price|; where that is less than a choice at hand,
@@ -380,7 +384,7 @@ def _sure(
 def _spend_the_rest(
     chosen: NDArray[Any], gain: NDArray[Any], price: NDArray[Any], budget: float
 ) -> None:
-    """Take whom the rest of the budget buys, whose gain is below a solver's tolerance beside others'."""
+    """Add players that the rest of the budget buys: beside others, their gain is below a solver's tolerance."""
     spent, most = float(price @ chosen), budget * (1 + SLACK)
     left = np.flatnonzero((gain > 0) & (chosen == 0))
     for k in left[np.argsort(-gain[left], kind="stable")]:

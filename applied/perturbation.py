@@ -88,7 +88,7 @@ def perturb(
         first. The random control moves random rows by random signs (directions) as far as the ball allows.
 
     Raises:
-        ValueError: see `flip_labels`; rows that are none or more than the budget; no floating column; steps,
+        ValueError: see `flip_labels`; no rows, or more than the budget; no floating column; steps,
             candidates, a step size or a momentum out of range; a folder that belongs to another attack.
 
     Source: Engstrom et al. 2025 (arXiv 2503.13751) for metagradients; Koh & Liang 2017, sec. 5.2, for influence.
@@ -151,7 +151,7 @@ def _check(steps: int, step_size: float | None, candidates: int, momentum: float
 
 
 def _given(problem: Problem, quota: Quota, k: int, given: ArrayLike) -> NDArray[np.intp]:
-    """The rows that somebody chose, checked."""
+    """The given rows, checked."""
     rows = np.sort(row_numbers(given, problem.n, once=True))
     if not 1 <= len(rows) <= k:
         raise ValueError(
@@ -211,7 +211,7 @@ class _Ascent:
         return Said(self.targets, self.levels[0], np.mean(self.levels[-tail:], axis=0) - self.levels[0])  # fmt: skip
 
     def save(self, path: Path | None) -> None:
-        """Keep them, where somebody wants that."""
+        """Keep them where a folder is given."""
         if path is None:
             return
         of = {name: getattr(self, name) for name in ("rows", "x", "mean", "targets")}

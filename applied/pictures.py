@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from attribution_core.comparison import Comparison
 
-# Okabe & Ito's colours, told apart by colour-blind eyes too
+# Okabe & Ito's colours, distinct for colour-blind eyes as well
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PINK, YELLOW, GREY, INK = "#56B4E9", "#CC79A7", "#F0E442", "#8A8A8A", "#222222"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY)
@@ -28,7 +28,7 @@ KINDS = {"random": (GREY, "s"), "chosen": (BLUE, "o"), "filters": (ORANGE, "^")}
 KINDS["tilted"] = (GREEN, "D")
 OTHERS = [((PINK, SKY, RED, INK)[i % 4], "vPXp<"[i % 5]) for i in range(20)]
 HATCHES = ("", "///", "...", "xxx")
-DOMAINS = 24  # drawn by name; thousands take minutes to draw, and nobody tells them apart
+DOMAINS = 24  # drawn by name; thousands take minutes to draw, and look alike
 WIDTH = 5.8  # inches; a phone shows it at two thirds, with letters still readable
 TEXT, SMALL = 10.5, 9.0  # points
 WORDS: dict[str, Any] = {"fontsize": SMALL, "color": INK}

@@ -40,7 +40,7 @@ def effect_against_budget(
         predicted: attack -> what was predicted, of the same shapes; dashed, in the attack's colour.
 
     Raises:
-        ValueError: budgets that are no rising shares, no attack, other lengths, a prediction of none of them.
+        ValueError: budgets that are no rising shares, no attack, other lengths, a prediction for another attack.
     """
     at = np.asarray(budgets, dtype=float)
     if at.ndim != 1 or not len(at) or not (np.diff([0.0, *at, 1.0]) > 0).all():
@@ -86,7 +86,7 @@ def roc(
         best: a detector to draw thicker, such as "combined".
 
     Raises:
-        ValueError: no curves; rates that do not rise from 0 to 1; a share to show that is none.
+        ValueError: no curves; rates that do not rise from 0 to 1; a share to show outside (0, 1].
     """
     if not 0 < most <= 1:
         raise ValueError(f"expected the largest false alarm rate in (0, 1], got {most}")
@@ -167,7 +167,7 @@ def recovery(
     """The share of the damage that comes back without the suspects, beside removing as many rows at random.
 
     Means over splits with 95 % t intervals, without those that are nan (no suspects, no damage). Values beyond the
-    axis are marked at its edge and told in numbers.
+    axis are marked at its edge and written as numbers.
 
     Args:
         shares, by_random: attack -> share recovered, a number or [s], one a split; 1 is all of it.

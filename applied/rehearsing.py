@@ -1,4 +1,4 @@
-"""What rehearsals tell of a removal: how many there is budget for, how outputs and logits move, how far to believe it."""
+"""Rehearsals of a removal: how many the budget allows, how outputs and logits change, how far to trust that."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from attribution_core.rehearsal import Pace, Rehearsal, rehearse
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 MATCHING = 0.3  # of the budget; the rest is for rehearsals
 ROUNDING = 1e-9
-PAIRS = 2  # rehearsals at least: one shows no noise, and larger batches tell more than many
+PAIRS = 2  # rehearsals at least: one shows no noise, and larger batches help more than many
 LARGEST = 0.5  # share of a batch: no rehearsal is the whole training without the forget set
 BEHIND = 0.5  # of the runs' logits; where rehearsals serve, they miss .1 to .3
 TOO_LITTLE = (
-    "rehearsals come less than half as far as the runs (on the forget set they miss {behind:.2f} of the runs' logits): what is "
-    "learned late is not rehearsed, and less may be forgotten than should be; give a larger budget, more runs, or "
+    "rehearsals learn less than half of what the runs did (on the forget set they miss {behind:.2f} of the runs' logits): what "
+    "is learned late is not rehearsed, and too little may be forgotten; give a larger budget, more runs, or "
     "counterparts that were never seen (`like=`)"
 )
 ALONE = (
-    "one run shows no noise: what its rehearsal says is believed as it is, and other rows may be moved by as much as the forget "
-    "set; give several runs of the same training by other seeds"
+    "with a single run the noise cannot be estimated, so the prediction is used unshrunk and other rows may change as much as "
+    "the forget set; pass several runs with different seeds"
 )
 
 
@@ -42,7 +42,7 @@ class UnlearningWarning(UserWarning):
 def plan_rehearsals(
     runs: Sequence[Any], budget: float, pace: Pace | None = None, models: bool = True
 ) -> tuple[Pace, int]:
-    """(how rehearsals are taken, of how many runs), within the budget of all runs together; see `unlearn`.
+    """(how to rehearse, with how many runs), within the budget of all runs together; see `unlearn`.
 
     Args:
         runs: whatever has the `order` of a training's batches.
@@ -108,10 +108,10 @@ class _Reader:
         }
 
     def trust(self, parts: Mapping[str, Rehearsal]) -> dict[str, float]:
-        """How far each part's mean change is believed.
+        """How far each part's mean change is trusted.
 
-        Logits by the larger of what all of them and what those of the labels deserve: most of a change is in the latter, most
-        of the noise in the others, and two pairs tell little of either.
+        Logits by the larger of two estimates, from all of them and from those of the labels: most of a change is in the
+        latter, most of the noise in the others, and two pairs are few for either.
         """
         trust = {name: part.trust for name, part in parts.items()}
         if self.goal is not None:
@@ -123,7 +123,7 @@ class _Reader:
 
 @dataclass(frozen=True, eq=False)
 class Told:
-    """What is predicted to change, by name, as far as it is believed; what that cost, and how it was found."""
+    """What is predicted to change, by name, as far as it is trusted; what that cost, and how it was found."""
 
     moved: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     steps: float = 0.0  # a run
@@ -141,17 +141,17 @@ def rehearsed(
     pace: Pace | None = None,
     progress: Progress = iter,
 ) -> Told:
-    """The believed changes of outputs, and of a goal's logits, by pairs of rehearsals with and without some rows.
+    """The trusted changes of outputs, and of a goal's logits, by pairs of rehearsals with and without some rows.
 
     Args:
         without: [n] weights that leave the rows out.
-        goal: whose logits are read, too.
+        goal: whose logits are read as well.
         of_models: whether a part of the budget is kept for matching models.
         budget: of a training's steps, for each run.
 
     Raises:
         ValueError: see `plan_rehearsals`.
-        UnlearningWarning: (a warning) a single run; rehearsals that come less than half as far as the runs.
+        UnlearningWarning: (a warning) a single run; rehearsals that learn less than half of what the runs did.
     """
     plan, pairs = plan_rehearsals(runs, budget, pace, of_models)
     reader = _Reader(named, goal)
@@ -173,7 +173,7 @@ def _behind(found: Rehearsal, logits: Tensor) -> float:
 
 
 def _warn_of(runs: Sequence[Any], behind: float) -> None:
-    """Say what rehearsals cannot have told: of one run its noise, of what is learned late most."""
+    """Warn where rehearsals fall short: a single run shows no noise, and what is learned late is not rehearsed."""
     if len(runs) == 1:
         warnings.warn(ALONE, UnlearningWarning, stacklevel=4)
     if behind > BEHIND:

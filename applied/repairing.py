@@ -18,7 +18,7 @@ from attribution_core.seeds import listed
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Who stands behind one output.
+    """The training rows behind one output.
 
     Args:
         ids: [k] the rows that raise it most, the strongest first; scores: [k], by how much per unit of weight.
@@ -53,7 +53,7 @@ def trace(
         retrain: (weights, seeds) -> all outputs of the datamodel, to check by removal.
 
     Raises:
-        ValueError: an output that is none; no row that raises it.
+        ValueError: an unknown output; no row that raises it.
     """
     names = [str(name) for name in np.asarray(datamodel.targets)]
     at = names.index(str(target)) if str(target) in names else target

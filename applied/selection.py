@@ -3,9 +3,9 @@
     min over w in [0, 1]^n of  mean_j f̂_j(w)     such that  Σ_i cost_i w_i = budget,
                                                    low_k ≤ Σ_{i in domain k} cost_i w_i / budget ≤ high_k
 
-Outputs are losses, so small is good, and an example's gain is minus its mean score. First-order
-scores know their order better than their zero; so the budget is spent (`fill=True`), and the
-decision counts how many chosen examples are predicted to hurt.
+Outputs are losses, so small is good, and an example's gain is minus its mean score. The ranking of
+first-order scores is more reliable than their zero point; so the budget is spent (`fill=True`), and
+the decision counts how many chosen examples are predicted to hurt.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def _whole(best: NDArray[Any], gains: NDArray[Any], limits: _Limits, linear: boo
 
     The examples that were taken in part come first, the others by gain per cost: one that is longer than what is
     left must not keep the budget from shorter ones behind it. Where the budget need not be spent, they are those
-    that help, which gains tell of linear goals alone.
+    that help, which gains show for linear goals only.
     """
     weights = np.floor(best)
     spent, slack = limits.spent(weights), SLACK * limits.budget

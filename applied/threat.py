@@ -35,7 +35,7 @@ class ThreatModel:
         clean_label: labels are beyond reach, as where the victim labels the data.
 
     Raises:
-        ValueError: a budget of nothing, numbers that are none, a ball for what has no inputs to move, or inputs
+        ValueError: a budget of nothing, numbers out of range, a ball for what has no inputs to move, or inputs
             to move without a ball.
 
     >>> ThreatModel(budget=0.05, may_change="labels").rows(1000)

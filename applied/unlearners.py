@@ -68,7 +68,7 @@ def gradient_ascent(
     loss: PerExample = cross_entropy,
     how: Steps = Steps(),
 ) -> nn.Module:
-    """Climb the loss of the forget set: max E_F ℓ. Has no end of its own: over-forgets when left alone."""
+    """Climb the loss of the forget set: max E_F ℓ. Has no minimum: run long, it over-forgets."""
     return _descend(model, forget, retain, how, lambda new, f, r: -loss(new, f()).mean())
 
 
@@ -163,13 +163,13 @@ def to_unseen(
     share: float = 1 / 3,
     how: Steps = Steps(),
 ) -> nn.Module:
-    """Say of the forget rows what is said of unseen rows like them, and of the others what was said before.
+    """Answer the forget rows as the model answers unseen rows like them, and the other rows as before.
 
         min E_R KL(π₀(x) ‖ π(x)) + weight · E_{i in F} KL(π̄(c_i) ‖ π(x_i)),      c_i: the counterpart of row i
 
-    π̄ is the model as it is by then, held fixed: what the forget set taught about its counterparts goes as it is
-    forgotten. It forgets what was learned by heart, and whole distributions, not the truth alone. Nothing but the
-    retained rows holds the counterparts where they are.
+    π̄ is the current model, held fixed: what the forget set taught about its counterparts fades as it is forgotten.
+    What was memorised is forgotten, and whole distributions are matched, not the true answer's probability alone. Only
+    the retained rows keep the answers about the counterparts in place.
 
     Args:
         like: counterparts, one for each forget row or several rounds of them (see `Counterparts`): the same question

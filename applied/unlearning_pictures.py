@@ -169,7 +169,7 @@ def changes(predicted: ArrayLike, actual: ArrayLike, *, unit: str = "margin") ->
 
 
 def floors(ns: ArrayLike, bins: Sequence[Any], values: ArrayLike) -> Figure:
-    """The divergence of one law from itself against the number of models, a line a number of bins.
+    """The divergence of two samples of one distribution against the number of models, a line a number of bins.
 
     Args:
         ns: [n] numbers of models.
@@ -204,7 +204,9 @@ def floors(ns: ArrayLike, bins: Sequence[Any], values: ArrayLike) -> Figure:
     ax.yaxis.set_minor_formatter("")
     figure.legend(loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False)
     ends = f"{at[0]:g} models to {at[-1]:g}"
-    figure.set_label(f"Divergence of one law from itself, from {ends}: {'; '.join(told)}.")
+    figure.set_label(
+        f"Divergence of two samples of one distribution, from {ends}: {'; '.join(told)}."
+    )
     return figure
 
 

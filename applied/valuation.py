@@ -6,7 +6,7 @@ f is the mean output (or any linear combination of outputs) of a model trained o
 is a reading of a datamodel or of a table of retrainings, never another engine: kNN-Shapley, in-run values and
 Aumann–Shapley values are datamodels of the core, and are read here like any other.
 
-The law of signs holds: a value is what a player adds to the output. If the output is a loss, helpful players
+The sign convention holds: a value is what a player adds to the output. If the output is a loss, helpful players
 have negative values, and the values of all add up to f(everyone) − f(nobody). To pay and to buy, high must be
 good: pass `-values` there.
 """
@@ -81,7 +81,7 @@ def values(
             A `RetrainingTable` of 0/1 weights: exact where it holds all subsets; marginal contributions
                 where it is made of `permutation_subsets`; f(everyone) less f(all but one) for
                 "leave_one_out"; else means with and without a player at each subset size (see `_by_size`).
-            Several of them (one per run, say): their mean, with its standard error.
+            Several of them (such as one per run): their mean, with its standard error.
         kind: "shapley", "banzhaf", "beta", "leave_one_out".
         owners: [n] labels; players are then owners, in the order of np.unique.
         utility: [t], f = outputs @ utility; by default the mean of the outputs.
@@ -161,7 +161,7 @@ def _of_linear(
     if f.spread is not None:
         # errors of different examples and targets may go together: their sum is the safe bound
         error = _by_player(owners, f.spread @ np.abs(u)) / math.sqrt(runs)
-    # what changed at other weights is no f(everyone) − f(nobody), which the scores then tell alone
+    # at other weights the change is not f(everyone) − f(nobody), which is then that of the scores
     change = f.meta.get("change") if np.isin(f.anchor, (0.0, 1.0)).all() else None
     nobody = f.predict(np.zeros(len(f.scores)))
     return Values(
@@ -219,9 +219,10 @@ def _of_table(
 ) -> Values:
     """Values from subsets that were really trained on."""
     folded = table if owners is None else group_table(table, owners)
-    if not np.isin(folded.weights, (0.0, 1.0)).all():
+    other = folded.weights[~np.isin(folded.weights, (0.0, 1.0))]
+    if other.size:
         raise ValueError(
-            "expected a table of subsets, weights 0 or 1, got others; fit_datamodel reads any weights"
+            f"expected a table of subsets, weights 0 or 1, got {other[0]:g}; fit_datamodel reads any weights"
         )
     inside = folded.weights > 0
     n, t = inside.shape[1], folded.per_seed.shape[2]
@@ -245,7 +246,7 @@ def _of_table(
 
 
 def _untold(size: NDArray[Any], kind: Kind, beta: tuple[float, float], n: int) -> list[str]:
-    """What subsets of such sizes do not tell of values."""
+    """What subsets of such sizes leave unknown of values, in words."""
     words = []
     if not levelling(size, kind, n).any():
         missing = [who for who, s in (("everyone", n), ("nobody", 0)) if not (size == s).any()]
@@ -261,7 +262,7 @@ def _untold(size: NDArray[Any], kind: Kind, beta: tuple[float, float], n: int) -
     if (far := beyond(size, kind, beta, n)) > FAR:
         words.append(
             f"expected subsets of the sizes that {kind} values look at, got {far:.0%} of these sizes beyond those "
-            "drawn: values go on as they are at drawn sizes, and intervals do not hold what changes; add rows of "
+            "drawn: values are extrapolated from the drawn sizes, and the intervals do not cover that error; add rows of "
             f"random_subsets(keep={telling(kind, beta, n)})"
         )
     return words
@@ -314,7 +315,7 @@ def self_confidence(x: ArrayLike, y: ArrayLike, *, folds: int = 5, seed: int = 0
     class has fewer rows.
 
     Raises:
-        ValueError: one class alone; a class of one row, which no fold could know.
+        ValueError: one class alone; a class of one row, which cannot be cross-validated.
 
     Source: Northcutt et al. 2021 (confident learning), its base score.
     """

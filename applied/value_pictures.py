@@ -91,7 +91,7 @@ def owners(found: Mapping[str, Values], *, xlabel: str) -> Figure:
         where = {str(player): k for k, player in enumerate(values.players)}
         if where.keys() != {str(player) for player in first.players}:
             raise ValueError(
-                f"expected values of the same owners by every method, got others by {name!r}"
+                f"expected values of the same owners by every method, got {values.players[:5]} by {name!r} beside {first.players[:5]}"
             )
         rows = np.array([where[str(first.players[i])] for i in order])
         place = np.arange(len(order)) + 0.4 - height * (j + 0.5)

@@ -33,7 +33,7 @@ class Versions:
         problem: N rows; the model and the loss of the problem that it was made of.
         row: [N], which original row each is a version of; rows brought in are numbered from n on.
         clean: [N], 0 or 1, the weights of the data as they are.
-        kind: what its versions differ in: labels, inputs, or rows that are brought in; None is not known.
+        kind: what its versions differ in: labels, inputs, or rows that are brought in; None where unknown.
     """
 
     problem: Problem

@@ -22,7 +22,7 @@ class Values:
 
     Args:
         values: [k], of the mean output (or of `utility`).
-        standard_error: [k]; 0 where the value is exact, nan where nothing tells it.
+        standard_error: [k]; 0 where the value is exact, nan where unknown.
         players: [k] names: ids, or owners.
         per_target: [k, t] the values for each output by itself.
         change: f(everyone) − f(nobody), what Shapley values add up to; nan where unknown.
@@ -106,7 +106,7 @@ class Values:
         """The players from the highest value to the lowest, of many both ends; with intervals, and the sum.
 
         Args:
-            rows: so many players at most, half of them the highest, half the lowest.
+            rows: the most players shown, half of them the highest, half the lowest.
         """
         order = np.argsort(-self.values, kind="stable")
         high = len(self) if len(self) <= rows else -(-rows // 2)

@@ -29,9 +29,9 @@ __all__ = ["CEILING", "FLOOR", "Evaluation", "attack", "evaluate", "gaussian_klo
 FLOOR, CEILING = "floor (oracle vs oracle)", "do nothing (ceiling)"
 ORACLE, BEFORE = "oracle", "before"  # names of samples beside the methods
 DIRECTION = "KL(unlearned || oracle)"
-BINNED = 50  # models; with fewer, histograms of 20 bins tell mostly their own noise
+BINNED = 50  # models; with fewer, histograms of 20 bins show mostly their own noise
 BEYOND = 3.0  # standard errors of a difference of means; fewer may be chance
-SCATTERED = 3.0  # ways from before to the oracles, beyond which models lie all over the place
+SCATTERED = 3.0  # in distances from before to the oracles; models farther apart have scattered
 Outputs = Mapping[str, NDArray[np.float64]]  # split -> [models, points]
 
 
@@ -96,9 +96,9 @@ class Evaluation:
     def missing(self, method: str, split: str = "forget") -> dict[str, float]:
         """What keeps a method from the floor, nats a point: {"means": ..., "spread": ...}, adding up to mean − floor.
 
-        "means" is what setting each point's mean to the oracles' would take off, beyond what that takes off the floor:
-        the change that was predicted, or matched, is not the true one. "spread" is the rest: models differ
-        among themselves otherwise than oracles do.
+        "means" is by how much the distance would fall, more than the floor's, if each point's mean were the oracles':
+        the error of the predicted, or matched, change. "spread" is the rest: models differ among themselves in
+        another way than oracles do.
         """
         whole = self.mean(method, split) - self.mean(FLOOR, split)
         rest = self._levelled(method, split) - self._levelled(FLOOR, split)
@@ -143,10 +143,10 @@ class Evaluation:
         return self.over_forgotten(method) > 0.25 and float(overshoot.clip(0).mean()) > far
 
     def scatter(self, method: str) -> float:
-        """How far single models lie about their own mean, the median over models and forget points, in ways
+        """How far single models lie about their own mean, the median over models and forget points, in distances
         from before to the oracles or in an oracle's sd, whichever is longer.
 
-        Destroyed models may lie on all sides of the oracles, so that no mean of theirs is beyond anything.
+        Destroyed models may lie on all sides of the oracles, so that their mean is not beyond them.
         """
         here, oracle, before = (
             self._of(self.outputs, name, "forget") for name in (method, ORACLE, BEFORE)
@@ -196,7 +196,7 @@ class Evaluation:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What `table` tells, for json: None for nan."""
+        """The numbers of `table`, for json: None for nan."""
         found: dict[str, Any] = {"kind": self.kind, "direction": self.direction, "k": self.k}
         found["methods"] = {
             method: {
@@ -211,7 +211,7 @@ class Evaluation:
         """Write a .parquet or .csv file, a line per method, split and point: score, floor, ceiling, means.
 
         Args:
-            rows: split -> [z] what its points are called where they come from, for a column of that name.
+            rows: split -> [z] the points' names in their source, for a column of that name.
 
         Raises:
             ValueError: another ending; rows that are not one for every point of every split.
@@ -255,7 +255,7 @@ def _direction(before: NDArray[Any], oracle: NDArray[Any]) -> NDArray[np.float64
 
 
 def _cell(name: str, number: float, floor: float) -> str:
-    """A number with its floor; a gap that is none says so."""
+    """A number with its floor; "no effect" where there is no gap."""
     if name == "gap closed" and math.isnan(number):
         return "no effect"
     return f"{number:.2f} ({floor:.2f})"

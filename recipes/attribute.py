@@ -6,8 +6,8 @@
     python recipes/attribute.py --task table --data mine.csv --label outcome --out runs/mine
     python recipes/attribute.py --method influence --out runs/digits
 
-It looks whether first order can be believed (and takes the learning rate or ε that the pre-flight suggests),
-trains, attributes, retrains on random subsets and writes the report. The same command again reads back the
+Checks whether first order holds (and takes the learning rate or ε that the pre-flight suggests), trains,
+attributes, retrains on random subsets and writes the report. The same command again reads back the
 trainings that are finished.
 """
 
@@ -28,7 +28,7 @@ class Flags:
     """Train a small model, compute a datamodel, retrain on subsets, report LDS by fraction dropped."""
 
     task: Literal["digits", "text", "table"] = "digits"
-    """'digits': an MLP on scikit-learn's digits; 'text': a language model; 'table': an MLP on a file of one's own."""
+    """'digits': an MLP on scikit-learn's digits; 'text': a language model; 'table': an MLP on your own file."""
     data: str = "embedded"
     """Text to train on: 'embedded', a glob of .parquet/.jsonl/.txt files, a saved dataset, or a hub name; of a table, a
     .parquet or .csv file of features with a label column."""
@@ -203,7 +203,7 @@ def estimate(flags: Flags, task: Task, recipe: Any) -> None:
     state = run.last.bytes
     words = f"training about {training:.0f} s ({len(few)} steps), {state / 2**20:.1f} MiB a state"
     if flags.method == "magic":
-        with warnings.catch_warnings():  # what four steps leave out is nobody's concern
+        with warnings.catch_warnings():  # rows that four steps leave out do not matter here
             warnings.simplefilter("ignore", MetagradientWarning)
             magic(run, task.outputs, check=False)  # the first walk takes seconds to start
             start = time.perf_counter()

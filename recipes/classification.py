@@ -1,4 +1,4 @@
-"""Classification tables with owners: scikit-learn's, or a file of one's own; features ready for a network."""
+"""Classification tables with owners: scikit-learn's, or your own file; features ready for a network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Classification:
         x, y, owners: [n, d], [n], [n].
         target_x, target_y, test_x, test_y: held out.
         classes: names of the labels 0 .. c − 1.
-        bad: [n] which labels were spoiled; None where nobody knows.
+        bad: [n] which labels were spoiled; None where unknown.
         ids, held_ids: [n] the training rows' places in the file they come from, and those of the held-out rows in theirs,
             targets first; as they stand, unless given.
         features: names of the columns that x is made of.
@@ -72,7 +72,7 @@ def facts_of(data: Classification) -> dict[str, str]:
 
 
 def warn_of_repeated(data: Classification) -> None:
-    """Say where held-out rows were trained on: readings of them are no readings of new rows."""
+    """Warn where held-out rows were trained on: results on them are not results on new rows."""
     if data.repeated:
         held = len(data.target_x) + len(data.test_x)
         print(
@@ -148,7 +148,7 @@ def from_file(
     rows among the others.
 
     Args:
-        ignore: columns that are no features: ids, dates, what nobody knows when the label is asked for.
+        ignore: columns that are no features: ids, dates, what is unknown when the label is predicted.
 
     Raises:
         FileNotFoundError: no such file.
@@ -260,13 +260,13 @@ def _check_owners(every: Any, train: Any, path: str) -> None:
     if lost := sorted(set(every.astype(str)) - set(train.astype(str))):
         raise ValueError(
             f"expected training rows of every owner in {path}, got none of {lost[:5]}, whose rows are all held out; give "
-            "held-out rows by --test, take another --seed, which splits otherwise, or leave these owners out or join them "
+            "held-out rows by --test, take another --seed, which splits differently, or leave these owners out or join them "
             "to others"
         )
 
 
 def _check_features(frame: Any, features: Sequence[str], path: str) -> None:
-    """Raise where columns are none, or are names or numbers of rows instead of features.
+    """Raise where there are no columns, or some are names or numbers of rows instead of features.
 
     Raises:
         ValueError: they are; says which to ignore.
@@ -346,7 +346,7 @@ def _read(path: str, label: str, owner: str | None = None) -> Any:
 
 
 def _refuse_forms(values: Any, written: Any, path: str) -> None:
-    """Raise where labels of one value are written in several ways: whether 01 is 1 nobody said.
+    """Raise where labels of one value are written in several ways: whether 01 means 1 is unknown.
 
     Raises:
         ValueError: they are; names the forms.
@@ -377,8 +377,8 @@ def _check_cells(frame: Any, path: str) -> None:
     times = frame.select_dtypes(["datetime", "datetimetz", "timedelta"]).columns.tolist()
     if times:
         raise ValueError(
-            f"expected numbers and text, got times in {times[:5]} of {path}; make numbers of them, days since a date "
-            "say, or leave them out by --ignore"
+            f"expected numbers and text, got times in {times[:5]} of {path}; make numbers of them, such as days "
+            "since a date, or leave them out by --ignore"
         )
     numbers = frame.select_dtypes("number")
     endless = [name for name in numbers if np.isinf(numbers[name].astype(float)).any()]

@@ -18,7 +18,7 @@ import tyro
 def run_command(
     flags: type, main: Callable[[Any], None], about: str | None, arguments: list[str] | None
 ) -> None:
-    """Parse and run; what is wrong with the input is said in one line, without a traceback."""
+    """Parse and run; wrong input is reported in one line, without a traceback."""
     given: Any = tyro.cli(flags, args=arguments, description=about)
     try:
         with alone_in(given.out):
@@ -72,7 +72,7 @@ def as_given(flags: Any) -> dict[str, Any]:
 
 
 def at_least(flags: Any, **least: float) -> None:
-    """Raise where a number among the flags is smaller than can be.
+    """Raise where a number among the flags is below its smallest value.
 
     Raises:
         ValueError: it is; names the flag.

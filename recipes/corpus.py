@@ -196,7 +196,7 @@ def _names(table: Any, column: str, source: str, flag: str) -> list[str]:
     """A column in words.
 
     Raises:
-        ValueError: empty cells, which would be one domain of all that nobody named; objects and lists; whole numbers
+        ValueError: empty cells, which would all become one domain; objects and lists; whole numbers
             that have lost digits.
     """
     from pyarrow import types

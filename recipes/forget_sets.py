@@ -34,7 +34,7 @@ def checked(flags: Flags) -> tuple[Classification, tuple[str, ...]]:
     """The data and the kinds of forget sets.
 
     Raises:
-        ValueError: kinds nobody knows, too few models, a budget or sizes that do not fit, a forget file beside rows
+        ValueError: unknown kinds, too few models, a budget or sizes that do not fit, a forget file beside rows
             that are split at random.
         FileNotFoundError: no such file.
     """
@@ -67,7 +67,7 @@ def checked(flags: Flags) -> tuple[Classification, tuple[str, ...]]:
         )
     if flags.forget_file is None:
         return data, tuple(dict.fromkeys(flags.forget))
-    from_text(flags.forget_file, len(data.x))  # wrong rows are told before anything is trained
+    from_text(flags.forget_file, len(data.x))  # wrong rows are reported before anything is trained
     return data, ("file",)
 
 
@@ -101,7 +101,7 @@ def from_text(path: Path, n: int) -> NDArray[np.intp]:
     """Row numbers, one a line or with spaces or commas between.
 
     Raises:
-        ValueError: no numbers, rows that are none of the data, twice, or all of them.
+        ValueError: no numbers, rows outside the data, twice, or all of them.
     """
     words = path.read_text(encoding="utf-8-sig").replace(",", " ").split()
     wrong = [w for w in words if not (w.isascii() and w.isdigit() and int(w) < n)]
@@ -129,7 +129,7 @@ def cluster(x: NDArray[Any], y: NDArray[Any], size: int, seed: int = 0) -> NDArr
         rows = np.flatnonzero(y == label)
         for k in range(1, min(5, len(np.unique(x[rows], axis=0))) + 1):
             if k == 1 and len(np.unique(y)) < 3:
-                continue  # one of two classes whole: nothing would be left to tell apart
+                continue  # one of two classes whole: nothing would be left to distinguish
             labels = KMeans(k, n_init=3, random_state=seed).fit_predict(x[rows])
             found += [rows[labels == j] for j in range(k)]
     best = min(found, key=lambda rows: abs(len(rows) - size))

@@ -1,4 +1,4 @@
-"""Fictitious persons, generated here, and a tiny language model that learns facts about them by heart.
+"""Fictitious persons, generated here, and a tiny language model that memorises facts about them.
 
 A row is one sentence that states one fact of one person; its answer, the words at the end, is what is
 predicted. Forgetting a person means forgetting these rows; whether it worked is seen by asking again.
@@ -140,7 +140,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Fact:
-    """A sentence in two parts, in tokens: what is given, and what is to be known by heart."""
+    """A sentence in two parts, in tokens: what is given, and what is to be memorised."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
@@ -171,7 +171,7 @@ def encode(text: str) -> tuple[int, ...]:
     """Words to tokens, one each.
 
     Raises:
-        ValueError: a word that is none of the vocabulary.
+        ValueError: a word outside the vocabulary.
     """
     unknown = [word for word in text.split() if word not in NUMBER]
     if unknown:
@@ -319,7 +319,7 @@ class PersonTask:
         return [Sentence(p, kind, 0).fact for p in self.strangers for kind in TEMPLATES]
 
     def as_strangers(self, rows: Iterable[int], rounds: int = 1, seed: int = 0) -> list[Fact]:
-        """Training rows with the answers as they are, told of a stranger in the place of each person.
+        """Training rows with the same answers, about a stranger in the place of each person.
 
         Args:
             rounds: how many times over, each time of strangers drawn anew.
@@ -354,7 +354,7 @@ def margins(facts: Sequence[Fact]) -> Any:
 
 
 def verbatims(facts: Sequence[Fact]) -> Any:
-    """Outputs that tell which facts are completed, as `verbatim` does, without writing word by word."""
+    """Outputs that show which facts are completed, as `verbatim` does, without writing word by word."""
     from attribution_core import Outputs
 
     batch = columns(facts)

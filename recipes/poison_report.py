@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from recipes.poison import Flags
 
 AUDIT = (
-    "An audit of one's own model. No attack and a random attack of the same budget stand beside every attack; what "
+    "An audit of your own model. No attack and a random attack of the same budget stand beside every attack; what "
     "would have detected it and what repair brings back stand beside every success."
 )
 ADVERSARY = (
@@ -44,7 +44,7 @@ class Row:
     """A line of the table, over splits: accuracy in points, predicted and random of the target loss.
 
     `recovered`, `by_random` (removal) and `possible` (exactly the changed rows removed) are shares of the damage to the
-    held-out loss, over all splits; nan where nothing was removed (but for `possible`) or no damage can be told.
+    held-out loss, over all splits; nan where nothing was removed (but for `possible`) or no damage is significant.
     """
 
     budget: float
@@ -99,12 +99,12 @@ def row_of(some: Sequence[Outcome]) -> Row:
 
 
 def comes_back(some: Sequence[Outcome], arm: str) -> list[float]:
-    """Shares of held-out damage, one a split, whose mean is what came back in all over the damage in all.
+    """Shares of held-out damage, one a split, whose mean is the total that came back over the total damage.
 
         r + (g_s − r d_s) / d̄,    r = Σ g / Σ d
 
-    (the ratio estimator and its residuals: Cochran 1977, ch. 6; a mean of ratios is ruled by splits of hardly
-    any damage). Nothing where there is less of it than `DAMAGE` of the clean loss, where its own interval over splits
+    (the ratio estimator and its residuals: Cochran 1977, ch. 6; a mean of ratios is dominated by splits of
+    hardly any damage). Nothing where there is less of it than `DAMAGE` of the clean loss, where its own interval over splits
     holds 0 (a ratio to it may be anything), or where nothing was removed.
     """
     pairs = [(x.changed[HELD_OUT], getattr(x, arm).get(HELD_OUT, math.nan)) for x in some]
@@ -178,7 +178,7 @@ def columns(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def words_of(
     outcomes: Sequence[Outcome], rows: Sequence[Row], lost: Sequence[Emptied] = ()
 ) -> list[str]:
-    """What the table stands on and what it comes to."""
+    """What the table rests on and what it shows, in words."""
     splits = len({x.split for x in outcomes})
     first = [x for x in outcomes if (x.budget, x.attack) == (rows[0].budget, rows[0].attack)]
     clean = {name: np.mean([x.clean[name] for x in first]) for name in (ACCURACY, HELD_OUT, TARGET)}
@@ -190,13 +190,13 @@ def words_of(
         agreement(rows),
         "Removed: rows whose label the combined detector disputes, and how many of them were changed; recovered: of "
         "the damage to the held-out loss, without them (- where nothing was removed, where there is hardly any damage, or "
-        f"none that its interval over splits tells from 0); at most: where exactly the changed rows are removed.{untouched(outcomes)}",
+        f"none significantly above 0 over splits); at most: where exactly the changed rows are removed.{untouched(outcomes)}",
         *([left_out(lost)] if lost else []),
     ]  # fmt: skip
 
 
 def untouched(outcomes: Sequence[Outcome]) -> str:
-    """Where suspects stay, as a class would go with them."""
+    """Where suspects are kept, since a class would vanish with them."""
     kept = [x for x in outcomes if x.spared]
     each = [
         f"{name_of(x)} in split {x.split} ({x.suspects} suspects, class {', '.join(map(repr, x.spared[:5]))})"
@@ -206,7 +206,7 @@ def untouched(outcomes: Sequence[Outcome]) -> str:
         return ""
     return (
         " Nothing was removed where that, or as many rows at random, would take a class away: "
-        f"{'; '.join(each)}. More trusted rows of such a class tell more."
+        f"{'; '.join(each)}. Give more trusted rows of such a class."
     )
 
 
@@ -217,7 +217,7 @@ def left_out(lost: Sequence[Emptied]) -> str:
     ]
     return (
         f"Left out, since they or the random attack beside them leave no row of a class, without which nothing can be "
-        f"fitted: {'; '.join(each)}. Smaller --budgets, a network (--width) or data without such classes tell more."
+        f"fitted: {'; '.join(each)}. Use smaller --budgets, a network (--width) or data without such classes."
     )
 
 
@@ -234,7 +234,7 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def agreement(rows: Sequence[Row]) -> str:
-    """By how much what was predicted of the losses differs from what came."""
+    """By how much predicted changes of the losses differ from actual ones."""
     found = {
         TARGET: [(row, row.predicted, row.target.mean) for row in rows],
         HELD_OUT: [(row, row.predicted_held_out, row.held_out.mean) for row in rows],

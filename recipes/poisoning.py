@@ -137,7 +137,7 @@ def checked(flags: Flags) -> Classification:
     """The first split's data.
 
     Raises:
-        ValueError: budgets, rounds, splits or victims that are none; data that are no table of classes.
+        ValueError: budgets, rounds, splits or victims out of range; data that are no table of classes.
         FileNotFoundError: no such data.
     """
     if not flags.budgets or not all(0 < budget < 1 for budget in flags.budgets):
@@ -205,7 +205,7 @@ def one_part(flags: Flags, split: int, budget: float) -> list[Outcome | Emptied]
     shared = ("out", "jobs", "splits", "seed", "budgets")
     settings = {k: v for k, v in asdict(flags).items() if k not in shared}
     bench = prepared(flags, split)
-    told = [field.name for field in fields(Outcome)]  # of an earlier version: others
+    told = [field.name for field in fields(Outcome)]  # an earlier version had others
     made_of = fingerprint(bench.problem, bench.data, settings, split, told)[:16]
     outcomes: list[Outcome | Emptied] = []
     for name in ATTACKS:

@@ -21,7 +21,7 @@ from recipes.proof import Evidence, Length
 from recipes.selection import missed
 from recipes.study import Study, say
 
-UNEQUAL = 0.1  # of random's steps: by how many more or fewer an arm may be trained unsaid
+UNEQUAL = 0.1  # of random's steps: an arm that differs by more is pointed out
 
 
 def write_report(
@@ -88,9 +88,9 @@ def unequal(lengths: dict[str, Length]) -> str:
     if not far:
         return ""
     return (
-        f"trained for other than the {random:,.0f} steps of random documents: {', '.join(far)}; a step takes so many "
-        "blocks, and a short document fills one of its own, so at equal tokens short documents train longer, and a "
-        "difference to random is of the documents and of the steps"
+        f"trained for other than the {random:,.0f} steps of random documents: {', '.join(far)}; a step takes a fixed "
+        "number of blocks, and a short document fills one of its own, so at equal tokens short documents train longer: "
+        "a difference to random is due to the documents and to the steps"
     )
 
 
@@ -113,7 +113,9 @@ def _table(evidence: Evidence, held: dict[str, Any]) -> str:
         lines.append(f"{name:22s}{cells}{of.blocks:10,.0f}{of.steps:10,.0f}")
     seeds = len(evidence.verified.seeds)
     noise = (
-        "paired by seed, 95 % t intervals" if seeds > 1 else "which tells no noise: take --seeds"
+        "paired by seed, 95 % t intervals"
+        if seeds > 1
+        else "which gives no interval: use more --seeds"
     )
     return "\n".join([*lines, f"{seeds} training{'s'[: seeds != 1]} an arm, {noise}"])
 
@@ -173,9 +175,9 @@ def beside(evidence: Evidence) -> str:
 
 
 def _told(gap: Interval, less: str, more: str, tie: str) -> str:
-    """Which of three holds of a difference of losses; of one training, that it tells no noise."""
+    """Which of three holds of a difference of losses; of one training, that there is no interval."""
     if np.isnan(gap.low):
-        return "one training tells no noise"
+        return "one training, so no interval"
     return less if gap.high < 0 else more if gap.low > 0 else tie
 
 

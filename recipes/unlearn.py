@@ -5,10 +5,10 @@
     python recipes/unlearn.py --data mine.parquet --label outcome --test held_out.parquet \\
         --forget-file ids.txt --out runs/mine
 
-Trains some models, unlearns each, retrains twice as many without the forget set, and says how far the ones are
-from the others, beside the distance between two halves of the retrained. unlearned/ keeps the models that `auto`
-made, and model.json what their inputs and classes are. The same command again resumes; another
-command in the same folder takes the place of its results, not of its trainings.
+Trains some models, unlearns each, retrains twice as many without the forget set, and measures how far the unlearned
+models are from the retrained ones, beside the distance between two halves of the latter. unlearned/ keeps the models
+that `auto` made, and model.json what their inputs and classes are. The same command again resumes; another command in
+the same folder replaces its results, not its trainings.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Flags:
     budget: float = 0.2
     """Steps of an unlearner, as a share of a training's."""
     rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
-    """Learning rates of the baselines, in the training's; the best on 5 models is taken, told by oracles."""
+    """Learning rates of the baselines, in the training's; the best on 5 models is taken, judged by oracles."""
     jobs: int = 1
     """Stacks of retrainings side by side, each on one thread."""
     seed: int = 0

@@ -58,7 +58,7 @@ def believes_nothing(study: Study) -> str:
         return ""
     return (
         f"auto saw no change of the forget set beyond noise (trust {least:.2f}) and left the models about as they "
-        "were; more models tell smaller changes"
+        "were; more models detect smaller changes"
     )
 
 
@@ -106,7 +106,7 @@ def sections_of(study: Study) -> dict[str, list[str]]:
         f"{found.direction} in nats, {found.kind}, {found.k} models of each kind; the floor is the distance "
         "between two sets of oracles, so no method is asked to go below. Of that, from means: by how much the distance "
         "would fall if every row's mean output were the oracles'; the rest is how models scatter. Margin error in the unit of margins. "
-        "Attack AUC: how well an unlearned model is told from an oracle; .5 is not at all, and the floor what few models make of oracles themselves."
+        "Attack AUC: how well an attacker distinguishes unlearned models from oracles: .5 is chance; the floor is the AUC between two sets of oracles of this size."
     )
     table = report.table(rows, ("method", "cost", *names, "flags"))
     return {
@@ -161,7 +161,7 @@ def changes(study: Study) -> Any:
 
 
 def metrics_of(study: Study) -> dict[str, Any]:
-    """What the table tells, cost, learning rates and the rows themselves."""
+    """The table's numbers, cost, learning rates and the rows themselves."""
     return {
         **study.evaluation.to_dict(), "cost": study.cost, "rates": study.rates,
         "trust": study.trust,

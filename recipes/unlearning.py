@@ -49,7 +49,7 @@ BASELINES: Mapping[str, Unlearner] = {
 }
 READ = 500  # rows at most that each split reads
 TRIED = 5  # models that learning rates are chosen on
-CLIP = 1.0  # largest gradient norm of the baselines; ascent has no end otherwise
+CLIP = 1.0  # largest gradient norm of the baselines; ascent would not end without
 FIRST_ORACLE = 1000  # seed
 Splits = dict[str, NDArray[np.float64]]
 
@@ -244,7 +244,7 @@ def at_best_rate(
 ) -> tuple[Splits, float, float]:  # fmt: skip
     """(margins, cost, learning rate): the rate whose mean margins come nearest to the oracles' on few models.
 
-    Oracles choose: that is more than a user of these methods has, and in their favour.
+    The choice uses oracles, which a user of these methods does not have; it favours them.
     """
     steps = max(1, round(flags.budget * len(runs[0].order)))
     size = len(runs[0].order[0])
@@ -258,13 +258,13 @@ def at_best_rate(
     for rate in flags.rates:
         try:
             margins, _ = at(rate, runs[:TRIED])
-        except ValueError:  # left the finite numbers
+        except ValueError:  # diverged
             continue
         missed[rate] = sum(
             float(np.abs(margins[s].mean(0) - oracle[s].mean(0)).mean()) for s in oracle
         )
     if not missed:
-        raise ValueError(f"{title} left the finite numbers at every rate of {flags.rates}; pass smaller --rates")  # fmt: skip
+        raise ValueError(f"expected a rate at which {title} stays finite, got none of {flags.rates}; pass smaller --rates")  # fmt: skip
     best = min(missed, key=missed.__getitem__)
     return *at(best, runs, bar(title)), best * flags.lr
 

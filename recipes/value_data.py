@@ -44,7 +44,7 @@ class Flags:
     lr: float = 0.1
     """First learning rate of SGD with momentum .9; it falls to 0."""
     weight_decay: float = 0.02
-    """Keeps the network from learning wrong labels by heart."""
+    """Keeps the network from memorising wrong labels."""
     batch_size: int = 50
     """Rows a step."""
     epochs: float = 15
@@ -128,7 +128,7 @@ def told(data: Any) -> None:
     if alone:
         raise ValueError(
             f"expected two training rows or more of every class, got one of {alone[:5]}; leave these classes out or join "
-            "them to others, or take another --seed, which splits otherwise"
+            "them to others, or take another --seed, which splits differently"
         )
 
 

@@ -71,7 +71,7 @@ def rows_of(
                 rows, head, best={loss: "low", **({"AUC": "high"} if "AUC" in head else {})}
             ),
             report.paragraph(
-                "AUC: how well low values tell the rows with planted wrong labels; found in a tenth: their share "
+                "AUC: how well low values identify the rows with planted wrong labels; found in a tenth: their share "
                 "among the 10 % of rows with the lowest values. Changes: retrained without the lowest rows, less "
                 f"retrained on all, {study.flags.seeds} seeds, paired, 95 % t interval."
                 if bad is not None
@@ -106,30 +106,26 @@ def rows_of(
 
 
 def verdict(removed: Removed, place: int, share: float) -> str:
-    """Whose rows are better gone than random ones, by intervals paired by seed; "" where none were taken at random."""
+    """Whose worst rows are better removed than random ones, by intervals paired by seed; "" where none were taken at random."""
     at = {name: losses[:, place] for name, losses in removed.items()}
     if RANDOM not in at:
         return ""
     random, start = at.pop(RANDOM), f"Without the worst {100 * share:g} %: "
     if len(random) < 2:
-        return (
-            f"{start}one training of each tells no method from random removal; take more --seeds."
-        )
+        return f"{start}with one training per method no difference from random removal can be shown; use more --seeds."
     gaps = {name: paired_interval(loss, random) for name, loss in at.items()}
     better = sorted((n for n in gaps if gaps[n].high < 0), key=lambda n: gaps[n].mean)
     if not better:
         worse = [name for name, gap in gaps.items() if gap.low > 0]
         return (
-            f"{start}no method's removal is told to lower test loss more than random removal does"
+            f"{start}no method's removal lowers test loss significantly more than random removal"
             + (f" (that of {', '.join(worse)} raises it)" if worse else "")
             + ": nothing says that rows should go."
         )
     words = f"{start}test loss is lower than without random rows by {_each(better, gaps)}"
     all_rows = {name: paired_interval(at[name], removed[name][:, 0]) for name in better}
     if not any(gap.high < 0 for gap in all_rows.values()):
-        words += (
-            "; it is not told to be lower than with all rows, so nothing says that rows should go"
-        )
+        words += "; it is not significantly lower than with all rows, so nothing says that rows should go"
     return f"{words}.{_control_does_as_well(at)}"
 
 
@@ -138,7 +134,7 @@ def _each(names: list[str], gaps: dict[str, Any]) -> str:
 
 
 def _control_does_as_well(at: dict[str, Any]) -> str:
-    """A sentence on controls that are not told to be worse than the best value; "" where there are none."""
+    """A sentence on controls that are not significantly worse than the best value; "" where there are none."""
     values = {name: loss.mean() for name, loss in at.items() if CONTROL not in name}
     if not values:
         return ""

@@ -264,7 +264,7 @@ def bought(study: Study, worth: Values) -> Verified | str:
         which = (
             f"the cheapest of them costs {prices[good].min():g}" if good.any() else "there are none"
         )
-        return f"nobody whose data made the loss lower is to be had for {half:g}, half of the price of all: {which}"
+        return f"no owner whose data lower the loss costs at most {half:g}, half of the price of all: {which}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SignWarning)  # the sign was turned

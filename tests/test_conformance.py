@@ -474,7 +474,7 @@ def swaps_hidden_units(model, forget, retain):
 def test_no_op_in_disguise(disguise):
     found = run(disguise)
     assert found.failures == ("no-op",)
-    assert "what is said of" in found.reasons["no-op"]
+    assert "the outputs on" in found.reasons["no-op"]
 
 
 def test_copies_by_pickle_are_counted():
@@ -584,4 +584,4 @@ def test_an_input_whose_numbers_alone_are_kept_is_edited():
         return student
 
     found = conformance(turned_off, Scaled(), FORGET, RETAIN, batch_size=BATCH, training_steps=40)
-    assert "what it says of the forget rows is not" in found.reasons["edits its input"]
+    assert "its outputs on the forget rows are not" in found.reasons["edits its input"]

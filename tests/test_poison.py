@@ -69,7 +69,7 @@ def check_files(folder, said):
     assert f"held-out loss {clean:.4f}" in said
     assert "2 splits" in said
     assert page.count("<img") == 3 + len(ATTACKS) + 1
-    for words in ("An audit of one&#x27;s own model", "other labels to 10 %", "may change labels of 0.1"):  # fmt: skip
+    for words in ("An audit of your own model", "other labels to 10 %", "may change labels of 0.1"):  # fmt: skip
         assert words in page
     return rows
 

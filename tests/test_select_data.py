@@ -692,5 +692,5 @@ def test_the_headline_tells_of_the_best_filter_and_of_other_text():
     assert said(1.6, 2.0).endswith(": a tie with random")
     assert ": the chosen documents are better;" in said(1.95, 1.5)
     assert said(1.95, 1.5).endswith(": better than random")
-    assert said(1.8, 2.2, 1).endswith("one training tells no noise")
+    assert said(1.8, 2.2, 1).endswith("one training, so no interval")
     assert beside(SimpleNamespace(arms={"chosen": noise, "random": noise}, parts=("report",))) == ""

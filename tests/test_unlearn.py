@@ -31,7 +31,7 @@ def read(folder):
 
 
 @pytest.mark.filterwarnings("ignore:the models are left as they were")  # six models show little
-@pytest.mark.filterwarnings("ignore:rehearsals come less than half as far")
+@pytest.mark.filterwarnings("ignore:rehearsals learn less than half")
 def test_three_forget_sets_from_start_to_report(tmp_path, capsys):
     flags = [*QUICK, "--rows", "150", "--out", str(tmp_path)]
     run(flags)

@@ -251,10 +251,10 @@ def test_a_change_that_is_all_noise_leaves_models_alone(trained, monkeypatch):
     assert found.meta["missed"] in (0.0, 1.0)  # nothing was wanted, or all of it is missed
 
 
-@pytest.mark.filterwarnings("ignore:rehearsals come less than half as far")
+@pytest.mark.filterwarnings("ignore:rehearsals learn less than half")
 def test_one_run_is_enough(trained):
     _, _, runs, rows, outputs = trained
-    with pytest.warns(unlearning.UnlearningWarning, match="one run shows no noise"):
+    with pytest.warns(unlearning.UnlearningWarning, match="with a single run the noise cannot"):
         found = unlearning.unlearn(runs[0], rows, outputs, budget=0.6)
     assert found.share <= 0.6 + 1e-9
     change = (
@@ -276,7 +276,9 @@ def test_rehearsals_far_behind_the_runs_are_told(trained, monkeypatch):
     monkeypatch.setattr(rehearsing, "BEHIND", 10.0)
     behind = unlearning.unlearn(runs, rows, outputs).meta["behind"]  # in silence
     monkeypatch.setattr(rehearsing, "BEHIND", behind / 2)
-    with pytest.warns(unlearning.UnlearningWarning, match="come less than half as far"):
+    with pytest.warns(
+        unlearning.UnlearningWarning, match="learn less than half of what the runs did"
+    ):
         unlearning.unlearn(runs, rows, outputs)
 
 

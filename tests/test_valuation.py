@@ -561,7 +561,7 @@ def test_self_confidence_finds_wrong_labels():
     ("source", "settings", "message"),
     [
         (table(all_subsets(2), lambda i: 0.0), {"kind": "core"}, "unknown kind 'core'"),
-        (table(all_subsets(2) / 2, lambda i: 0.0), {}, "weights 0 or 1, got others"),
+        (table(all_subsets(2) / 2, lambda i: 0.0), {}, "weights 0 or 1, got 0.5"),
         (table(all_subsets(2), lambda i: 0.0), {"utility": [1.0, 2.0]}, r"finite utility \[t=1\]"),
         (table(all_subsets(2), lambda i: 0.0), {"kind": "beta", "beta": (0, 1)}, "both positive"),
         (table(np.ones((3, 2)), lambda i: 0.0), {}, "expected subsets between nobody and everyone"),

@@ -384,7 +384,7 @@ def test_owners_who_cannot_be_paid_or_bought_from_do_not_cost_the_report(tmp_pat
     for values, sizes, more, unpaid, unbought in (
         ([-1.0, -2.0], [10, 10], {}, "do not lower the loss (worth -3)", "there are none"),
         ([3.0, -2.0], [80, 20], {"cap": 300.0}, "at most 300", "the cheapest of them costs 80"),
-        ([2.0, -2.0], [10, 10], {}, "do not lower the loss (worth 0)", "tells good from bad"),
+        ([2.0, -2.0], [10, 10], {}, "do not lower the loss (worth 0)", "means good or bad"),
     ):
         found = owned(tmp_path, values, sizes, **more)
         assert unpaid in found[1]
@@ -396,7 +396,7 @@ def test_owners_who_cannot_be_paid_or_bought_from_do_not_cost_the_report(tmp_pat
             assert len(sections) == len(metrics) == 1
     said = capsys.readouterr().out
     assert "nobody is paid: expected caps" in said
-    assert "nothing is bought: nobody" in said
+    assert "nothing is bought: no owner" in said
 
 
 def test_tables_that_are_as_they_should_be(tmp_path):
@@ -500,7 +500,7 @@ def test_the_report_says_whether_rows_should_go():
 
     none = said(influence=1.4, in_run=0.9)
     assert none == (
-        "Without the worst 10 %: no method's removal is told to lower test loss more than random removal does (that of "
+        "Without the worst 10 %: no method's removal lowers test loss significantly more than random removal (that of "
         "influence raises it): nothing says that rows should go."
     )
     some = said(influence=0.7, in_run=0.8)
@@ -510,9 +510,9 @@ def test_the_report_says_whether_rows_should_go():
     assert "The control self-confidence does as well as the best value, in run." in said(
         in_run=0.8, control=0.8
     )
-    assert "not told to be lower than with all rows, so nothing says" in said(influence=0.89)
+    assert "not significantly lower than with all rows, so nothing says" in said(influence=0.89)
     one = {name: np.array([[0.9, 0.8]]) for name in ("influence", "random (control)")}
-    assert "take more --seeds" in verdict(one, 1, 0.1)
+    assert "use more --seeds" in verdict(one, 1, 0.1)
 
 
 def test_held_out_rows_that_are_trained_on_are_told_before_anything_starts(

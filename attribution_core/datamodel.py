@@ -116,28 +116,12 @@ class LinearDatamodel:
 
     def predict(self, weights: ArrayLike) -> NDArray[Any]:
         """Predicted outputs, [t] for weights [n] or [m, t] for weights [m, n]."""
-        weights = np.asarray(weights, dtype=float)
-        n = len(self.scores)
-        if weights.ndim not in (1, 2) or weights.shape[-1] != n:
-            raise ValueError(
-                f"expected weights [n={n}] or [m, n={n}], got {weights.shape}; one weight per example"
-            )
+        weights = weight_rows(weights, len(self.scores))
         return self.base + (weights - self.anchor) @ self.scores
 
     def rows(self, ids: Iterable[Any]) -> NDArray[np.intp]:
         """Row numbers of the given ids; KeyError names those that are unknown, a mask is refused."""
-        ids = np.asarray(list(ids))
-        known = np.asarray(self.ids)
-        refuse_mask(ids, known)
-        order = np.argsort(known, kind="stable")
-        place = np.clip(np.searchsorted(known, ids, sorter=order), 0, len(known) - 1)
-        found = order[place]
-        unknown = known[found] != ids
-        if unknown.any():
-            raise KeyError(
-                f"unknown ids {ids[unknown][:5].tolist()}; known ones look like {known[:3].tolist()}"
-            )
-        return found
+        return rows_of(ids, np.asarray(self.ids))
 
     def without(self, ids: Iterable[Any]) -> NDArray[Any]:
         """Predicted outputs [t] when the examples `ids` are left out (weight 0, the others at 1)."""
@@ -270,12 +254,32 @@ def plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
 
 
-def refuse_mask(ids: NDArray[Any], known: NDArray[Any]) -> None:
-    """Raise where a mask is given for ids: True and False would be read as 1 and 0."""
-    if ids.dtype == bool and known.dtype != bool:
+def weight_rows(weights: ArrayLike, n: int) -> NDArray[np.float64]:
+    """Weights [n], or [m, n], as an array of that shape."""
+    found = np.asarray(weights, dtype=float)
+    if found.ndim not in (1, 2) or found.shape[-1] != n:
         raise ValueError(
-            f"expected ids like {known[:3].tolist()}, got a mask of {len(ids)}; give ids[mask]"
+            f"expected weights [n={n}] or [m, n={n}], got {found.shape}; one weight per example"
         )
+    return found
+
+
+def rows_of(ids: Iterable[Any], known: NDArray[Any]) -> NDArray[np.intp]:
+    """Where the ids stand among the known ones; KeyError names those that do not, a mask is refused."""
+    wanted = np.asarray(list(ids))
+    if wanted.dtype == bool and known.dtype != bool:  # would be read as 1 and 0
+        raise ValueError(
+            f"expected ids like {known[:3].tolist()}, got a mask of {len(wanted)}; give ids[mask]"
+        )
+    order = np.argsort(known, kind="stable")
+    place = np.clip(np.searchsorted(known, wanted, sorter=order), 0, len(known) - 1)
+    found = order[place]
+    unknown = known[found] != wanted
+    if unknown.any():
+        raise KeyError(
+            f"unknown ids {wanted[unknown][:5].tolist()}; known ones look like {known[:3].tolist()}"
+        )
+    return found
 
 
 def columns(names: NDArray[Any] | None, wanted: NDArray[Any] | None, t: int) -> NDArray[np.intp]:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from attribution_core.data import batches
-from attribution_core.datamodel import refuse_mask
+from attribution_core.datamodel import rows_of, weight_rows
 from attribution_core.problem import Outputs, Params, Problem
 from attribution_core.quadratic import (
     ALONE,
@@ -57,12 +57,7 @@ class NewtonDatamodel:
             ValueError: weights of another shape or that are not finite; weights at which the
                 curvature is not positive definite; steps that diverge.
         """
-        weights = np.asarray(weights, dtype=float)
-        n = len(self.anchor)
-        if weights.ndim not in (1, 2) or weights.shape[-1] != n:
-            raise ValueError(
-                f"expected weights [n={n}] or [m, n={n}], got {weights.shape}; one weight per example"
-            )
+        weights = weight_rows(weights, len(self.anchor))
         found = [
             self.outputs.evaluate(self.problem.model, self.params(row)).numpy()
             for row in np.atleast_2d(weights)
@@ -71,17 +66,8 @@ class NewtonDatamodel:
 
     def without(self, ids: Iterable[Any]) -> NDArray[np.float64]:
         """Outputs [t] when the examples `ids` are left out (weight 0, the others at 1)."""
-        place = {name: row for row, name in enumerate(self.ids.tolist())}
-        asked = np.asarray(list(ids))
-        refuse_mask(asked, self.ids)
-        wanted = asked.tolist()
-        unknown = [name for name in wanted if name not in place]
-        if unknown:
-            raise KeyError(
-                f"unknown ids {unknown[:5]}; known ones look like {self.ids[:3].tolist()}"
-            )
         weights = np.ones(len(self.anchor))
-        weights[[place[name] for name in wanted]] = 0.0
+        weights[rows_of(ids, self.ids)] = 0.0
         return self.predict(weights)
 
     def params(self, weights: ArrayLike) -> Params:

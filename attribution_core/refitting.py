@@ -116,8 +116,6 @@ def refit(
     """
     table: NDArray[Any] = np.atleast_2d(np.asarray(weights, dtype=float))
     chosen = tuple(listed(seeds))
-    if not chosen:
-        raise ValueError(f"expected at least one seed, got {seeds!r}")
     found = [outputs.evaluate(refitted(fitted, problem, w).model).numpy() for w in progress(table)]
     per_seed = np.repeat(np.stack(found)[:, None], len(chosen), axis=1)
     return RetrainingTable(table, per_seed, chosen, {"drop": "row", "fitted": str(fitted)})

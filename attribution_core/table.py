@@ -106,7 +106,7 @@ class RetrainingTable:
             seeds = _whole_seeds(seeds, str(path))
             if len(set(seeds)) < len(seeds):
                 raise ValueError(
-                    f"expected each seed once in {path}, got {seeds[:10]}; a training that repeats is no second opinion"
+                    f"expected each seed once in {path}, got {seeds[:10]}; a repeated seed gives the same training again"
                 )
             meta = json.loads(str(held["meta"])) if "meta" in held else {}
             return cls(held["weights"], per_seed, tuple(seeds), meta)

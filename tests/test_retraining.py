@@ -224,7 +224,8 @@ def test_a_damaged_cell(tmp_path):
     [
         (np.ones((2, 3)), 1, r"expected weights \[n=20\] for every training, got \(3,\)"),
         (np.ones((0, 20)), 1, "expected at least one training"),
-        (np.ones((1, 20)), 0, "expected at least one training"),
+        (np.ones((1, 20)), 0, "expected at least one seed >= 0"),
+        (np.ones((1, 20)), [-1], "expected at least one seed >= 0, each once, got .-1."),
         (-np.ones((1, 20)), 1, r"retraining 0 \(seed 0\) failed: expected finite weights"),
     ],
 )

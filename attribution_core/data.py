@@ -32,7 +32,7 @@ class Columns:
     columns: Batch
 
     def __len__(self) -> int:
-        return len(next(iter(_tensors(self.columns))))
+        return len(next(iter(tensors_in(self.columns))))
 
     def __getitem__(self, rows: Sequence[int]) -> Batch:
         if isinstance(self.columns, dict):
@@ -75,9 +75,9 @@ def as_data(data: Any) -> Data:
         data = Columns(tuple(_column(place, column) for place, column in enumerate(data)))
     elif isinstance(getattr(data, "format", None), Mapping) and data.format.get("type") != "torch":
         data = data.with_format("torch")
-    if isinstance(data, Columns) and len({len(c) for c in _tensors(data.columns)}) > 1:
+    if isinstance(data, Columns) and len({len(c) for c in tensors_in(data.columns)}) > 1:
         raise ValueError(
-            f"expected columns of one length, got {[len(c) for c in _tensors(data.columns)]}; one row per example"
+            f"expected columns of one length, got {[len(c) for c in tensors_in(data.columns)]}; one row per example"
         )
     if not isinstance(data, Data):
         raise TypeError(f"expected data with a length and data[[rows]] -> batch, got {type(data)}")
@@ -140,7 +140,8 @@ def _values(batch: Any) -> list[Any]:
     return list(batch) if isinstance(batch, (tuple, list)) else [batch]
 
 
-def _tensors(batch: Any) -> list[Tensor]:
+def tensors_in(batch: Any) -> list[Tensor]:
+    """The columns of a batch that are tensors."""
     return [value for value in _values(batch) if isinstance(value, Tensor)]
 
 
@@ -155,7 +156,7 @@ def take(data: Data, rows: ArrayLike, device: torch.device | None = None) -> Bat
                 "or remove the columns"
             )
         return {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-    return tuple(v.to(device) for v in _tensors(batch))
+    return tuple(v.to(device) for v in tensors_in(batch))
 
 
 def replaced(batch: Batch, column: Column, values: Tensor) -> Batch:
@@ -232,7 +233,7 @@ def checked_weights(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:
 
 def rows_in(batch: Batch) -> int:
     """How many rows a batch has."""
-    return len(_tensors(batch)[0])
+    return len(tensors_in(batch)[0])
 
 
 def batches(n: int | ArrayLike, size: int) -> Iterator[np.ndarray]:

@@ -270,16 +270,12 @@ def row_by_row(one: Callable[[Any], Any], batch: Batch) -> Any:
 
 
 def _row(batch: Batch, i: int) -> Any:
-    if isinstance(batch, dict):
-        return {name: value[i] for name, value in batch.items()}
-    return tuple(value[i] for value in batch)
+    return tree_map(lambda value: value[i], batch)
 
 
 def as_batch(example: Any) -> Batch:
     """A row as a batch of one."""
-    if isinstance(example, dict):
-        return {name: value[None] for name, value in example.items()}
-    return tuple(value[None] for value in example)
+    return tree_map(lambda value: value[None], example)
 
 
 ENGINES = {"ghost": ghost, "jvp": forward_mode, "rows": by_rows}

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from attribution_core.data import Data, as_data, batches, take
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import Progress, row_gradients
+from attribution_core.outputs import labels_in
 from attribution_core.problem import Outputs, Problem, per_example, refuse_random_layers
 from attribution_core.representations import last_layer, representations
 from attribution_core.trained import several, trained
@@ -253,8 +254,7 @@ def class_labels(data: Any, batch_size: int = 256) -> NDArray[Any] | None:
     found = []
     for rows in batches(len(data), batch_size):
         batch = take(data, rows)
-        columns = [batch.get("labels")] if isinstance(batch, dict) else [None, *batch[1:]]
-        label = columns[-1]
+        label = labels_in(batch)
         if label is None or label.ndim != 1 or label.is_floating_point():
             return None
         found.append(label)

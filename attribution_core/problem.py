@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from attribution_core.data import Batch, as_data, batches, named, rows_in, take
+from attribution_core.data import Batch, as_data, batches, named, rows_in, take, tensors_in
 
 PerExample = Callable[[nn.Module, Any], Tensor]  # (plain module, batch of b rows) -> [b]
 Params = dict[str, Tensor]
@@ -315,9 +315,8 @@ def _told_types(params: Params, batch: Batch) -> Iterator[None]:
     except RuntimeError as error:
         if not any(words in str(error) for words in ("same dtype", "expected scalar type")):
             raise
-        columns = batch.values() if isinstance(batch, dict) else batch
         own = sorted({str(value.dtype) for value in params.values()})
-        given = [str(x.dtype) for x in columns if isinstance(x, Tensor)]
+        given = [str(x.dtype) for x in tensors_in(batch)]
         raise ValueError(
             f"expected columns that the model can be multiplied with, got {given} beside parameters of {own}: {error}; "
             "cast columns (torch.as_tensor(x).float()) or the model (model.double()), so that all are of one type"

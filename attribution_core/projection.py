@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from attribution_core.coverage import coverage_of
 from attribution_core.data import Batch, Data, batches, row_numbers, rows_in, take
@@ -197,9 +198,7 @@ class Projection:
         zero = (features == 0).all(1).cpu().numpy()
         if not zero.any() or self.kind == "exact":
             return
-        columns = batch.items() if isinstance(batch, dict) else enumerate(batch)
-        some = {name: value[torch.from_numpy(zero)] for name, value in columns}
-        few: Any = some if isinstance(batch, dict) else tuple(some.values())
+        few = tree_map(lambda value: value[torch.from_numpy(zero)], batch)
         gradients = self._scaled(
             row_gradients(self.problem.model, function, self.problem.params, few)
         )

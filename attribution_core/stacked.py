@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from attribution_core.behaviour import settings
-from attribution_core.data import Batch, Rows, batches, checked_weights, rows_in, take
+from attribution_core.data import Batch, Rows, batches, checked_weights, rows_in, take, tensors_in
 from attribution_core.fingerprint import fingerprint
 from attribution_core.optimizers import clipped
 from attribution_core.problem import Outputs, Params, Problem, batch_norms, call, trainable
@@ -47,7 +47,7 @@ def stack_size(problem: Problem, recipe: Recipe, trainings: int) -> tuple[int, s
     cuda = problem.device.type == "cuda"
     p = sum(value.numel() for value in problem.model.parameters())  # frozen ones are work, too
     room = LARGEST * (MOST if cuda else 1)
-    row = sum(value.nbytes for value in _values(take(problem.train, [0])))
+    row = sum(value.nbytes for value in tensors_in(take(problem.train, [0])))
     reasons = {
         f"fewer than {FEW} trainings": trainings < FEW,
         f"a model of {p:,} parameters, more than {room:,}": p > room,
@@ -199,7 +199,7 @@ class Stack:
             params = {name: value[:alive] for name, value in params.items()}
             state = {key: {n: v[:alive] for n, v in held.items()} for key, held in state.items()}
             rows, w = self._batch(step, alive, weights)
-            batch = _map(data, lambda column, rows=rows: column[rows])
+            batch = tree_map(lambda column, rows=rows: column[rows], data)
             leaf = {name: value.detach().requires_grad_() for name, value in params.items()}
             losses = losses_of(leaf, batch)
             self._check(losses.detach(), w, step)
@@ -356,13 +356,3 @@ def _no_fallback() -> Iterator[None]:
         yield
     finally:
         functorch._set_vmap_fallback_enabled(before)
-
-
-def _values(batch: Batch) -> list[Tensor]:
-    return list(batch.values() if isinstance(batch, dict) else batch)
-
-
-def _map(batch: Batch, function: Any) -> Batch:
-    if isinstance(batch, dict):
-        return {name: function(value) for name, value in batch.items()}
-    return tuple(function(value) for value in batch)

@@ -14,14 +14,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from attribution_core.data import checked_weights, row_numbers
+from attribution_core.data import checked_weights, row_numbers, tensors_in
 from attribution_core.fingerprint import fingerprint
 from attribution_core.gradients import Progress
 from attribution_core.optimizers import (
@@ -489,7 +489,7 @@ def unchanging(steps: Steps, step: int, act: Callable[[], T]) -> T:
         done = act()
     if steps.augment is not None:
         rows = steps.order[step]
-        once, twice = (_values(steps.batch(step, rows)) for _ in range(2))
+        once, twice = (tensors_in(steps.batch(step, rows)) for _ in range(2))
         if not all(torch.equal(a, b) for a, b in zip(once, twice, strict=True)):
             raise ValueError(
                 f"expected augment(batch, rows, step) to be a function of its arguments alone, got two "
@@ -504,10 +504,6 @@ def first_gradient(steps: Steps) -> Params:
     state = steps.start()
     watched_step(steps, state, 0)
     return steps.packing.unpack(steps.gradient(state, 0)[1])
-
-
-def _values(batch: Any) -> list[Tensor]:
-    return list(batch.values() if isinstance(batch, dict) else batch)
 
 
 def check_drop(drop: str) -> None:

@@ -152,7 +152,7 @@ def aumann_shapley(
 
 
 def _derivatives(run: Run, outputs: Outputs, groups: ArrayLike | None) -> LinearDatamodel:
-    """`magic` without its warnings: whether first order holds is told by the remainder here."""
+    """`magic` without its warnings: here the remainder says whether first order holds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MetagradientWarning)
         return magic(run, outputs, groups=groups, check=False)

@@ -1,7 +1,7 @@
 """Whether ghost products hold for a model: found out by trial, on rows from all over the data.
 
-No list of layer types can tell: weights are used outside their module, batches folded into another dimension, a
-forward is one's own under a known name, rows are taken apart or put into another order.
+No list of layer types is enough: weights are used outside their module, batches are folded into another dimension,
+a subclass has another forward, rows are taken apart or put into another order.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ SHARING: tuple[Shares, ...] = (
 def coverage_of(problem: Problem, rows: NDArray[np.intp]) -> Coverage:
     """What ghost products cover, tried on some of the rows, drawn from all.
 
-        Σ_i w_i share_i = ⟨∇ Σ_i w_i ℓ_i, v⟩        w random: a share that went to another row is missed, too
+        Σ_i w_i share_i = ⟨∇ Σ_i w_i ℓ_i, v⟩        w random: a share that went to another row shows as well
 
-    Parameters that the rows use without effect are moved a little, for a last layer that starts at zero hides all
-    before it. What is hidden still counts as covered only where layers with a rule hold it. What a few rows do not
-    show, a forward pass that orders rows by something rare, is not found.
+    A last layer initialised at zero hides every layer before it, so parameters without an effect are perturbed and
+    tried again. If they stay hidden they count as covered only in layer types with a rule. What a few rows do not
+    show (a forward pass that orders rows by something rare) is not found.
     """
     many = min(len(rows), max(TRIED, min(TRIED * TRIALS, len(rows) // SHARE)))
     drawn = np.random.default_rng(0).choice(rows, many, replace=False)
@@ -59,7 +59,7 @@ def coverage_of(problem: Problem, rows: NDArray[np.intp]) -> Coverage:
     except torch.OutOfMemoryError:
         raise
     except Exception:
-        # a layer that needs more than its input, say; plain autograd tells what else is wrong
+        # for example a layer that needs more than its input; plain autograd says what else is wrong
         return Coverage(frozenset(problem.params))
     wrong = trial.wrong | trial.hidden - _held_by_rules(problem)
     return Coverage(

@@ -362,8 +362,8 @@ def pushed(f: Callable[[Params], Any], at: Params, v: Params) -> tuple[Any, Any]
         if type(error) is RuntimeError and "functorch" not in str(error):
             raise
         raise NotImplementedError(
-            f"expected layers with forward-mode derivatives for products with the exact curvature, got: {(str(error).splitlines() or ['none'])[0]} "
-            "Take curvature='ekfac' with refine=0, which needs none, or layers that have them (for transformers' experts "
+            f"expected layers with forward-mode derivatives for products with the exact curvature, got: {(str(error).splitlines() or ['none'])[0].rstrip('. ')}; "
+            "take curvature='ekfac' with refine=0, which needs none, or layers that have them (for transformers' experts "
             "config._experts_implementation = 'eager')"
         ) from error
 

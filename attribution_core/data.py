@@ -124,7 +124,7 @@ def _as_tensor(column: Any) -> Tensor:
         try:
             return torch.as_tensor(column)
         except (TypeError, ValueError, RuntimeError):
-            pass  # a list of vectors, say
+            pass  # for example a list of vectors
     if isinstance(column, Tensor):
         return column
     array = np.asarray(column)
@@ -205,7 +205,7 @@ def row_numbers(rows: ArrayLike, n: int, *, once: bool = False) -> NDArray[np.in
         raise ValueError(
             f"{expected}, got {found.dtype} of shape {found.shape}; give np.flatnonzero of a mask"
         )
-    found = found.astype(int)  # of none, too
+    found = found.astype(int)  # an empty list is one of floats
     wrong = (found < 0) | (found >= n)
     if once and not wrong.any():
         wrong = np.bincount(found, minlength=n)[found] > 1
@@ -256,11 +256,11 @@ def named(groups: ArrayLike, n: int) -> tuple[NDArray[Any], NDArray[np.intp]]:
     if labels.shape != (n,) or n == 0:
         raise ValueError(f"expected one group label per example, [n={n}], got {labels.shape}")
     given = groups if isinstance(groups, (list, tuple)) else labels.tolist()
-    nobody = [k for k, label in enumerate(given) if _missing(label)]
-    if nobody:
+    missing = [k for k, label in enumerate(given) if _missing(label)]
+    if missing:
         raise ValueError(
-            f"expected a group label for every example, got none for {nobody[:10]}; name them, "
-            "one label for all that have none, say"
+            f"expected a group label for every example, got none for {missing[:10]}; name them, "
+            "for example by one label for all that have none"
         )
     return np.unique(labels, return_inverse=True)
 

@@ -160,7 +160,7 @@ def ceiling(table: RetrainingTable) -> float:
     halves = []
     for a, b in _splits(s, k):
         one, other = table.per_seed[:, a].mean(1), table.per_seed[:, b].mean(1)
-        varies = _varies(one) & _varies(other)  # a constant tells nothing
+        varies = _varies(one) & _varies(other)  # a constant has no ranks
         if varies.any():
             halves.append(spearman(one[:, varies], other[:, varies]).mean())
     if not halves:

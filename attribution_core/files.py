@@ -1,4 +1,4 @@
-"""Files that are whole or not there, under endings that somebody looks for, in folders of one run."""
+"""Files that are whole or not there, under known endings, in folders of one run."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def ending(path: str | Path, *known: str) -> str:
     """The ending of a file that is to be written; "" among the known ones allows none.
 
     Raises:
-        ValueError: another one, under which nobody would look for what is written.
+        ValueError: another one, which readers of the file would not expect.
     """
     found = Path(path).suffix.lower()
     found = "" if found[1:].isdigit() else found  # of a name such as halves-0.5

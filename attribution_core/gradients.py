@@ -248,7 +248,7 @@ def _plain_gradients(
             leaves = list(leaf.values())
             if value.requires_grad:
                 found.append(torch.autograd.grad(value, leaves, materialize_grads=True))
-            else:  # a masked row, say
+            else:  # for example a masked row
                 found.append(tuple(torch.zeros_like(x) for x in leaves))
     columns = zip(params, zip(*found, strict=True), strict=True)
     return {name: torch.stack(column) for name, column in columns}

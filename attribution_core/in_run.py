@@ -10,7 +10,7 @@ half of its interactions, without a Hessian. A gradient is credited at once with
 products of ĝ with per-example gradients wait for the end of their segment; what they are made of is kept
 from the very passes that train (`passes`). ĝ is the mean of ∇f at the segment's ends, each of which ends one
 segment, begins the next, and gives f as well. A segment is as long as its sum ⟨θ_b − θ_a, ĝ⟩ stays near f's
-change; where it does not, the middle of the line is looked at, too (Simpson's rule), and where that does not
+change; where it does not, the middle of the line is used as well (Simpson's rule), and where that does not
 help the segment is split, before anything is read.
 """
 
@@ -55,7 +55,7 @@ GROWTH = 6  # a segment of a given length is at most such a part of the steps be
 FURTHER = 4.0  # times as long as the last segment that the next may be
 MISS = 0.015  # of f's change so far, by which the sum of all segments may miss it
 MARKS = 8  # parts, at most, between which a segment may be split
-MEMORY = 2**30  # bytes that the steps of a segment may hold unless told otherwise
+MEMORY = 2**30  # bytes that the steps of a segment may hold by default
 
 
 class MovementWarning(UserWarning):
@@ -90,7 +90,7 @@ def in_run(
 
     total_k is how far a gradient of step k moves the parameters, then and later: lr_k for plain SGD, near
     lr / (1 − momentum) with momentum. P is 1, or Adam's 1 / (√v̂ + eps) at the segment's end. Weight decay
-    moves the outputs too and is nobody's; it stands apart. Σ_i w_i scores[i] + decay = f(θ_end) −
+    moves the outputs as well and belongs to no example; it stands apart. Σ_i w_i scores[i] + decay = f(θ_end) −
     f(θ_start) up to the remainder.
 
     Args:

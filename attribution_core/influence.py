@@ -81,7 +81,7 @@ def influence(
             trained on batches drawn from a fraction α of the data averages over αn examples, so a unit of
             weight counts 1/(αn) there. With a run: its own.
         drop: what weight 0 meant where a problem was trained at `weights`. "weight": n is fixed, (1/n) Σ w ℓ.
-            "row": those rows were not there; n counts the others, and the absent rows get scores, too. With a
+            "row": those rows were not there; n counts the others, and the absent rows get scores as well. With a
             run: its own.
         curvature_rows: estimate the curvature on so many rows, drawn with a fixed seed; all if not given.
         engine, batch_size: how gradients are taken; change cost, never the result.
@@ -178,7 +178,7 @@ def fitted_curvature(
     progress: Progress = iter,
     **settings: Any,
 ) -> Curvature:
-    """The curvature on some rows, with the damping asked for; rows of weight 0 bend nothing and are passed over."""
+    """The curvature on some rows, with the damping asked for; rows of weight 0 do not contribute and are skipped."""
     if isinstance(curvature, Curvature):
         if damping is not None or settings["labels"] != "model" or settings["refine"]:
             raise ValueError(

@@ -60,7 +60,7 @@ def input_influence(
         meta["shape"] [k, ...]. The same layout as `magic(wrt="inputs")`.
 
     Raises:
-        ValueError: rows that are none, or twice; no floating column; see `fit_curvature`.
+        ValueError: rows that do not exist, or twice; no floating column; see `fit_curvature`.
 
     Source: Koh & Liang 2017, eq. 5 (I_pert,loss).
     """
@@ -100,7 +100,7 @@ def gradient_matching(
         scores [k · numbers, 1] of the one output "alignment".
 
     Raises:
-        ValueError: several goals; rows that are none; no floating column.
+        ValueError: several goals; rows that do not exist; no floating column.
 
     Source: Geiping et al. 2021 (Witches' Brew), eq. 3, for untargeted goals Fowl et al. 2021.
     """

@@ -5,8 +5,8 @@
 All targets share the design, so a step for all of them is one matrix product: ADMM in float32 with the
 inverse of (Gram + ρ) found once (through the m × m side when rows are few), warm-started from λ_max down,
 converged columns dropped. What is returned is then finished in float64, by ADMM where rows are many and by
-an active-set method, one small linear system a target. Masks are the easy case: their Gram is near the identity on
-every small set of examples, and ρ = its mean diagonal serves m < n and m > n alike.
+an active-set method, one small linear system a target. 0/1 masks are well conditioned (the Gram matrix of any few columns
+is close to a multiple of the identity), so ρ = its mean diagonal works for m < n and m > n.
 """
 
 from __future__ import annotations

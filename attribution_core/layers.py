@@ -63,7 +63,7 @@ class Coverage:
         if not self.holds(b, names, source, gradient):
             raise NotCovered(
                 f"expected layers that see every row of a batch, got one that saw {tuple(source.shape)} of {b} rows "
-                f"({', '.join(sorted(names.values())[:2])}), as where rows are told apart in a forward pass; "
+                f"({', '.join(sorted(names.values())[:2])}), as where a forward pass treats rows differently; "
                 "use engine='jvp' or 'rows'"
             )
 

@@ -109,7 +109,7 @@ def from_sklearn(fitted: Any, X: Any, y: Any, *, weights: ArrayLike | None = Non
         fitted: a LogisticRegression (l2 or no penalty), LinearRegression, Ridge, RidgeClassifier or
             PoissonRegressor. Of a pipeline: `pipeline[-1]`, with X through `pipeline[:-1].transform`.
         X, y: what it was fitted on, in any order of rows.
-        weights: [n] the sample_weight it was fitted with (class weights are such, too), 1 if not given.
+        weights: [n] the sample_weight it was fitted with (class weights are included), 1 if not given.
             Weights are no part of a problem: give them to `influence(..., weights=)` again.
 
     Returns:

@@ -35,7 +35,7 @@ from attribution_core.walk import Walk, told_operation, walk_back
 
 Wrt = Literal["weights", "domains", "inputs", "lr", "weight_decay"]
 GROWN = 5.0  # adjoint growth beyond which first order was worthless in every run that was looked at
-KINKED = 0.01  # share of activations with a kink from which the user is told
+KINKED = 0.01  # share of activations with a kink from which a warning is given
 
 
 def magic(

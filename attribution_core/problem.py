@@ -36,7 +36,7 @@ class Problem:
             parameter name -> number, 0 for names left out (biases and norms, as is usual).
 
     Raises:
-        TypeError, ValueError: data that are none (see `as_data`); no trainable parameters, or complex ones;
+        TypeError, ValueError: data that cannot be used (see `as_data`); no trainable parameters, or complex ones;
             a weight decay that is negative or names a parameter that the model does not train.
     """
 
@@ -216,8 +216,8 @@ class _KeepDouble(TorchFunctionMode):
     """Leave float64 tensors float64 where a layer would cast them to float32.
 
     transformers' norms, rotary embeddings and softmaxes compute in float32 whatever the model's
-    dtype; a model that was asked to be float64 would be exact to 1e-8 only. Where a product meets what
-    was cast on its other side alone, positions say, that is float64, too: torch would refuse it.
+    dtype; a model that was asked to be float64 would be exact to 1e-8 only. Products of a float64 and a
+    float32 tensor (rotary positions, for example) are computed in float64; torch would raise an error.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -318,7 +318,7 @@ def _told_types(params: Params, batch: Batch) -> Iterator[None]:
         own = sorted({str(value.dtype) for value in params.values()})
         given = [str(x.dtype) for x in tensors_in(batch)]
         raise ValueError(
-            f"expected columns that the model can be multiplied with, got {given} beside parameters of {own}: {error}; "
+            f"expected inputs in the parameters' dtype {own}, got {given}: {error}; "
             "cast columns (torch.as_tensor(x).float()) or the model (model.double()), so that all are of one type"
         ) from error
 

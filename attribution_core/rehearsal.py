@@ -3,9 +3,9 @@
 A rehearsal is the run's training on smaller batches: from the same start, as many steps, a share of the rows, the
 same learning rates (Adam's over the root of the share). It is taken twice in the same order, once at the run's own
 weights and once at others; what smaller batches get wrong is wrong in both and drops out of their difference, which
-is then added to the outputs of the run (a control variate). But a run is ahead of its rehearsals also by what it
-learned of the left-out rows by heart, and that is not to be kept (`Rehearsal.carried`). Unlike a linear datamodel
-it follows large and coherent changes, where the model comes to see the rows otherwise.
+is then added to the outputs of the run (a control variate). A run has also memorised more of the
+left-out rows than its rehearsals did; that part must be removed, not kept (`Rehearsal.carried`). Unlike a linear
+datamodel it follows large and coherent changes, after which the model represents the rows differently.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def rehearse(
                                                in an order of their own, its tail averaged
 
     Both trainings see the same batches; weight 0 is "dropped, same batches, same steps". Cost: 2 · share of
-    a training for each run. Large batches of few runs tell more than small ones of many.
+    a training for each run. A few runs with large batches show more than many with small ones.
 
     Args:
         runs: trained models; one pair of rehearsals each.

@@ -18,7 +18,7 @@ from attribution_core.steps import Steps, TrainingState
 
 States = Literal["auto", "all", "sqrt"] | int
 SAME = 1e-3  # of the parameters' norm, by which a run without digests may end elsewhere: other kernels, not other steps
-MEMORY = 2**28  # bytes of states that a run holds unless told otherwise
+MEMORY = 2**28  # bytes of states that a run holds by default
 
 
 def states_held(states: States, steps: int, size: int, memory: int = MEMORY) -> int:
@@ -88,7 +88,7 @@ def backwards(
         held: how many states may be held at a time, those in `kept` included.
         kept: states of the first pass; the others are computed again.
         digests: [steps + 1] of the states; every state computed again is compared with its own.
-        noted: told how many states are held, each time one is added.
+        noted: called with the number of states held, each time one is added.
 
     Raises:
         ValueError: a state computed again that differs from the training's.
@@ -135,7 +135,7 @@ def check(state: TrainingState, step: int, digests: NDArray | None) -> None:
 
 
 def refuse_another_end(params: Params, again: Params) -> None:
-    """Raise where the steps, taken again, do not lead to a run's parameters, whose states nobody digested."""
+    """Raise where the steps, taken again, do not lead to a run's parameters, where its states have no digests."""
     for name, there in params.items():
         off, size = (again[name] - there).norm(), there.norm()
         if not off <= SAME * size:

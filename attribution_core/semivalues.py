@@ -23,8 +23,8 @@ def semivalues(
 ) -> tuple[Estimate, str]:
     """((values [n, t], standard errors [n, t], degrees of freedom, one or [n]), how) from subsets that were trained on.
 
-    Exact where the table holds all subsets (the error is then that over seeds, 0 for one seed, whose game is known
-    exactly, or tells by rows that repeat); marginal contributions where it is made of permutations; differences to
+    Exact where the table holds all subsets (the error is then that over seeds or over repeated rows; 0 for one seed, whose
+    game is known exactly); marginal contributions where it is made of permutations; differences to
     everyone for "leave_one_out"; else `by_size`.
 
     Args:
@@ -49,10 +49,10 @@ def semivalues(
 
 
 def levelling(size: NDArray[Any], kind: str, n: int) -> NDArray[np.bool_]:
-    """[m], rows that tell how large values are on average: all that are told by how f rises from one size to the next.
+    """[m], which rows are used to estimate the average value, i.e. how f grows with the subset size.
 
-    Banzhaf values look at n/2 ± √n (two standard deviations) alone: f may rise as it likes elsewhere. Where no two sizes
-    on both sides of the middle are drawn there, the two that are nearest to it tell. None, where there are none.
+    Banzhaf values depend on sizes n/2 ± √n (two standard deviations) only, whatever f does at others. If no sizes on
+    both sides of the middle were drawn there, the two nearest to it are used; no rows if there are none.
     """
     if kind != "banzhaf":
         return np.full(len(size), size.min() == 0 and size.max() == n)
@@ -183,7 +183,7 @@ def _by_size(
     with μ_s the mean of f over sets of size s, and D_i(s) its mean over those with i less that over those
     without. (Both lines are exact over all sets.) Sizes with too few rows are taken together, sizes
     that were not drawn are interpolated, and beyond them μ goes on as it does between them. The D_i of a size
-    add up to zero, and are made to. Rows of `level` tell μ, all rows if there are none.
+    add up to zero, and are made to. μ is estimated from the rows of `level`, from all rows if there are none.
     """
     n = inside.shape[1]
     y = outputs.mean(1)
@@ -198,8 +198,8 @@ def _by_size(
     share = count @ np.stack([np.interp(s, centres, one) for one in np.eye(len(centres))], axis=1)
     seeds = outputs.shape[1]
     noise = outputs.var(axis=1, ddof=1).mean(0) / seeds if seeds > 1 else None
-    told = level if level.any() else np.ones(len(y), dtype=bool)
-    mean, mean_variance = _levels(y[told], size[told], q, noise)
+    used = level if level.any() else np.ones(len(y), dtype=bool)
+    mean, mean_variance = _levels(y[used], size[used], q, noise)
     spread = np.tensordot(share**2, variance, axes=1)
     error = np.sqrt(spread + mean_variance)
     return mean + np.tensordot(share, d, axes=1), error, _freedom(share, rows)
@@ -219,7 +219,7 @@ def beyond(size: NDArray[Any], kind: str, beta: tuple[float, float], n: int) -> 
 
 
 def telling(kind: str, beta: tuple[float, float], n: int) -> list[float]:
-    """Keep fractions that tell a kind of n players: the sizes that its D_i(s) have at five quantiles."""
+    """Keep fractions from which a kind of n players is estimated well: the sizes of its D_i(s) at five quantiles."""
     s, count = _counts(size_weights(kind, n, beta))
     up_to = np.cumsum(count) / count.sum()
     sizes = s[np.searchsorted(up_to, [0.05, 0.25, 0.5, 0.75, 0.95])]
@@ -251,8 +251,8 @@ def _levels(
     """Σ_s q_s (μ_{s+1} − μ_s), [t], and its variance.
 
     μ is interpolated between the sizes there are, and goes on beyond them as it does between them on average. noise
-    is the variance of a row over seeds; where one seed does not tell it, that among sets of one size stands in for
-    it.
+    is the variance of a row over seeds; with one seed, the variance among sets of one size takes its
+    place.
     """
     known, where, count = np.unique(size, return_inverse=True, return_counts=True)
     between = np.zeros_like(q)

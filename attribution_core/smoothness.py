@@ -1,7 +1,7 @@
 """When not to believe a metagradient: precision, kinks, metasmoothness, and one training against its prediction.
 
-A derivative may be exact and yet say nothing about the next training. What told the two apart in every
-prototype is one more training, at weights moved a little; the rest are hints that cost less.
+A derivative may be exact and yet say nothing about the next training. In every prototype one more training,
+at weights moved a little, showed whether it does; the rest are hints that cost less.
 """
 
 from __future__ import annotations

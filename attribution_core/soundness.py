@@ -1,7 +1,7 @@
 """Whether a loss is what attribution takes it to be: a function of the parameters by name and of its own row.
 
-Layers are looked at first (`refuse_random_layers`); what no list of layers can tell, noise drawn in a forward pass,
-buffers that it changes, rows that see one another, is found by passing a few rows through.
+Layers are looked at first (`refuse_random_layers`). What no list of layers can cover (noise drawn in a forward pass,
+buffers that it changes, rows that see one another) is found by passing a few rows through.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ TRIED = 8  # rows that are passed through together, and some of them alone
 ALONE = 2
 NESTED = 4  # containers in one another that are looked into; one may hold itself
 APART = 1e-3  # relative difference of losses, far above the rounding of float32
-# of outputs: those that compare rows differ by as much as they are; bfloat16 inside a float32 model, whose batches of
-# other sizes take other kernels, by less
+# relative difference of outputs: those that compare rows change by their own size; bfloat16 inside a float32 model
+# (batches of other sizes use other kernels) changes by less
 COMPARED = 0.25
 STEP = 1e-6  # of a central difference in float64, in norms of the parameters
 STOPPED = 0.02  # relative difference of slopes, above what a kink within a step makes
-SMALL = 1e-2  # nats beside which losses are told apart: those near 0 are all rounding
+SMALL = 1e-2  # nats added to the size that differences are compared with: losses near 0 are all rounding
 
 # those that were found to be, and which of their modules were in training mode then
 _SOUND: WeakKeyDictionary[Problem, tuple[bool, ...]] = WeakKeyDictionary()
@@ -126,8 +126,8 @@ def refuse_mixed_outputs(model: nn.Module, outputs: Outputs) -> None:
 
 
 def _kind(model: nn.Module) -> tuple[Any, ...]:
-    """What a copy of a model shares with it, and another model seldom: its modules' names, types and attributes, where
-    these are plain values, functions, arrays, or containers of such.
+    """What the copies of a model have in common, and other models rarely have: the names, types and attributes of its
+    modules, as far as these are plain values, functions, arrays, or containers of such.
 
     Runs hand out a new copy each time; modes, parameters and buffers, which training changes, are left out, as are
     objects' insides.
@@ -249,7 +249,7 @@ class _Rows:
     batch: Batch
 
     def at(self, params: Params) -> Tensor | None:
-        """[b]; None where there are none, for which the pass that is really needed says why."""
+        """[b]; None where they cannot be computed: the pass that is needed then says why."""
         try:
             with torch.no_grad():
                 found = call(self.model, self.function, params, self.batch)
@@ -263,11 +263,11 @@ class _Rows:
             replace(self, batch=tree_map(lambda x, k=k: x[k : k + 1], self.batch)).at(params)
             for k in range(min(ALONE, rows_in(self.batch)))
         ]
-        told = [one for one in found if one is not None]
-        return torch.cat(told) if len(told) == len(found) else None
+        known = [one for one in found if one is not None]
+        return torch.cat(known) if len(known) == len(found) else None
 
     def mixed(self, params: Params, together: Tensor | None, apart: float) -> Tensor | None:
-        """Of the first rows alone, where that is another without those beside them, in float64, too."""
+        """What the first rows give alone, if that differs from what they give beside others, also in float64."""
         alone = self.alone(params)
         if together is None or alone is None or not _apart(together, alone, params, apart):
             return None
@@ -276,8 +276,8 @@ class _Rows:
         doubled = tree_map(lambda x: x.double() if x.is_floating_point() else x, self.batch)
         exact = replace(self, batch=doubled)
         again, again_alone = exact.at(wide), exact.alone(wide)
-        told = again is not None and again_alone is not None
-        return None if told and not _apart(again, again_alone, wide, apart) else alone
+        known = again is not None and again_alone is not None
+        return None if known and not _apart(again, again_alone, wide, apart) else alone
 
 
 def _apart(together: Any, alone: Any, params: Params, apart: float) -> bool:

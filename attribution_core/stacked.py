@@ -45,7 +45,7 @@ def stack_size(problem: Problem, recipe: Recipe, trainings: int) -> tuple[int, s
     """How many trainings to stack, and why no more: by the problem alone, so that a resumed table is cut
     as the killed one was."""
     cuda = problem.device.type == "cuda"
-    p = sum(value.numel() for value in problem.model.parameters())  # frozen ones are work, too
+    p = sum(value.numel() for value in problem.model.parameters())  # frozen ones are work as well
     room = LARGEST * (MOST if cuda else 1)
     row = sum(value.nbytes for value in tensors_in(take(problem.train, [0])))
     reasons = {
@@ -173,7 +173,7 @@ class Stack:
         except Exception as error:
             raise ValueError(f"losses that cannot be had of one row: {error}") from error
         if whole.shape[:1] != (rows_in(batch),) or alone.shape != (1,):
-            return  # which is told further on
+            return  # an error further on says so
         if not (whole[0] - alone[0]).abs() <= ROUNDING * (1 + whole.abs().max()):
             raise ValueError("losses that depend on the other rows of a batch")
 

@@ -242,7 +242,7 @@ class Steps:
         buffers = state.buffers
         try:
             total, grads, buffers = self._own_gradient(state, step, watch)
-        except Exception as error:  # the others wait in the sum; a loss of NaN tells them
+        except Exception as error:  # the others wait in the sum; a loss of NaN stops them
             failed, total = error, math.nan
             grads = {name: torch.zeros_like(value) for name, value in state.params.items()}
         loss = torch.as_tensor(total).to(next(iter(grads.values())))

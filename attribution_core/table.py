@@ -85,7 +85,7 @@ class RetrainingTable:
         Raises:
             FileNotFoundError: no such file.
             ValueError: other columns or none; a row of weights that lacks one of the seeds, or a name of a row that
-                stands for two; seeds that are no whole numbers, or come twice.
+                stands for two; seeds that are not whole numbers, or come twice.
         """
         if not Path(path).exists():
             raise FileNotFoundError(f"no table at {path}")
@@ -114,7 +114,7 @@ class RetrainingTable:
     def joined(self, *others: RetrainingTable) -> RetrainingTable:
         """The rows of several tables of the same seeds, examples, outputs and drop, one after the other.
 
-        Names of outputs and the drop are those of the first tables that tell them.
+        Names of outputs and the drop are those of the first tables that have them.
 
         Raises:
             ValueError: tables that differ in one of them; the same outputs in another order.
@@ -138,12 +138,12 @@ class RetrainingTable:
             raise ValueError(
                 f"expected tables of one drop, got {sorted(set(drops))}: these are other counterfactuals; retrain with one"
             )
-        told = {"targets": None if names is None else names.tolist(), "drop": (drops or [None])[0]}
+        known = {"targets": None if names is None else names.tolist(), "drop": (drops or [None])[0]}
         return RetrainingTable(
             np.concatenate([table.weights for table in tables]),
             np.concatenate([table.per_seed for table in tables]),
             self.seeds,
-            {**self.meta, **{name: value for name, value in told.items() if value is not None}},
+            {**self.meta, **{name: value for name, value in known.items() if value is not None}},
         )
 
 
@@ -174,7 +174,7 @@ def _whole_seeds(seeds: Any, where: str) -> list[int]:
     """Seeds as a file holds them, as whole numbers.
 
     Raises:
-        ValueError: one that is none, which would become another's; no list of seeds.
+        ValueError: one that is not a whole number and would be rounded to another; no list of seeds.
     """
     if not isinstance(seeds, list):
         raise ValueError(f"expected a list of seeds in {where}, got {seeds!r}; write [{seeds!r}]")

@@ -191,7 +191,7 @@ def floating_column(data: Data, column: Column | None = None) -> Column:
 
 
 def row_numbers(rows: ArrayLike, n: int, *, once: bool = False) -> NDArray[np.intp]:
-    """Rows given as numbers of 0 .. n − 1, checked: a mask would else be read as rows 0 and 1.
+    """Rows given as numbers of 0 .. n − 1, checked: a mask would be read as rows 0 and 1.
 
     Raises:
         ValueError: no whole numbers, some outside, or, with `once`, some twice.

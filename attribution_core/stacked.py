@@ -123,8 +123,8 @@ class Stack:
 
         Raises:
             ValueError: weights that `train` refuses; initial models that differ in more than their trainable
-                parameters; a loss or an output that vmap cannot stack, or computes otherwise than a training by
-                itself would; losses that are not finite (names the training and the step).
+                parameters; a loss or an output that vmap cannot stack, or computes differently from a training by
+                itself; losses that are not finite (names the training and the step).
         """
         length = np.array([len(order) for order in self.orders])
         if (np.diff(length) > 0).any():
@@ -272,7 +272,7 @@ class Stack:
             # rounding stays far below 1e-3 of the norm, a missing term far above
             close = max(1e-3, 8 * torch.finfo(g.dtype).eps) * g.norm()
             if not (stacked[name] - g).norm() <= close.clamp(min=1e-12):
-                raise ValueError(f"a gradient of {name!r} that is another one when stacked")
+                raise ValueError(f"a gradient of {name!r} that differs when stacked")
 
     def _evaluated(self, params: Params, outputs: Outputs) -> NDArray[np.float64]:
         """Outputs [k, t] in eval mode, float64."""

@@ -195,8 +195,8 @@ def margin_of(loss: PerExample) -> PerExample:
 def loss_margin(loss: PerExample, model: nn.Module, batch: Any) -> Tensor:
     """log p/(1 − p), [b], for p = e^−loss; its gradient is −∇loss/(1 − p).
 
-    Where a loss is so small that 1 − p is no number of its precision, the margin is the largest that is
-    one, with gradient 0: such an example has nothing more to say (1 − p multiplies its scores).
+    Where a loss is so small that 1 − p is 0 in its precision, the margin is the largest that it
+    has, with gradient 0: such an example contributes nothing more (1 − p multiplies its scores).
     """
     values = loss(model, batch)
     values = widened(values)

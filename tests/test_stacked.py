@@ -250,7 +250,7 @@ def test_another_function_when_stacked_is_found_out():
     problem, outputs = odd(ByRow())
     problem = replace(problem, loss=loss)
     cells = [(np.ones(12), 0)] * 4
-    with pytest.raises(ValueError, match="another one when stacked"):
+    with pytest.raises(ValueError, match="differs when stacked"):
         Stack(problem, Recipe(SGD(0.1), 4, 2), cells, "row").outputs(outputs)
 
 

@@ -104,7 +104,7 @@ class Certified:
 
     def reweight(self, weights: ArrayLike, *, steps: int = 1) -> Certified:
         """The model at any other training weights [n] of at least 0, by Newton steps."""
-        w = _checked(weights, self.problem.n)
+        w = checked_weights(weights, self.problem.n, some=True)
         if steps < 1:
             raise ValueError(f"expected at least one step, got {steps}")
         problem = self.problem
@@ -261,19 +261,12 @@ def _start(problem: Problem, weights: ArrayLike | None, gamma: float | None) -> 
             "parameters; fit with some, and give it to the Problem"
         )
     refuse_nonlinear(problem)
-    w = _checked(weights, problem.n)
+    w = checked_weights(weights, problem.n, some=True)
     if gamma is not None and not 0 <= gamma < math.inf:
         raise ValueError(f"expected a finite gamma of at least 0, got {gamma}; see fit_certified")
     known = smoothness_of(problem) if gamma is None else Smoothness(float(gamma), centred=False)
     noise = torch.zeros(len(problem.decay), dtype=torch.float64)
     return Certified(problem, w, math.nan, math.nan, known, noise)
-
-
-def _checked(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:
-    w = checked_weights(weights, n)
-    if not w.any():
-        raise ValueError("expected a row of positive weight, got weight 0 for every example")
-    return w
 
 
 def _rows(rows: Iterable[int] | ArrayLike, weights: NDArray[np.float64]) -> NDArray[np.intp]:

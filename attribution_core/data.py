@@ -214,11 +214,13 @@ def row_numbers(rows: ArrayLike, n: int, *, once: bool = False) -> NDArray[np.in
     return found
 
 
-def checked_weights(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:
+def checked_weights(
+    weights: ArrayLike | None, n: int, *, some: bool = False
+) -> NDArray[np.float64]:
     """Training weights [n] as an array of their own; 1 where none are given.
 
     Raises:
-        ValueError: another number of them; some that are negative, NaN or infinite.
+        ValueError: another number of them; some that are negative, NaN or infinite; with `some`, none above 0.
     """
     w = np.ones(n) if weights is None else np.array(weights, dtype=float)
     if w.shape != (n,):
@@ -228,6 +230,8 @@ def checked_weights(weights: ArrayLike | None, n: int) -> NDArray[np.float64]:
         raise ValueError(
             f"expected finite weights >= 0, got {w[bad][:5].tolist()} for rows {bad[:5].tolist()}; use 0 to drop an example"
         )
+    if some and not w.any():
+        raise ValueError("expected a row of positive weight, got weight 0 for every example")
     return w
 
 

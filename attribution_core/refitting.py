@@ -40,9 +40,7 @@ def refitted(fitted: Any, problem: Problem, weights: ArrayLike) -> Problem:
     """
     from sklearn.base import clone
 
-    w = checked_weights(weights, problem.n)
-    if not w.any():
-        raise ValueError("expected a row of positive weight, got weight 0 for every example")
+    w = checked_weights(weights, problem.n, some=True)
     if not isinstance(problem.model, LinearModel) or type(fitted).__name__ == "RidgeClassifier":
         raise ValueError(
             "expected a problem of Problem.from_sklearn and an estimator other than RidgeClassifier, got "

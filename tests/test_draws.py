@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attribution_core import Problem, causal_lm_loss, cross_entropy, squared_error
-from attribution_core import draws as core
+from attribution_core import Problem, causal_lm_loss, cross_entropy, opened, squared_error
 from attribution_core.draws import default_draws, draw
 from attribution_core.ekfac import fit_ekfac
 from attribution_core.opened import open_output
@@ -273,6 +272,6 @@ def test_what_stands_in_for_the_model_passes_for_it():
     """A loss may read the model's attributes."""
     model = nn.Linear(3, 2)
     model.temperature = 2.0
-    given = core._Given(model, "output")
+    given = opened._Given(model, "output")
     assert given.temperature == 2.0
     assert given(1, key=2) == "output"

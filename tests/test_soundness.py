@@ -234,7 +234,7 @@ def test_weights_of_nan_are_named():
     w = np.ones(12)
     w[3] = np.nan
     for method in (influence, leave_one_out, trak):
-        with pytest.raises(ValueError, match=r"finite weights, got NaN or infinity for rows \[3\]"):
+        with pytest.raises(ValueError, match=r"finite weights >= 0, got \[nan\] for rows \[3\]"):
             method(problem, OUTPUTS, weights=w)
 
 

@@ -240,23 +240,13 @@ def study(flags: Flags, data: Classification) -> list[Asked]:
         backend="loky", n_jobs=min(flags.jobs, len(places)), inner_max_num_threads=1
     ):
         found = Parallel(return_as="generator")(
-            delayed(one)(flags, int(j), int(said[j])) for j in places
+            delayed(one)(flags, int(j), int(said[j]), float(margin[j])) for j in places
         )
-        asked = [x for x in bar("decisions")(found, total=len(places)) if x is not None]
-    if lost := len(places) - len(asked):
-        print(
-            f"{lost} of {len(places)} decisions left out: the datamodel's trainings contradict those that judge",
-            flush=True,
-        )
-    if not asked:
-        raise ValueError(
-            "expected decisions that other seeds make as well, got none; train longer (--epochs), or ask about more"
-        )
-    return asked
+        return list(bar("decisions")(found, total=len(places)))
 
 
-def one(flags: Flags, place: int, said: int) -> Asked | None:
-    """One decision; None where the datamodel's trainings contradict those that decided."""
+def one(flags: Flags, place: int, said: int, margin: float) -> Asked:
+    """One decision, asked or read back."""
     from attribution_core.files import write_text
     from attribution_core.fingerprint import fingerprint
 
@@ -268,30 +258,35 @@ def one(flags: Flags, place: int, said: int) -> Asked | None:
     path = flags.out / "decisions" / f"{place}-{made_of}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = ask(flags, data, model, place, said)
-        write_text(path, json.dumps(None if found is None else asdict(found)))
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    return None if kept is None else Asked(**kept)
+        write_text(path, json.dumps(asdict(ask(flags, data, model, place, said, margin))))
+    return Asked(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def ask(flags: Flags, data: Classification, model: Model, place: int, said: int) -> Asked | None:
-    """How few rows a decision hangs on."""
+def ask(
+    flags: Flags, data: Classification, model: Model, place: int, said: int, margin: float
+) -> Asked:
+    """How few rows a decision hangs on, by a datamodel whose margin is moved to that of the trainings that judge."""
     x, y = held_out(data)
     output = rows_of(model, x[[place]], np.array([said]), logit_margin)
     clean = model.datamodel(model.problem, np.ones(model.problem.n), output)
-    if clean.base[0] <= 0:
-        return None
+    moved = margin - clean.base
+
+    def surrogate(table: Problem, w: NDArray[np.float64]) -> LinearDatamodel:
+        found = clean if (w == 1).all() else model.datamodel(table, w, output)
+        return replace(found, base=found.base + moved)
+
     most = room(flags, data)
-    found = support(
+    asked = support(
         model.problem,
-        lambda table, w: clean if (w == 1).all() else model.datamodel(table, w, output),
+        surrogate,
         lambda table, w, seeds: model.retrained(table, w, seeds, output),
         most=most, rounds=flags.rounds, orders={"nearest": knn(model.problem, output, k=NEAR)}, seeds=model.seeds,
     )  # fmt: skip
+    found = asked.found
+    near, random = asked.controls["nearest"], asked.controls["random"]
     return Asked(
-        place, int(data.held_places[place]), data.classes[y[place]], data.classes[said], float(found.found.margin[0]),
-        float(found.found.predicted[0]), float(found.found.actual[0]), float(found.controls["nearest"][0]),
-        float(found.controls["random"][0]), most, found.rows(0).tolist(),
+        place, int(data.held_places[place]), data.classes[y[place]], data.classes[said], float(found.margin[0]),
+        float(found.predicted[0]), float(found.actual[0]), float(near[0]), float(random[0]), most, asked.rows(0).tolist(),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ many outputs at once: which of them hang on the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +19,12 @@ from numpy.typing import ArrayLike, NDArray
 from applied.flip_budget import FlipBudgets, Surrogate, budget_to_flip, smallest
 from applied.recipe import Retrain, Retrained, aligned, distinct_seeds, retrained_outputs
 from applied.threat import ThreatModel
+from attribution_core.data import Progress
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.problem import Problem
 
 __all__ = ["Subpopulations", "Support", "subpopulations", "support"]
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 DIRECTIONS = 20  # principal components that outputs are clustered in
 MOST_GROUPS = 10
 ROWS_SHOWN = 5

@@ -8,7 +8,7 @@ A small number is a warning about a decision, not about a model: it says which o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,11 +25,10 @@ from applied.recipe import (
 )
 from applied.threat import ThreatModel
 from applied.versions import Versions, relabelled
-from attribution_core.data import Column
+from attribution_core.data import Column, Progress
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.problem import Problem
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 Surrogate = Callable[[Problem, NDArray[np.float64]], LinearDatamodel | Sequence[LinearDatamodel]]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from applied.gauss_newton import (
     squares_of_means,
 )  # fmt: skip
 from applied.unlearners import Steps, centred_logits, is_sequence, match, of_classes
-from attribution_core.data import Rows, batches, rows_in, sample, take
+from attribution_core.data import Progress, Rows, batches, rows_in, sample, take
 from attribution_core.outputs import labels_in, next_labels
 from attribution_core.problem import widened
 
@@ -29,7 +29,6 @@ TIMES = (1.0, 3.0, 10.0)  # learning rates of Adam, in the training's
 RATES = (0.02, 0.06, 0.18)  # learning rates of SGD
 ROWS, LEAST = 100, 2  # Gauss–Newton steps: rows of each, about; how many at least
 SEEN = 50  # rows of either set that settle their damping
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 How = GaussNewton | Steps | None  # None: left alone
 
 

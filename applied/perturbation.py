@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,12 @@ from applied.attack import (
 from applied.recipe import Retrained, distinct_seeds
 from applied.threat import ThreatModel
 from applied.versions import rewritten
-from attribution_core.data import Column, floating_column, row_numbers, take
+from attribution_core.data import Column, Progress, floating_column, row_numbers, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.files import claim, write_arrays
 from attribution_core.fingerprint import fingerprint
 from attribution_core.problem import Problem
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 InputSurrogate = Callable[[Problem, NDArray[np.intp], int], LinearDatamodel]
 FIRST_STEP = 0.2  # of epsilon
 CANDIDATES = 4  # times the rows of the budget that are moved at first

@@ -20,7 +20,7 @@ stated ball, and rows that the caller brings are all that an attack chooses from
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -46,7 +46,7 @@ from applied.recipe import Retrained
 from applied.repairing import Repair, Trace, repair, trace
 from applied.threat import ROUNDING, ThreatModel
 from applied.versions import Versions, joined, labels_of, relabelled
-from attribution_core.data import Column, Data, as_data, take
+from attribution_core.data import Column, Data, Progress, as_data, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.outputs import labels_in, logits_of
 from attribution_core.problem import Problem
@@ -56,7 +56,6 @@ __all__ = [
     "detect", "flip_labels", "insert", "perturb", "relabelled", "repair", "trace",
 ]  # fmt: skip
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 Surrogate = Callable[[Problem, NDArray[np.float64]], LinearDatamodel]
 
 

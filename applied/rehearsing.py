@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from applied.matching import KINDS, Goal
+from attribution_core.data import Progress
 from attribution_core.problem import Outputs
 from attribution_core.rehearsal import Pace, Rehearsal, rehearse
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 MATCHING = 0.3  # of the budget; the rest is for rehearsals
 ROUNDING = 1e-9
 PAIRS = 2  # rehearsals at least: one shows no noise, and larger batches help more than many

@@ -9,7 +9,7 @@ distance between two sets of such models (`evaluate`). No oracle is needed to un
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from applied.matching import KINDS, Goal
 from applied.rehearsing import ROUNDING, Told, UnlearningWarning, rehearsed
 from applied.unlearners import Steps, Unlearner, to_unseen
 from applied.yardstick import Evaluation, attack, evaluate, gaussian_klom, klom
-from attribution_core.data import Data, Rows, as_data, sample
+from attribution_core.data import Data, Progress, Rows, as_data, sample
 from attribution_core.problem import Outputs
 from attribution_core.rehearsal import Pace
 
@@ -32,7 +32,6 @@ __all__ = [
     "Evaluation", "Pace", "Unlearned", "UnlearningWarning", "attack", "evaluate", "gaussian_klom", "klom", "unlearn",
 ]  # fmt: skip
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 BUDGET, BY_HEART = 0.2, 1 / 3  # of a training's steps; the latter with counterparts
 LEFT_ALONE = (
     "the models are left as they were and have forgotten nothing: what was rehearsed is no more than its noise, or nothing brought "

@@ -19,11 +19,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.data import named, summed
+from attribution_core.data import Progress, Sized, named, summed
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.files import claim, write_array
 from attribution_core.fingerprint import fingerprint
-from attribution_core.gradients import Progress, Sized
 from attribution_core.magic import magic
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import from_first, wait, world

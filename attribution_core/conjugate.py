@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attribution_core.gradients import Progress
+from attribution_core.data import Progress
 
 
 def conjugate_gradients(

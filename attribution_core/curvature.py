@@ -28,9 +28,9 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attribution_core.conjugate import conjugate_gradients, conjugate_steps
-from attribution_core.data import Batch, Rows, batches, sample, take
+from attribution_core.data import Batch, Progress, Rows, batches, sample, take
 from attribution_core.ekfac import EKFAC, Labels, fit_ekfac
-from attribution_core.gradients import Progress, row_gradients
+from attribution_core.gradients import row_gradients
 from attribution_core.opened import Losses, open_output
 from attribution_core.problem import (
     Params,

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attribution_core.curvature import Curvature, fit_curvature
-from attribution_core.data import Rows
+from attribution_core.data import Progress, Rows
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.evaluation import lds
-from attribution_core.gradients import Progress, directional, output_gradients
+from attribution_core.gradients import directional, output_gradients
 from attribution_core.problem import Outputs
 from attribution_core.processes import gathered, my_rows
 from attribution_core.retraining import retrain

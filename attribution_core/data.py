@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 Batch = dict[str, Tensor] | tuple[Tensor, ...]
 Column = str | int  # of the data: a key, or a place in the tuple
+Progress = Callable[[Iterable[Any]], Iterable[Any]]  # tqdm fits
 
 
 @runtime_checkable
@@ -294,3 +295,17 @@ def _missing(label: Any) -> bool:
     """None, or one of the ways of numpy and pandas to say so."""
     nan = isinstance(label, float) and math.isnan(label)
     return label is None or nan or type(label).__name__ in ("NAType", "NaTType") or label != label
+
+
+@dataclass(frozen=True)
+class Sized:
+    """An iterable that knows its length, for progress bars."""
+
+    items: Iterable[Any]
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)

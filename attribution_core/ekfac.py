@@ -27,9 +27,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from attribution_core.coverage import coverage_of, skipped
-from attribution_core.data import Rows, batches, rows_in, take
+from attribution_core.data import Progress, Rows, batches, rows_in, take
 from attribution_core.draws import default_draws, draw
-from attribution_core.gradients import Progress, row_gradients
+from attribution_core.gradients import row_gradients
 from attribution_core.kronecker import EKFAC, Block, Place, weighted_gram
 from attribution_core.layers import (
     Arrive,

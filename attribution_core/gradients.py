@@ -14,8 +14,7 @@ order of `problem.params`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from attribution_core.coverage import coverage_of
-from attribution_core.data import Batch, batches, row_numbers, rows_in, take
+from attribution_core.data import Batch, Progress, batches, row_numbers, rows_in, take
 from attribution_core.ghost import ghost
 from attribution_core.layers import UNTRIED, Coverage, NotCovered
 from attribution_core.problem import (
@@ -47,23 +46,8 @@ from attribution_core.soundness import refuse_mixed_outputs, refuse_unsound
 from attribution_core.vectors import flatten, size_of, unflatten
 
 Engine = Literal["auto", "ghost", "jvp", "rows"]
-Progress = Callable[[Iterable[Any]], Iterable[Any]]  # tqdm fits
 SINGLY = 32  # outputs up to which each gets a backward pass of its own
 FEW = 24  # up to so many directions forward mode beats per-example rows (they break even near 27)
-
-
-@dataclass(frozen=True)
-class Sized:
-    """An iterable that knows its length, for progress bars."""
-
-    items: Iterable[Any]
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.items)
 
 
 def directional(

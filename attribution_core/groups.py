@@ -16,8 +16,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from attribution_core.data import batches, named, take
-from attribution_core.gradients import Progress, check_directions
+from attribution_core.data import Progress, batches, named, take
+from attribution_core.gradients import check_directions
 from attribution_core.problem import Params, Problem, per_example, widened
 from attribution_core.processes import collect, failing_together, my_rows
 from attribution_core.soundness import refuse_unsound

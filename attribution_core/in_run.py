@@ -28,14 +28,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from attribution_core.data import Progress
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.gradients import (
-    Engine,
-    Progress,
-    choose_engine,
-    plain_engine,
-    valued_gradients,
-)
+from attribution_core.gradients import Engine, choose_engine, plain_engine, valued_gradients
 from attribution_core.layers import UNTRIED, Coverage, NotCovered
 from attribution_core.optimizers import SGD, Adam, AdamW
 from attribution_core.passes import Pass, Passes

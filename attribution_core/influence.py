@@ -15,11 +15,11 @@ from torch import Tensor
 
 from attribution_core.curvature import Curvature, Form, Kind, fit_curvature
 from attribution_core.damping import choose_damping
-from attribution_core.data import Rows, named, sample
+from attribution_core.data import Progress, Rows, named, sample
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.ekfac import Labels
 from attribution_core.fingerprint import fingerprint
-from attribution_core.gradients import Engine, Progress, directional, output_gradients
+from attribution_core.gradients import Engine, directional, output_gradients
 from attribution_core.groups import group_directional
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import gathered, my_rows

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attribution_core.gradients import Progress
+from attribution_core.data import Progress
 
 Array = NDArray[np.float64]
 RATIOS = np.geomspace(1.0, 0.01, 30)  # λ / λ_max along the path

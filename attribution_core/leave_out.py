@@ -10,9 +10,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from attribution_core.data import batches
+from attribution_core.data import Progress, batches
 from attribution_core.datamodel import LinearDatamodel, average
-from attribution_core.gradients import Progress, output_gradients
+from attribution_core.gradients import output_gradients
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import collect, failing_together, my_rows, sum_over_processes
 from attribution_core.quadratic import (

@@ -15,9 +15,17 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from attribution_core.adjoint import Form, Wanted
-from attribution_core.data import Column, floating_column, named, numbers_of, row_numbers, summed
+from attribution_core.data import (
+    Column,
+    Progress,
+    floating_column,
+    named,
+    numbers_of,
+    row_numbers,
+    summed,
+)
 from attribution_core.datamodel import LinearDatamodel, average
-from attribution_core.gradients import Progress, has_forward_mode
+from attribution_core.gradients import has_forward_mode
 from attribution_core.problem import Outputs
 from attribution_core.processes import world
 from attribution_core.replay import States, states_held

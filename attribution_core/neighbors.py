@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.data import Data, as_data, batches, take
+from attribution_core.data import Data, Progress, as_data, batches, take
 from attribution_core.datamodel import LinearDatamodel, average
-from attribution_core.gradients import Progress, row_gradients
+from attribution_core.gradients import row_gradients
 from attribution_core.outputs import labels_in
 from attribution_core.problem import Outputs, Problem, per_example, refuse_random_layers
 from attribution_core.representations import last_layer, representations

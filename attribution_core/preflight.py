@@ -7,8 +7,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
-from attribution_core.data import Rows, sample
-from attribution_core.gradients import Progress
+from attribution_core.data import Progress, Rows, sample
 from attribution_core.magic import magic
 from attribution_core.problem import Outputs, Problem
 from attribution_core.smoothness import (

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from attribution_core.coverage import coverage_of
-from attribution_core.data import Batch, Data, batches, row_numbers, rows_in, take
+from attribution_core.data import Batch, Data, Progress, batches, row_numbers, rows_in, take
 from attribution_core.ekfac import plan
-from attribution_core.gradients import Progress, row_gradients
+from attribution_core.gradients import row_gradients
 from attribution_core.kronecker import Place
 from attribution_core.layers import (
     UNTRIED,

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.data import checked_weights, take
-from attribution_core.gradients import Progress
+from attribution_core.data import Progress, checked_weights, take
 from attribution_core.linear_models import LinearModel, from_sklearn
 from attribution_core.problem import Outputs, Problem
 from attribution_core.seeds import listed

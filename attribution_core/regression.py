@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeAlias, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from attribution_core.data import Progress
 from attribution_core.datamodel import LinearDatamodel, columns
-from attribution_core.gradients import Progress
 from attribution_core.lasso import NotConverged, centred, lasso
 from attribution_core.pairs import PairDatamodel, Pairs
 from attribution_core.ridge import Ridge, choose

@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attribution_core.data import Batch, as_data, batches, rows_in, take
-from attribution_core.gradients import Progress
+from attribution_core.data import Batch, Progress, as_data, batches, rows_in, take
 from attribution_core.layers import owners
 from attribution_core.problem import (
     PerExample,

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from attribution_core.data import Progress, Sized
 from attribution_core.files import claim, write_array
 from attribution_core.fingerprint import fingerprint
-from attribution_core.gradients import Progress, Sized
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import failing_together, from_first, sum_over_processes, world
 from attribution_core.seeds import listed

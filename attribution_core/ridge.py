@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from attribution_core.gradients import Progress
+from attribution_core.data import Progress
 
 Array = NDArray[np.float64]
 GRID = np.logspace(-5, 3, 33)  # of penalties, in units of the mean eigenvalue

@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from attribution_core.curvature import Curvature, Kind
-from attribution_core.data import batches, sample, take
-from attribution_core.gradients import Progress, row_gradients
+from attribution_core.data import Progress, batches, sample, take
+from attribution_core.gradients import row_gradients
 from attribution_core.influence import fitted_curvature
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import collect, failing_together, my_rows

@@ -18,8 +18,8 @@ from torch.func import grad, jvp, vmap
 from torch.utils._pytree import tree_map
 
 from attribution_core.adjoint import Part, Wanted, with_hyper
-from attribution_core.data import batches, take
-from attribution_core.gradients import Progress, forward_mode
+from attribution_core.data import Progress, batches, take
+from attribution_core.gradients import forward_mode
 from attribution_core.problem import Outputs, Params
 from attribution_core.processes import sum_all
 from attribution_core.replay import check, refuse_another_end

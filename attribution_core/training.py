@@ -21,9 +21,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from attribution_core.data import checked_weights, row_numbers, tensors_in
+from attribution_core.data import Progress, checked_weights, row_numbers, tensors_in
 from attribution_core.fingerprint import fingerprint
-from attribution_core.gradients import Progress
 from attribution_core.optimizers import (
     SGD,
     Adam,

@@ -13,10 +13,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from attribution_core.data import batches, take
+from attribution_core.data import Progress, batches, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.fingerprint import fingerprint
-from attribution_core.gradients import Progress
 from attribution_core.outputs import cross_entropy, margin
 from attribution_core.problem import Outputs, PerExample, Problem, widened
 from attribution_core.processes import collect, failing_together, my_rows, sum_over_processes

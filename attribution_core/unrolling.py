@@ -22,9 +22,10 @@ from torch import Tensor
 
 from attribution_core.conjugate import conjugate_gradients
 from attribution_core.curvature import DENSE, Kind, spectrum
+from attribution_core.data import Progress
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.fingerprint import fingerprint
-from attribution_core.gradients import Engine, Progress, directional, output_gradients
+from attribution_core.gradients import Engine, directional, output_gradients
 from attribution_core.influence import WIDE
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import gathered, my_rows

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attribution_core.adjoint import Adjoint, Form, Owed, Wanted, pull
-from attribution_core.data import Rows, take
+from attribution_core.data import Progress, Rows, Sized, take
 from attribution_core.files import write_arrays
 from attribution_core.fingerprint import fingerprint
-from attribution_core.gradients import Progress, Sized, has_forward_mode, output_gradients
+from attribution_core.gradients import has_forward_mode, output_gradients
 from attribution_core.optimizers import stretches
 from attribution_core.problem import Outputs
 from attribution_core.processes import from_first, sum_over_processes, wait, world

@@ -103,7 +103,11 @@ class Certified:
         return self.reweight(w, steps=steps)
 
     def reweight(self, weights: ArrayLike, *, steps: int = 1) -> Certified:
-        """The model at any other training weights [n] of at least 0, by Newton steps."""
+        """The model at any other training weights [n] of at least 0, by Newton steps.
+
+        Raises:
+            ValueError: a gradient left that is larger than the bound: γ is not the loss's.
+        """
         w = checked_weights(weights, self.problem.n, some=True)
         if steps < 1:
             raise ValueError(f"expected at least one step, got {steps}")
@@ -113,8 +117,15 @@ class Certified:
         step = newton_step(problem, w, self.noise)
         ours, guo = step_bounds(problem, w, step.d, self.loss)
         problem, bound = moved(problem, step.d), ours + step.rounding
+        left = gradient_norm(problem, w, self.noise)
+        if not left <= bound:
+            raise ValueError(
+                f"expected a gradient of at most {bound:.3g} after the step, got {left:.3g}: the loss is not what "
+                f"it was taken for, of second derivatives that change by at most gamma={self.loss.gamma:.3g} for each "
+                "unit of output; give a gamma that holds for it"
+            )
         return replace(
-            self, problem=problem, weights=w, residual=gradient_norm(problem, w, self.noise),
+            self, problem=problem, weights=w, residual=left,
             bound=bound, steps=steps, spent=self.spent + bound,
             meta={"rounding": step.rounding, "guo": guo + step.rounding},
         )  # fmt: skip
@@ -221,7 +232,8 @@ def remove(
 
     Raises:
         KeyError: rows that are not 0..n−1.
-        ValueError: rows twice, removed before, or all; a model far from its optimum; see `fit_certified`.
+        ValueError: rows twice, removed before, or all; a model far from its optimum; more gradient left than
+            γ allows; see `fit_certified`.
 
     Source: Guo et al. 2020, eq. 3 and Corollary 1 (for one logit and one row); two steps: arXiv 2505.07640.
     """

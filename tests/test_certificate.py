@@ -174,6 +174,32 @@ def test_losses_are_recognised():
     assert smoothness_of(several) == (LOGISTIC, False)
 
 
+def rare(n=400, positives=4):
+    """Logistic loss of 0/1 labels, few of them 1 and weighed by n / positives; and the rows that are."""
+    rng = np.random.default_rng(0)
+    y, few = np.zeros(n), rng.choice(n, positives, replace=False)
+    y[few] = 1
+    x = rng.normal(size=(n, 5)) + 3 * y[:, None]
+
+    def weighed(model, batch, by=n / positives):
+        z, by = model(batch[0])[:, 0], torch.tensor(by).double()
+        return nn.functional.binary_cross_entropy_with_logits(
+            z, batch[1], reduction="none", pos_weight=by
+        )
+
+    columns = (torch.from_numpy(x), torch.from_numpy(y))
+    return Problem(nn.Linear(5, 1).double(), weighed, columns, weight_decay=0.01), few
+
+
+def test_a_bound_that_the_gradient_exceeds_is_no_bound():
+    """γ of the unweighed loss is 100 times too small for the rare rows; that times the weight holds."""
+    problem, few = rare()
+    with pytest.raises(ValueError, match="the loss is not what it was taken for"):
+        fit_certified(problem, gamma=LOGISTIC).remove(few[:2])
+    found = fit_certified(problem, gamma=100 * LOGISTIC).remove(few[:2])
+    assert found.residual <= found.bound
+
+
 # --- against exact refits --------------------------------------------------------------------
 
 

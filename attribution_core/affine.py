@@ -17,17 +17,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import hessian
 
-from attribution_core.data import Batch, batches, sample, take
-from attribution_core.gradients import mean_gradient
+from attribution_core.data import Batch, batches, sample, take, tensors_in
+from attribution_core.gradients import as_batch, mean_gradient, row_by_row
 from attribution_core.jacobian import move_parameters, row_jacobians
 from attribution_core.opened import open_output
 from attribution_core.problem import Params, Problem, per_example
-from attribution_core.quadratic import factored, rows_at_once, second_order, solved
+from attribution_core.quadratic import BLOCK, factored, rows_at_once, second_order, solved
 from attribution_core.vectors import vector
 
 LOGISTIC = 1 / (6 * math.sqrt(3))  # max |σ''|
 SOFTMAX = math.sqrt(2) / (3 * math.sqrt(3))  # see `Smoothness`
 CHECKED = 256  # rows at which a model is tried for being linear
+REACHES = (1e-6, 0.01, 0.1, 1.0)  # around outputs and labels, of their size: where a loss is tried
 SMALL = 1e-9  # relative; float64 is off by some 1e-15 times the terms of a product
 
 
@@ -84,45 +85,90 @@ def refuse_nonlinear(problem: Problem) -> None:
 
 
 def smoothness_of(problem: Problem) -> Smoothness:
-    """γ of the loss, recognised by its second derivatives in the outputs at random outputs.
+    """γ of the loss, recognised by its second derivatives in the outputs, in every row.
+
+    They are looked at around 0, the model's own outputs and whatever may be a label, near and far: a loss of
+    pieces (Huber's) is quadratic in each of them.
 
     Raises:
-        ValueError: none of cross entropy, logistic and squared error, at a few of the rows.
+        ValueError: none of cross entropy, logistic and squared error in all rows; a row that no output
+            tried bends; a loss that depends on other rows.
     """
-    first = _only(_opened(problem, np.arange(1))[0])
-    c = first[0].numel()
-    rows = sample(problem.n, max(4, 64 // c))
-    output, losses = _opened(problem, rows)
-    b, rng = len(rows), torch.Generator().manual_seed(0)
+    c = _only(_opened(problem, np.arange(1))[0])[0].numel()
+    _refuse_mixing(problem, max(4, 64 // c))
+    eye = torch.eye(c, dtype=torch.float64)
+    softmax, logistic, squares = c > 1, True, True
+    for rows in batches(problem.n, max(1, BLOCK // (16 * c * c))):
+        z, found = _curvatures(problem, rows, c)
+        p, s = z.softmax(-1), z.sigmoid()
+        softmax &= _same(found, p[..., None] * eye - p[..., None] * p[..., None, :])
+        logistic &= _same(found, (s * (1 - s))[..., None] * eye)
+        largest = found.abs().amax((1, 2, 3), keepdim=True)
+        squares &= bool(((found - found[:, :1]).abs() <= SMALL * largest).all())
+        if squares and not largest.all():
+            straight = rows[(largest == 0).flatten().numpy()]
+            raise ValueError(
+                f"expected a loss that bends in the model's output, got none that does in rows {straight[:5].tolist()}, "
+                "as if it were an absolute error; give gamma, 0 where it is straight everywhere"
+            )
+        if not (softmax or logistic or squares):
+            raise ValueError(
+                "expected cross entropy, a logistic loss or squared error of the model's output, got a loss of other "
+                f"second derivatives among rows {rows[0]} to {rows[-1]}; give gamma: how much they change, in norm, for "
+                "each unit of change in the output; or as weights what it weighs rows and classes by"
+            )
+    if squares:
+        return Smoothness(0.0, False)
+    return Smoothness(SOFTMAX, True) if softmax else Smoothness(LOGISTIC, False)
+
+
+def _same(found: Tensor, known: Tensor) -> bool:
+    """To 1e-8: torch's softplus is straight from 20 on, where e⁻²⁰ ≈ 2e-9 is left."""
+    return bool((found - known).abs().max() <= 1e-8)
+
+
+def _refuse_mixing(problem: Problem, count: int) -> None:
+    """Raise where the loss of a row has second derivatives in another's output, among `count` rows."""
+    output, losses = _opened(problem, sample(problem.n, count))
 
     def total(z: Tensor) -> Tensor:
         return losses([z.reshape(output[0].shape)]).sum()
 
-    z = (
-        torch.randn(2, b, c, generator=rng, dtype=torch.float64)
-        * torch.tensor([1.0, 3.0])[:, None, None]
-    )
-    curves = [hessian(total)(one.to(output[0])).cpu() for one in z]  # [b, c, b, c]
-    eye = torch.eye(c, dtype=torch.float64)
-    p, s = z.softmax(-1), z.sigmoid()
-    softmax = p[..., None] * eye - p[..., None] * p[..., None, :]
-    logistic = (s * (1 - s))[..., None] * eye
-    found = torch.stack([torch.einsum("bcbd->bcd", curve) for curve in curves])
-    apart = max(
-        float((h.square().sum() - f.square().sum()).abs())
-        for h, f in zip(curves, found, strict=True)
-    )
-    if apart <= SMALL * float(found.square().sum() + 1):  # no row in another's loss
-        if bool((found[0] - found[1]).abs().max() <= SMALL * found.abs().max()):
-            return Smoothness(0.0, False)
-        if c > 1 and bool((found - softmax).abs().max() <= SMALL):
-            return Smoothness(SOFTMAX, True)
-        if bool((found - logistic).abs().max() <= SMALL):
-            return Smoothness(LOGISTIC, False)
-    raise ValueError(
-        "expected cross entropy, a logistic loss or squared error of the model's output, got a loss of other "
-        "second derivatives; give gamma: how much they change, in norm, for each unit of change in the output"
-    )
+    rng = torch.Generator().manual_seed(0)
+    z = torch.randn(output[0].flatten(1).shape, generator=rng, dtype=torch.float64)
+    curve = hessian(total)(z.to(output[0])).cpu()  # [b, c, b, c]
+    own = float(torch.einsum("bcbd->bcd", curve).square().sum())
+    if not abs(float(curve.square().sum()) - own) <= SMALL * (own + 1):
+        raise ValueError(
+            "expected losses of each row's own output, got other second derivatives, between two rows; return "
+            "one loss a row"
+        )
+
+
+def _curvatures(problem: Problem, rows: NDArray[np.intp], c: int) -> tuple[Tensor, Tensor]:
+    """Outputs z [b, k, c] at which the losses of some rows are tried, and second derivatives [b, k, c, c]."""
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(2 + len(REACHES), c, generator=rng, dtype=torch.float64).to(problem.device)
+
+    def one(example: Any) -> tuple[Tensor, Tensor]:
+        row = as_batch(example)
+        output, losses = open_output(problem.model, problem.loss, problem.params, row)
+        own = _only(output)
+        labels = [leaf for leaf in tensors_in(row) if leaf.numel() in (1, c)]
+        tried = [noise[0], 3 * noise[1]]
+        for centre in (own, *labels):
+            middle = torch.nan_to_num(centre.detach().to(noise)).flatten().expand(c)
+            size = middle.abs().max().clamp(min=1.0)
+            tried += [middle + s * size * e for s, e in zip(REACHES, noise[2:], strict=True)]
+
+        def loss(z: Tensor) -> Tensor:
+            return losses([z.reshape(own.shape)])[0]
+
+        z = torch.stack(tried).to(own)
+        return z, torch.stack([hessian(loss)(at) for at in z])
+
+    z, found = row_by_row(one, take(problem.train, rows, problem.device))
+    return z.detach().double().cpu(), found.detach().double().cpu()
 
 
 def step_bounds(

@@ -187,7 +187,7 @@ def fit_certified(
         sigma: of the noise in the sum of losses; 0 for none, and then no epsilon is certified.
         epsilon, delta: the certificate, natural logarithm and probability.
         gamma: γ, for a loss other than cross entropy, logistic and squared error (these are recognised
-            by their second derivatives).
+            by their second derivatives in every row).
 
     Raises:
         ValueError: a model not linear in its parameters, in float32, or of over 6,000 parameters; a loss

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -172,6 +173,66 @@ def test_losses_are_recognised():
         loss=lambda m, b: nn.functional.softplus(m(b[0])).sum(1),
     )
     assert smoothness_of(several) == (LOGISTIC, False)
+
+
+def test_no_row_is_left_out_of_what_a_loss_is_recognised_by():
+    """One row of 400 weighed is another loss; the same weights beside the loss are none of its business."""
+    problem, few = rare()
+    with pytest.raises(ValueError, match="other second derivatives"):
+        smoothness_of(problem)
+    plain = replace(problem, loss=lambda m, b: problem.loss(m, b, 1.0))
+    assert smoothness_of(plain) == (LOGISTIC, False)
+    w = np.where(np.isin(np.arange(400), few), 100.0, 1.0)
+    same = fit_certified(plain, weights=w).remove(few[:2])
+    known = fit_certified(problem, gamma=100 * LOGISTIC).remove(few[:2])
+    assert same.residual <= same.bound
+    assert error(same, flat(known.params).numpy()) < 1e-12  # rounding of two fits
+    x, y = menagerie.softmax(400).train.columns
+    by = torch.ones(400).double()
+    by[389] = 2.0  # 389 is not among 64 // 3 rows drawn
+    rows = Problem(
+        nn.Linear(4, 3).double(), lambda m, b: b[2] * cross_entropy(m, b[:2]), (x, y, by), weight_decay=0.1
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="other second derivatives"):
+        smoothness_of(rows)
+
+
+def huber(model, batch, beta):
+    z = model(batch[0])[:, 0]
+    return nn.functional.smooth_l1_loss(z, batch[1], reduction="none", beta=beta)
+
+
+def pinball(model, batch):
+    off = batch[1] - model(batch[0])[:, 0]
+    return torch.maximum(0.9 * off, -0.1 * off)
+
+
+def test_losses_of_pieces_are_not_squared_error():
+    """Labels of 25 to 350, far from where outputs begin; squares weighed by row are squares."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(50, 3)))
+    y = torch.from_numpy(rng.uniform(25, 350, 50))
+    line = Problem(nn.Linear(3, 1).double(), squared_error, (x, y[:, None]), weight_decay=0.1)
+    for beta in (0.1, 10.0, 100.0):
+        with pytest.raises(ValueError, match="other second derivatives"):
+            fit_certified(replace(line, loss=partial(huber, beta=beta), train=(x, y)))
+    with pytest.raises(ValueError, match="got none that does in rows"):
+        fit_certified(replace(line, loss=pinball, train=(x, y)))
+    by = torch.from_numpy(rng.uniform(0.5, 2, 50))
+    weighed = replace(
+        line, loss=lambda m, b: b[2] * squared_error(m, b[:2]), train=(x, y[:, None], by)
+    )
+    assert smoothness_of(weighed) == (0.0, False)
+    assert fit_certified(weighed).remove([0]).bound < 1e-9  # rounding of gradients of up to 1e3
+
+
+def test_losses_between_rows_are_refused():
+    def mixed(model, batch):
+        z = model(batch[0])[:, 0]
+        return nn.functional.softplus(-batch[1] * z) + z * z.mean()
+
+    with pytest.raises(ValueError, match="between two rows"):
+        smoothness_of(replace(menagerie.logistic(), loss=mixed))
 
 
 def rare(n=400, positives=4):

@@ -101,6 +101,26 @@ def test_the_ceiling_is_what_a_perfect_predictor_reaches(seeds):
     assert 0.5 < said.mean() < 0.97  # the noise matters
 
 
+@pytest.mark.parametrize("seeds", [2, 4])
+def test_the_ceiling_is_the_mean_of_the_targets_ceilings(seeds):
+    """Half of the targets all but without noise, half with five times their spread: a ceiling of .83 was said."""
+    reached, said = [], []
+    for k in range(60):
+        truth, table = affine_world(seeds=seeds, seed=k)
+        noise = np.where(np.arange(T) < T // 2, 0.05, 5.0) * table.outputs.std(0)
+        per_seed = table.per_seed + noise * np.random.default_rng([k, 1]).normal(
+            size=table.per_seed.shape
+        )
+        table = replace(table, per_seed=per_seed)
+        reached.append(lds(truth, table).mean)
+        said.append(ceiling(table))
+        alone = [ceiling(replace(table, per_seed=per_seed[:, :, [j]])) for j in range(T)]
+        assert said[-1] == pytest.approx(np.mean(alone), rel=1e-12)
+    gap = np.array(reached) - said
+    # four standard errors, and the bias that is left: .04 of the noisy half, with 60 rows
+    assert abs(gap.mean()) < 4 * gap.std(ddof=1) / np.sqrt(len(gap)) + 0.02
+
+
 def test_halves_of_many_seeds_are_drawn(monkeypatch):
     """155 million ways to halve 30 seeds; drawn or chosen from a list, halves tell the same."""
     _, many = affine_world(noise=4.0, seeds=30)

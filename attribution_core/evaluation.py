@@ -176,13 +176,17 @@ def ceiling(table: RetrainingTable) -> float:
 
 
 def _splits(s: int, k: int) -> list[tuple[list[int], list[int]]]:
-    """Two disjoint halves of k of s seeds each, in 20 ways at most."""
+    """Two disjoint halves of k of s seeds each, in 20 ways at most, drawn from all pairs of such halves."""
     rng = np.random.default_rng(0)
-    if comb(s, k) > LISTED:
+    if comb(s, k) * comb(s - k, k) > LISTED:
         orders = [rng.permutation(s).tolist() for _ in range(MAX_SPLITS)]
         return [(order[:k], order[k : 2 * k]) for order in orders]
-    every = [(list(a), sorted(set(range(s)) - set(a))[:k]) for a in combinations(range(s), k)]
-    splits = [pair for pair in every if pair[0] < pair[1]] or every
+    splits = [
+        (list(a), list(b))
+        for a in combinations(range(s), k)
+        for b in combinations(sorted(set(range(s)) - set(a)), k)
+        if a < b
+    ]
     if len(splits) > MAX_SPLITS:
         splits = [splits[i] for i in rng.choice(len(splits), MAX_SPLITS, replace=False)]
     return splits

@@ -1,5 +1,7 @@
 """attribution_core.evaluation: LDS in worlds whose answer is known, intervals, ceiling, refusals."""
 
+import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -119,6 +121,38 @@ def test_the_ceiling_is_the_mean_of_the_targets_ceilings(seeds):
     gap = np.array(reached) - said
     # four standard errors, and the bias that is left: .04 of the noisy half, with 60 rows
     assert abs(gap.mean()) < 4 * gap.std(ddof=1) / np.sqrt(len(gap)) + 0.02
+
+
+def test_the_order_of_seeds_does_not_change_the_ceiling():
+    """Three seeds: by hand, over all three pairs. One seed of pure noise is not passed over."""
+    _, table = affine_world(noise=4.0, seeds=5)
+    three = table.per_seed[:, :3]
+    pairs = [spearman(three[:, a], three[:, b]) for a, b in ((0, 1), (0, 2), (1, 2))]
+    r = np.mean(pairs, axis=0)
+    by_hand = np.sqrt(3 * r / (1 + 2 * r)).mean()
+    for order in itertools.permutations(range(3)):
+        found = ceiling(RetrainingTable(table.weights, three[:, order], (0, 1, 2)))
+        assert found == pytest.approx(by_hand, rel=1e-12)
+    for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        turned = replace(table, per_seed=table.per_seed[:, order])
+        assert ceiling(turned) == pytest.approx(ceiling(table), rel=1e-12)
+    spoiled = three.copy()
+    spoiled[:, 2] = 1e3 * np.random.default_rng(1).normal(size=(ROWS, T))
+    # the average is the third seed; pairs with it correlate by chance, which leaves a third of r
+    assert ceiling(RetrainingTable(table.weights, spoiled, (0, 1, 2))) < 0.8 * by_hand
+
+
+@pytest.mark.parametrize("seeds", range(2, 12))
+def test_halves_have_no_favourite_seed(seeds):
+    """All pairs where there are 20 at most; else each seed about as often, within 4 standard deviations."""
+    splits, k = evaluation._splits(seeds, seeds // 2), seeds // 2
+    count = math.comb(seeds, k) * math.comb(seeds - k, k) // 2
+    assert len(splits) == len({frozenset(map(frozenset, map(tuple, pair))) for pair in splits})
+    assert len(splits) == min(count, 20)
+    used = np.bincount([i for a, b in splits for i in a + b], minlength=seeds)
+    share = 2 * k / seeds
+    slack = 0 if count <= 20 else 4 * np.sqrt(20 * share * (1 - share))
+    assert np.abs(used - len(splits) * share).max() <= slack
 
 
 def test_halves_of_many_seeds_are_drawn(monkeypatch):

@@ -18,12 +18,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from applied.recipe import aligned
+from attribution_core.data import batches
 
 COMBINED, NEIGHBOURS = "combined", "neighbours"
 DOUBTED = 0.3  # of the rows, left out of the first vote of the combined detector
 VOTES = 3  # rounds of it; rows change sides in the first two
 LANDMARKS = 500  # of its kernel
 PENALTY = 0.2  # of its ridge
+BLOCK = 2**22  # distances at a time, 32 MiB
+TIED = 1e-12  # of squared lengths: squared distances that differ by rounding alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +101,8 @@ def detect(
 ) -> Detection:
     """How suspicious every training row is.
 
-    "neighbours": the share of the nearest rows with another label. "combined": rows vote on each other's labels by
-    kernel ridge regression, margin_i = p_i(own label) − max other p_i, each by a vote without itself (exact
+    "neighbours": the share of the nearest rows with another label; rows equally far share the last places.
+    "combined": rows vote on each other's labels by kernel ridge regression, margin_i = p_i(own label) − max other p_i, each by a vote without itself (exact
     leave-one-out). There are two votes, one that weights all rows alike and one that weights all classes alike, and
     the larger margin counts: the first vote disputes honest rows of rare classes, the second honest rows of common
     ones. Trusted rows always vote. Of the others, those vote first that trusted rows and signals doubt least, then
@@ -191,10 +194,22 @@ def _surprise(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _disagreement(x: NDArray[Any], y: NDArray[Any], k: int) -> NDArray[np.float64]:
-    from sklearn.neighbors import NearestNeighbors
+    """Share of the k nearest other rows with another label, [n]; rows as far as the k-th share its places.
 
-    near = NearestNeighbors(n_neighbors=k).fit(x).kneighbors(return_distance=False)
-    return (y[near] != y[:, None]).mean(axis=1)
+    A row nearer than r, the distance of the k-th, counts 1, one at r (k − how many are nearer)/(how many are at r).
+    """
+    found, squares = np.empty(len(x)), (x * x).sum(1)
+    for rows in batches(len(x), max(1, BLOCK // len(x))):
+        distance = squares[rows, None] + squares - 2 * x[rows] @ x.T
+        distance[np.arange(len(rows)), rows] = np.inf
+        reach = np.partition(distance, k - 1, axis=1)[:, k - 1 : k]
+        rounding = TIED * (squares[rows, None] + np.abs(reach))
+        nearer = distance < reach - rounding
+        at = (distance <= reach + rounding) & ~nearer
+        share = (k - nearer.sum(1)) / at.sum(1)
+        other = y[rows][:, None] != y
+        found[rows] = ((other & nearer).sum(1) + share * (other & at).sum(1)) / k
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,6 +57,36 @@ def test_neighbours_by_brute_force(k):
         assert found[i] == pytest.approx((y[near] != y[i]).mean(), abs=1e-15)
 
 
+@pytest.mark.parametrize("k", [1, 10, 39])
+def test_rows_equally_far_share_the_last_places(k):
+    """Three answers of 40 rows: places by exact distances, whole numbers; every order of rows is the same."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 2, (40, 3)).astype(float), rng.integers(0, 2, 40)
+    found = detect(x, y, neighbours=k).scores[NEIGHBOURS]
+    for i in range(40):
+        rest = np.delete(np.arange(40), i)
+        distance = ((x[rest] - x[i]) ** 2).sum(1)
+        left, disputed = float(k), 0.0
+        for r in np.unique(distance):
+            at = distance == r
+            taken = min(left, at.sum())
+            disputed += taken * (y[rest][at] != y[i]).mean()
+            left -= taken
+        assert found[i] == pytest.approx(disputed / k, abs=1e-12)  # rounding of a few sums
+    for order in (np.argsort(y), np.argsort(-y), rng.permutation(40)):
+        turned = detect(x[order], y[order], neighbours=k).scores[NEIGHBOURS]
+        np.testing.assert_allclose(turned, found[order], rtol=0, atol=1e-12)
+
+
+def test_ties_of_long_rows_stay_ties():
+    """Twins of 300 columns, whose distances round; in the order of the file one label would win."""
+    rng = np.random.default_rng(0)
+    x = np.repeat(10 * rng.normal(size=(5, 300)), 8, axis=0)
+    y = np.tile(np.repeat([0, 1], 4), 5)
+    found = detect(x, y, neighbours=3).scores[NEIGHBOURS]
+    np.testing.assert_allclose(found, 4 / 7, rtol=1e-12)
+
+
 def test_auc_is_the_share_of_pairs_in_order():
     rng = np.random.default_rng(0)
     scores, planted = rng.integers(0, 5, 40).astype(float), rng.random(40) < 0.3  # with ties

@@ -15,6 +15,7 @@ from applied import poisoning_pictures as pictures
 from applied import report
 from applied.detection import COMBINED
 from applied.recipe import Interval, paired_interval
+from applied.repairing import shares_recovered
 from applied.threat import ThreatModel
 from attribution_core.files import write_parquet
 from recipes import classification
@@ -99,24 +100,17 @@ def row_of(some: Sequence[Outcome]) -> Row:
 
 
 def comes_back(some: Sequence[Outcome], arm: str) -> list[float]:
-    """Shares of held-out damage, one a split, whose mean is the total that came back over the total damage.
+    """Shares of held-out damage, one a split, see `shares_recovered`.
 
-        r + (g_s − r d_s) / d̄,    r = Σ g / Σ d
-
-    (the ratio estimator and its residuals: Cochran 1977, ch. 6; a mean of ratios is dominated by splits of
-    hardly any damage). Nothing where there is less of it than `DAMAGE` of the clean loss, where its own interval over splits
-    holds 0 (a ratio to it may be anything), or where nothing was removed.
+    Nothing where there is less of it than `DAMAGE` of the clean loss, where its own interval over splits holds 0, or
+    where nothing was removed.
     """
     pairs = [(x.changed[HELD_OUT], getattr(x, arm).get(HELD_OUT, math.nan)) for x in some]
     known = np.array([(d, d * share) for d, share in pairs if math.isfinite(share)]).reshape(-1, 2)
+    if not len(known) or known[:, 0].mean() <= 0:
+        return []
     clean = np.mean([x.clean[HELD_OUT] for x in some])
-    if not len(known):
-        return []
-    damage = paired_interval(known[:, 0])  # of one split there is no interval
-    if damage.mean <= DAMAGE * clean or damage.low <= 0:
-        return []
-    r = known[:, 1].sum() / known[:, 0].sum()
-    return (r + (known[:, 1] - r * known[:, 0]) / known[:, 0].mean()).tolist()
+    return shares_recovered(known[:, 0], known[:, 1], float(DAMAGE * clean)).tolist()
 
 
 def mean(found: Sequence[float]) -> Interval:

@@ -1,5 +1,6 @@
 """applied.detection: votes against dense refits, traces and repairs against victims that are linear."""
 
+import warnings
 from dataclasses import dataclass, field
 from itertools import combinations
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import expon, kstest, rankdata
+from scipy.stats import t as student
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import nn
@@ -21,6 +23,8 @@ from applied.detection import (
     detect,
 )
 from applied.poisoning import ThreatModel, flip_labels, insert, repair, trace
+from applied.recipe import Decision, Verified
+from applied.repairing import Repair
 from attribution_core import LinearDatamodel, Outputs, Problem, cross_entropy, influence
 from attribution_core.refitting import refit
 
@@ -528,6 +532,40 @@ def test_flipped_rows_are_lost_with_their_flips():
             # the best that taking rows away can do: exactly the planted ones
             best = s[new, j].sum() / (s[new, j].sum() - s[old, j].sum())
             assert mended.recovered(j, arm="planted").mean == pytest.approx(best, rel=1e-9)
+
+
+def mended_by(attacked, clean, repaired):
+    """A repair of one output of some victims, [s] each; random removal brings nothing back."""
+    attacked, clean, repaired = (np.array(x)[:, None] for x in (attacked, clean, repaired))
+    decision = Decision(np.ones(4), np.arange(4), np.zeros(1), np.zeros(1), np.array(["loss"]))
+    arms, seeds = {"random": attacked, "planted": clean}, list(range(len(clean)))
+    verified = Verified(decision, repaired, arms, dict.fromkeys(arms, 1.0), seeds)
+    return Repair(np.arange(2), 2, verified, attacked, clean, ["loss"])
+
+
+def test_what_came_back_is_not_ruled_by_victims_of_hardly_any_damage():
+    """Of each .05 did not come back, of one there was but .002: a mean of ratios is −3.4. The interval is by hand."""
+    damage = np.array([0.6, 0.002, 0.5, 0.55, 0.6, 0.5])
+    found = mended_by(0.4 + damage, np.full(6, 0.4), np.full(6, 0.45)).recovered()
+    r = (damage - 0.05).sum() / damage.sum()
+    assert found.mean == pytest.approx(r, rel=1e-12)
+    off = ((damage - 0.05) - r * damage) / damage.mean()
+    half = student.ppf(0.975, 5) * np.sqrt((off**2).sum() / 5 / 6)
+    assert (found.low, found.high) == pytest.approx((r - half, r + half), rel=1e-9)
+
+
+def test_no_damage_no_share_of_it():
+    """None, or rounding's, of one victim or three, and damage whose interval holds 0; of one victim the interval is unknown."""
+    for attacked in ([0.4], [0.4] * 3, [0.4 + 1e-15] * 3, [0.7, 0.2, 0.35]):
+        mended = mended_by(attacked, [0.4] * len(attacked), [0.45] * len(attacked))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert np.isnan(mended.recovered().mean)
+            assert mended.table().splitlines()[-1].split()[-1] == "-"
+    one = mended_by([1.0], [0.4], [0.55]).recovered()
+    assert one.mean == pytest.approx(0.75)
+    lowered = mended_by([0.7, 0.8], [0.9, 1.0], [0.85, 0.95])  # an accuracy: damage below 0
+    assert lowered.recovered().mean == pytest.approx(0.75)
 
 
 def test_a_detection_says_how_many():

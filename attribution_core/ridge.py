@@ -133,21 +133,23 @@ def _scales(left: Array, of_prior: Array, variance: Array) -> Array:
     """The prior's scale for every target [t]: its own, drawn towards that of all, and that towards 0.
 
     Each is drawn as far as it is uncertain (empirical Bayes; the positive part of James and Stein): with
-    error e of an estimate s of 0, s (1 − CAUTION e²/s²)₊. The error of the common scale is taken over rows,
+    error e of an estimate s of 0, s (1 − CAUTION e²/s²)₊, which is all there is to one target. The error of the common scale is taken over rows,
     since the targets of one row err together.
     """
     weighed = of_prior / variance
     power = (of_prior * weighed).sum()
     if not power > 0:
         return np.zeros(len(variance))
-    pooled = (left * weighed).sum() / power
-    error = (((left - pooled * of_prior) * weighed).sum(1) ** 2).sum() / power**2
-    pooled *= max(0.0, 1 - CAUTION * error / pooled**2) if pooled != 0 else 0.0
+    common = (left * weighed).sum() / power
+    error = (((left - common * of_prior) * weighed).sum(1) ** 2).sum() / power**2
+    pooled = common * max(0.0, 1 - CAUTION * error / common**2) if common != 0 else 0.0
     each = (of_prior * of_prior).sum(0)
     each = np.where(each > 0, each, np.inf)
     own = (left * of_prior).sum(0) / each
     noise = ((left - own * of_prior) ** 2).mean(0) / each
-    beyond = (own - pooled) ** 2 - noise
+    beyond = (
+        own - common
+    ) ** 2 - noise  # not of pooled: how far that was drawn tells no targets apart
     spread = max(0.0, float(beyond.mean() - beyond.std() / np.sqrt(len(beyond))))
     share = spread / (spread + noise) if spread > 0 else 0.0
     return pooled + share * (own - pooled)

@@ -297,7 +297,7 @@ def write_report(
             report.table(rows, ("dropped", "LDS", "slope", "ceiling")),
             report.paragraph(
                 f"Rank correlation, over {flags.subsets} random subsets, of predicted and retrained outputs; mean over "
-                f"{len(datamodel.base)} outputs with its 95 % bootstrap interval. "
+                f"{len(datamodel.base)} outputs with its 95 % interval. "
                 + (
                     f"Truth: {flags.seeds} fresh seeds, rows removed."
                     if flags.fresh

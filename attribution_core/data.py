@@ -261,10 +261,10 @@ def named(groups: ArrayLike, n: int) -> tuple[NDArray[Any], NDArray[np.intp]]:
     if labels.shape != (n,) or n == 0:
         raise ValueError(f"expected one group label per example, [n={n}], got {labels.shape}")
     given = groups if isinstance(groups, (list, tuple)) else labels.tolist()
-    missing = [k for k, label in enumerate(given) if _missing(label)]
-    if missing:
+    lost = [k for k, label in enumerate(given) if missing(label)]
+    if lost:
         raise ValueError(
-            f"expected a group label for every example, got none for {missing[:10]}; name them, "
+            f"expected a group label for every example, got none for {lost[:10]}; name them, "
             "for example by one label for all that have none"
         )
     return np.unique(labels, return_inverse=True)
@@ -291,7 +291,7 @@ def numbers_of(
     return ids.ravel(), values.ravel(), list(batch[column].shape)
 
 
-def _missing(label: Any) -> bool:
+def missing(label: Any) -> bool:
     """None, or one of the ways of numpy and pandas to say so."""
     nan = isinstance(label, float) and math.isnan(label)
     return label is None or nan or type(label).__name__ in ("NAType", "NaTType") or label != label

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.data import Data, Progress, as_data, batches, take
+from attribution_core.data import Data, Progress, as_data, batches, missing, take
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import row_gradients
 from attribution_core.outputs import labels_in
@@ -93,10 +93,9 @@ def knn(
         scores [n, t], shares of the classifier's vote, not of the output; base f [t].
 
     Raises:
-        ValueError: batches without class labels; k below 1; see `representation_similarity`.
+        ValueError: batches without class labels; k below 1 or not whole; see `representation_similarity`.
     """
-    if k < 1:
-        raise ValueError(f"expected k of at least 1, got {k}; 10 is usual")
+    _whole(k)
 
     def similar(problem: Problem) -> NDArray[Any]:
         own, theirs = class_labels(problem.train), class_labels(outputs.data)
@@ -130,8 +129,8 @@ def knn_values(
         scores [n, t], base v_j(everyone), anchor 1: f̂(0) = 0 = v_j(nobody). `values` reads it.
 
     Raises:
-        ValueError: shapes that do not fit, features that are not finite, k below 1; no training examples; labels
-            that are text beside numbers.
+        ValueError: shapes that do not fit, features that are not finite, k below 1 or not whole; no training
+            examples; labels that are missing, or text beside numbers.
 
     Source: Jia et al. 2019, thm. 1; min(K, n)/(K n) for the last neighbour, which holds for n < K too.
 
@@ -148,10 +147,21 @@ def knn_values(
             f"expected x [n, d], y [n], target_x [t, d], target_y [t], got {own.shape}, {labels.shape}, "
             f"{theirs.shape}, {wanted.shape}"
         )
-    if k < 1 or not (np.isfinite(own).all() and np.isfinite(theirs).all()):
-        raise ValueError(f"expected k of at least 1 and finite features, got k={k}")
+    _whole(k)
+    if not (np.isfinite(own).all() and np.isfinite(theirs).all()):
+        raise ValueError(
+            "expected finite features, got NaN or infinity; mend or leave out those rows"
+        )
     if not len(own):
         raise ValueError("expected at least one training example, got none")
+    for name, of, array in (("y", y, labels), ("target_y", target_y, wanted)):
+        given = of if isinstance(of, (list, tuple)) else array.tolist()
+        nobody = [i for i, label in enumerate(given) if missing(label)]
+        if nobody:
+            raise ValueError(
+                f"expected a label for every row, got none in rows {nobody[:10]} of {name}; a missing label matches "
+                "nothing, and would count as wrong: leave those rows out, or name them"
+            )
     text, asked = ({isinstance(label, str) for label in of.tolist()} for of in (labels, wanted))
     if text and asked and text.isdisjoint(asked):
         raise ValueError(
@@ -164,6 +174,13 @@ def knn_values(
         scores[:, some] = _ranked(distance, wanted[some, None] == labels, k).T
     meta = {"method": "knn_values", "k": k}
     return LinearDatamodel(scores, scores.sum(0), np.ones(len(own)), meta=meta)
+
+
+def _whole(k: Any) -> None:
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
+        raise ValueError(
+            f"expected a whole k of at least 1, got {k!r}; neighbours cannot be parted"
+        )
 
 
 def knn_shapley(distance: NDArray[Any], match: NDArray[Any], k: int) -> NDArray[np.float64]:

@@ -337,8 +337,9 @@ def test_data_that_do_not_fit():
         representation_similarity(problem, bare)
     with pytest.raises(ValueError, match="one integer label a row"):
         knn(problem, bare)
-    with pytest.raises(ValueError, match="k of at least 1, got 0"):
-        knn(problem, unseen(problem), k=0)
+    for k in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"whole k of at least 1, got {k}"):
+            knn(problem, unseen(problem), k=k)
     with pytest.raises(ValueError, match="input_ids"):
         bm25(problem, unseen(problem))
     active = Problem(
@@ -420,7 +421,23 @@ def test_knn_values_by_blocks_of_targets(monkeypatch):
             r"expected x \[n, d\], y \[n\]",
         ),
         ((np.ones((3, 2)), np.ones(3), np.ones((1, 2)), np.ones(1)), 0, "k of at least 1"),
+        ((np.ones((3, 2)), np.ones(3), np.ones((1, 2)), np.ones(1)), 2.5, "whole k of at least 1"),
         ((np.full((3, 2), np.nan), np.ones(3), np.ones((1, 2)), np.ones(1)), 1, "finite features"),
+        (
+            (np.ones((3, 2)), np.array([1.0, np.nan, 1.0]), np.ones((1, 2)), np.ones(1)),
+            1,
+            r"none in rows \[1\] of y",
+        ),
+        (
+            (np.ones((3, 2)), ["a", "b", None], np.ones((1, 2)), ["a"]),
+            1,
+            r"none in rows \[2\] of y",
+        ),
+        (
+            (np.ones((2, 2)), ["a", "b"], np.ones((2, 2)), ["a", float("nan")]),
+            1,
+            r"none in rows \[1\] of target_y",
+        ),
     ],
 )
 def test_arrays_that_make_no_knn_values(arrays, k, message):

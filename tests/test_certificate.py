@@ -186,7 +186,7 @@ def test_no_row_is_left_out_of_what_a_loss_is_recognised_by():
     same = fit_certified(plain, weights=w).remove(few[:2])
     known = fit_certified(problem, gamma=100 * LOGISTIC).remove(few[:2])
     assert same.residual <= same.bound
-    assert error(same, flat(known.params).numpy()) < 1e-12  # rounding of two fits
+    assert error(same, vector(known.params).numpy()) < 1e-12  # rounding of two fits
     x, y = menagerie.softmax(400).train.columns
     by = torch.ones(400).double()
     by[389] = 2.0  # 389 is not among 64 // 3 rows drawn

@@ -2,7 +2,7 @@
 
     python recipes/debug_model.py                                      # digits with wrong labels, about a minute
     python recipes/debug_model.py --data mine.csv --label outcome --out runs/mine
-    python recipes/debug_model.py --width 32 --mistakes 6 --right 6    # a small network, fresh seeds
+    python recipes/debug_model.py --width 32 --mistakes 6 --right 6    # a small network, five seeds
 
 Mistakes and a sample of right decisions are asked for the fewest training rows that each hangs on: predicted, then
 found by retraining, beside the nearest rows and random ones. Mistakes that hang on the same rows are put together, and

@@ -15,7 +15,7 @@ from applied.recipe import aligned
 from recipes import classification
 from recipes.classification import Classification
 from recipes.command import as_given
-from recipes.debugging import ASKED_TOGETHER, NEAR, Asked, Groups, held_out
+from recipes.debugging import NEAR, Asked, Groups, held_out
 
 if TYPE_CHECKING:
     from recipes.debug_model import Flags
@@ -231,8 +231,8 @@ def facts_of(flags: Flags, data: Classification, found: Sequence[Asked]) -> dict
     if flags.width:
         model = f"hidden layer of {flags.width}"
         how = f"SGD, lr {flags.lr:g}, momentum .9, batches of {flags.batch_size}, {flags.epochs:g} epochs"
-        datamodel = f"influence (EK-FAC), mean of {ASKED_TOGETHER} trainings"
-        judges = f"mean margin of {flags.seeds} trainings, fresh seeds, rows really removed"
+        datamodel = f"influence (EK-FAC), mean of {flags.seeds} trainings"
+        judges = f"mean margin of {flags.seeds} trainings by the same seeds, rows really removed"
     else:
         model, how = "logistic regression", f"to the optimum, weight decay {flags.decay:g}"
         datamodel, judges = (

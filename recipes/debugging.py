@@ -41,8 +41,7 @@ if TYPE_CHECKING:
     from recipes.debug_model import Flags
 
 EMBEDDED = ("digits", "breast_cancer")
-ASKED_TOGETHER = 3  # trainings that a network's datamodel is the mean of
-FIRST_JUDGE = 1000  # seed
+CLEAR = 1e-3  # margin: less is decided by rounding
 BATCH = 1024  # rows that are scored at a time
 NEAR = 10  # neighbours
 OF_A_GROUP = 20  # rows
@@ -172,21 +171,19 @@ def network(flags: Flags, data: Classification) -> Model:
         SGD(flags.lr, momentum=0.9), min(flags.batch_size, problem.n), flags.epochs, init=make
     )
 
-    def runs(table: Problem, w: Any, count: int) -> Any:
-        return [
-            train(table, replace(recipe, seed=k), w, drop="row", states=0) for k in range(count)
-        ]
+    seeds = list(range(flags.seeds))
+
+    def trained(table: Problem, w: Any, seed: int) -> Any:
+        return train(table, replace(recipe, seed=seed), w, drop="row", states=0)
 
     def datamodel(table: Problem, w: NDArray[np.float64], outputs: Outputs) -> LinearDatamodel:
-        return influence(
-            runs(table, w, ASKED_TOGETHER), outputs, curvature="ekfac", batch_size=BATCH
-        )
+        runs = [trained(table, w, seed) for seed in seeds]
+        return influence(runs, outputs, curvature="ekfac", batch_size=BATCH)
 
     def retrained(table: Problem, w: Any, seeds: Any, outputs: Outputs) -> Any:
         return retrain(table, recipe, outputs, w, seeds=seeds)
 
-    shown = runs(problem, np.ones(problem.n), 1)[0].trained()
-    seeds = list(range(FIRST_JUDGE, FIRST_JUDGE + flags.seeds))
+    shown = trained(problem, np.ones(problem.n), seeds[0]).trained()
     return Model(shown, datamodel, retrained, seeds)
 
 
@@ -215,9 +212,9 @@ def decided(model: Model, data: Classification) -> tuple[NDArray[np.int64], NDAr
 def chosen(flags: Flags, data: Classification, said: Any, margin: Any) -> NDArray[np.intp]:
     """Places of the decisions that are asked about: the surest mistakes, then right ones at random."""
     _, y = held_out(data)
-    wrong = np.flatnonzero((said != y) & (margin > 0))
+    wrong = np.flatnonzero((said != y) & (margin > CLEAR))
     wrong = wrong[np.argsort(-margin[wrong], kind="stable")][: flags.mistakes]
-    right = np.flatnonzero((said == y) & (margin > 0))
+    right = np.flatnonzero((said == y) & (margin > CLEAR))
     drawn = np.random.default_rng([flags.seed, 0xDB]).permutation(right)[: flags.right]
     return np.concatenate([wrong, drawn])
 
@@ -240,12 +237,12 @@ def study(flags: Flags, data: Classification) -> list[Asked]:
         backend="loky", n_jobs=min(flags.jobs, len(places)), inner_max_num_threads=1
     ):
         found = Parallel(return_as="generator")(
-            delayed(one)(flags, int(j), int(said[j]), float(margin[j])) for j in places
+            delayed(one)(flags, int(j), int(said[j])) for j in places
         )
         return list(bar("decisions")(found, total=len(places)))
 
 
-def one(flags: Flags, place: int, said: int, margin: float) -> Asked:
+def one(flags: Flags, place: int, said: int) -> Asked:
     """One decision, asked or read back."""
     from attribution_core.files import write_text
     from attribution_core.fingerprint import fingerprint
@@ -258,27 +255,18 @@ def one(flags: Flags, place: int, said: int, margin: float) -> Asked:
     path = flags.out / "decisions" / f"{place}-{made_of}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(asdict(ask(flags, data, model, place, said, margin))))
+        write_text(path, json.dumps(asdict(ask(flags, data, model, place, said))))
     return Asked(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def ask(
-    flags: Flags, data: Classification, model: Model, place: int, said: int, margin: float
-) -> Asked:
-    """How few rows a decision hangs on, by a datamodel whose margin is moved to that of the trainings that judge."""
+def ask(flags: Flags, data: Classification, model: Model, place: int, said: int) -> Asked:
+    """How few rows a decision hangs on."""
     x, y = held_out(data)
     output = rows_of(model, x[[place]], np.array([said]), logit_margin)
-    clean = model.datamodel(model.problem, np.ones(model.problem.n), output)
-    moved = margin - clean.base
-
-    def surrogate(table: Problem, w: NDArray[np.float64]) -> LinearDatamodel:
-        found = clean if (w == 1).all() else model.datamodel(table, w, output)
-        return replace(found, base=found.base + moved)
-
     most = room(flags, data)
     asked = support(
         model.problem,
-        surrogate,
+        lambda table, w: model.datamodel(table, w, output),
         lambda table, w, seeds: model.retrained(table, w, seeds, output),
         most=most, rounds=flags.rounds, orders={"nearest": knn(model.problem, output, k=NEAR)}, seeds=model.seeds,
     )  # fmt: skip

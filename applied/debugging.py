@@ -35,41 +35,49 @@ class Support:
     """How few training rows each decision hangs on: predicted, found by retraining, and along other orders of rows.
 
     Args:
-        found: the numbers by the datamodel, and its order of rows for each output.
-        controls: name -> [t], the smallest number along another order; infinite where `most` rows do not do it.
+        targets: [t] names of the decisions.
+        margin: [t] by how much they stand, on all rows.
+        predicted, actual: [t] numbers of rows; infinite where `most` do not do it, actual nan where nothing was
+            retrained.
+        order: for each decision the rows to leave out, the strongest first.
+        controls: name -> [t], the smallest number along another order.
         most: rows that were looked at.
     """
 
-    found: FlipBudgets
+    targets: NDArray[Any]
+    margin: NDArray[np.float64]
+    predicted: NDArray[np.float64]
+    actual: NDArray[np.float64]
+    order: list[NDArray[np.intp]]
     controls: Mapping[str, NDArray[np.float64]]
     most: int
 
     def rows(self, j: int) -> NDArray[np.intp]:
-        """The rows without which output j is another: as many as retraining took, or else as were predicted."""
-        for many in (self.found.actual[j], self.found.predicted[j]):
+        """The rows without which decision j is another: as many as retraining took, or else as were predicted."""
+        for many in (self.actual[j], self.predicted[j]):
             if np.isfinite(many):
-                return self.found.rows[j][: int(many)]
-        return self.found.rows[j][:0]
+                return self.order[j][: int(many)]
+        return self.order[j][:0]
 
     def turned(self, k: ArrayLike, order: str | None = None) -> NDArray[np.float64]:
         """Share of the outputs that another training turns without k rows, in the datamodel's order or a control's."""
-        numbers = self.found.actual if order is None else self.controls[order]
+        numbers = self.actual if order is None else self.controls[order]
         return (numbers[:, None] <= np.atleast_1d(np.asarray(k, dtype=float))).mean(axis=0)
 
     def table(self, most: int = 20) -> str:
         """One line an output, those that hang on the fewest rows first."""
         names = list(self.controls)
         lines = [["output", "margin", "predicted", "actual", *names, "rows"]]
-        first = np.where(np.isnan(self.found.actual), self.found.predicted, self.found.actual)
+        first = np.where(np.isnan(self.actual), self.predicted, self.actual)
         for j in np.argsort(first, kind="stable")[:most]:
             numbers = (
-                self.found.predicted[j],
-                self.found.actual[j],
+                self.predicted[j],
+                self.actual[j],
                 *(self.controls[n][j] for n in names),
             )
             rows = [str(i) for i in self.rows(j)[:ROWS_SHOWN]]
             lines.append([
-                str(self.found.targets[j]), f"{self.found.margin[j]:.3f}", *(self._number(x) for x in numbers),
+                str(self.targets[j]), f"{self.margin[j]:.3f}", *(self._number(x) for x in numbers),
                 " ".join(rows) + (" ..." if len(self.rows(j)) > ROWS_SHOWN else ""),
             ])  # fmt: skip
         return "\n".join(aligned(lines))
@@ -105,7 +113,7 @@ def support(
         seeds: of victims.
 
     Returns:
-        a `Support`, whose `.found.rows` are row numbers of the training data.
+        a `Support`, whose rows are row numbers of the training data.
 
     Raises:
         ValueError: a decision that does not stand (an output ≤ 0); scores of another shape; no room for a row.
@@ -128,21 +136,31 @@ def support(
     found = budget_to_flip(problem, threat, surrogate, rounds=rounds, progress=progress)
 
     # verify: along these rows, and along others
-    n, t = problem.n, len(found.targets)
-    named = {name: _order(name, scores, found, n, most) for name, scores in given.items()}
-    if victim is None:
-        return Support(found, {}, most)
-    draws = [np.random.default_rng([0x5C, j]) for j in range(t)]
-    named["random"] = [rng.permutation(n)[:most] for rng in draws]
-    rows = [*found.rows, *(some for order in named.values() for some in order)]
-    times = 1 + len(named)
+    shape = (problem.n, len(found.targets))
+    named = {name: _order(name, scores, shape, most) for name, scores in given.items()}
+    actual, controls = found.actual, {}
+    if victim is not None:
+        draws = [np.random.default_rng([0x5C, j]) for j in range(shape[1])]
+        named["random"] = [rng.permutation(problem.n)[:most] for rng in draws]
+        actual, *others = _along([found.rows, *named.values()], found, victim, seeds)
+        controls = dict(zip(named, others, strict=True))
+    return Support(found.targets, found.margin, found.predicted, actual, found.rows, controls, most)
+
+
+def _along(
+    orders: list[list[NDArray[np.intp]]],
+    found: FlipBudgets,
+    victim: Callable[..., Retrained],
+    seeds: int | Sequence[int],
+) -> NDArray[np.float64]:
+    """[orders, t], the smallest number of rows along each order; all of them are trained together."""
+    rows, times, t = [some for order in orders for some in order], len(orders), len(found.targets)
     every = replace(
         found.some(np.tile(np.arange(t), times)),
         rows=rows,
         into=[np.full(len(some), -1) for some in rows],
     )
-    actual, *others = smallest(every, _Repeated(victim, times), seeds).reshape(times, t)
-    return Support(replace(found, actual=actual), dict(zip(named, others, strict=True)), most)
+    return smallest(every, _Repeated(victim, times), seeds).reshape(times, t)
 
 
 @dataclass(frozen=True)
@@ -162,13 +180,12 @@ class _Outputs:
 
 
 def _order(
-    name: str, scores: LinearDatamodel | ArrayLike, found: FlipBudgets, n: int, most: int
+    name: str, scores: LinearDatamodel | ArrayLike, shape: tuple[int, int], most: int
 ) -> list[NDArray[np.intp]]:
     """For each output the rows of positive score, the highest first."""
     array = np.asarray(
         scores.scores if isinstance(scores, LinearDatamodel) else scores, dtype=float
     )
-    shape = (n, len(found.targets))
     if array.shape != shape:
         raise ValueError(
             f"expected scores of {name!r} of shape {shape}, got {array.shape}; score the same outputs"

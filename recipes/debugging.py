@@ -264,17 +264,16 @@ def ask(flags: Flags, data: Classification, model: Model, place: int, said: int)
     x, y = held_out(data)
     output = rows_of(model, x[[place]], np.array([said]), logit_margin)
     most = room(flags, data)
-    asked = support(
+    found = support(
         model.problem,
         lambda table, w: model.datamodel(table, w, output),
         lambda table, w, seeds: model.retrained(table, w, seeds, output),
         most=most, rounds=flags.rounds, orders={"nearest": knn(model.problem, output, k=NEAR)}, seeds=model.seeds,
     )  # fmt: skip
-    found = asked.found
-    near, random = asked.controls["nearest"], asked.controls["random"]
+    near, random = found.controls["nearest"], found.controls["random"]
     return Asked(
         place, int(data.held_places[place]), data.classes[y[place]], data.classes[said], float(found.margin[0]),
-        float(found.predicted[0]), float(found.actual[0]), float(near[0]), float(random[0]), most, asked.rows(0).tolist(),
+        float(found.predicted[0]), float(found.actual[0]), float(near[0]), float(random[0]), most, found.rows(0).tolist(),
     )  # fmt: skip
 
 

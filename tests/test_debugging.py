@@ -60,8 +60,8 @@ def test_the_fewest_rows_are_those_of_brute_force(seed):
     world = World(seed=seed)
     found = support(world.problem, world.surrogate, world.victim, most=6, seeds=3)
     expected = [world.fewest(j, 6) for j in range(4)]
-    np.testing.assert_array_equal(found.found.predicted, expected)
-    np.testing.assert_array_equal(found.found.actual, expected)
+    np.testing.assert_array_equal(found.predicted, expected)
+    np.testing.assert_array_equal(found.actual, expected)
     for j, k in enumerate(expected):
         assert len(found.rows(j)) == (k if np.isfinite(k) else 0)
     assert (found.controls["random"] >= expected).all()
@@ -74,7 +74,7 @@ def test_controls_go_along_their_own_order_and_no_further_than_their_positive_sc
     world.scores = np.abs(world.scores) + 0.1
     orders = {"reversed": -world.scores + 10, "same": world.scores, "none": -world.scores}
     found = support(world.problem, world.surrogate, world.victim, most=N - 1, orders=orders)
-    np.testing.assert_array_equal(found.controls["same"], found.found.actual)
+    np.testing.assert_array_equal(found.controls["same"], found.actual)
     assert np.isinf(found.controls["none"]).all()
     for j in range(4):
         w, order = np.ones(N), np.argsort(world.scores[:, j])
@@ -82,21 +82,21 @@ def test_controls_go_along_their_own_order_and_no_further_than_their_positive_sc
         assert found.controls["reversed"][j] == k
         w[order[:k]] = 0
         assert world.value(w)[j] <= 0
-    assert (found.controls["reversed"] > found.found.actual).any()
+    assert (found.controls["reversed"] > found.actual).any()
     assert found.turned(N, "none") == 0
 
 
 def test_nothing_is_retrained_without_a_victim():
     world = World()
     found = support(world.problem, world.surrogate, most=6, orders={"same": world.scores})
-    assert np.isnan(found.found.actual).all()
+    assert np.isnan(found.actual).all()
     assert not found.controls
     lines = found.table().splitlines()
     assert len(lines) == 5
     assert lines[0].split() == ["output", "margin", "predicted", "actual", "rows"]
     assert all("-" in line.split() for line in lines[1:])
-    finite = np.flatnonzero(np.isfinite(found.found.predicted))
-    assert [len(found.rows(j)) for j in finite] == found.found.predicted[finite].tolist()
+    finite = np.flatnonzero(np.isfinite(found.predicted))
+    assert [len(found.rows(j)) for j in finite] == found.predicted[finite].tolist()
 
 
 def test_the_table_says_where_nothing_turns():
@@ -162,7 +162,7 @@ def test_on_a_logistic_regression_predictions_hold_and_the_rows_are_fewer_than_t
 
     near = knn(problem, outputs)
     found = support(problem, surrogate, victim, most=30, orders={"nearest": near})
-    predicted, actual = found.found.predicted, found.found.actual
+    predicted, actual = found.predicted, found.actual
     both = np.isfinite(predicted) & np.isfinite(actual)
     assert both.sum() >= 6
     np.testing.assert_allclose(predicted[both], actual[both], atol=1)

@@ -36,9 +36,9 @@ def test_the_readme_runs():
     assert_first_order(exact.without([0]) - exact.base, names["actual"].numpy() - exact.base)
     # the decision turns, without fewer rows than of the nearest, as was predicted to a half
     behind = names["behind"]
-    actual = behind.found.actual[0]
+    actual = behind.actual[0]
     assert actual < behind.controls["nearest"][0]
-    assert 0.5 <= behind.found.predicted[0] / actual <= 1.5
+    assert 0.5 <= behind.predicted[0] / actual <= 1.5
 
 
 def test_the_guide_runs():

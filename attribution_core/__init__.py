@@ -12,7 +12,7 @@ from attribution_core.comparison import Comparison, compare
 from attribution_core.curvature import fit_curvature
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.evaluation import LDS, lds
-from attribution_core.groups import group_table, kmeans_groups, random_groups
+from attribution_core.groups import AnchorWarning, group_table, kmeans_groups, random_groups
 from attribution_core.in_run import InRun, in_run
 from attribution_core.influence import influence
 from attribution_core.input_influence import gradient_matching, input_influence
@@ -59,6 +59,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "AnchorWarning",
     "Certified",
     "Comparison",
     "InRun",

@@ -9,6 +9,7 @@ examples by whether they share a group, so none is (Ley et al. 2024 build one, a
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ from attribution_core.table import RetrainingTable
 from attribution_core.vectors import flatten
 
 BLOCK = 2**12  # parameters a product runs over: one long float32 product loses a digit
+
+
+class AnchorWarning(UserWarning):
+    """Members of a group stand at different weights, so that its weight is none of theirs."""
 
 
 def group_directional(
@@ -77,6 +82,23 @@ def group_directional(
             parts = zip(flat.split(BLOCK, dim=1), gradient.split(BLOCK), strict=True)
             out[place] = torch.stack([v @ g for v, g in parts]).sum(0, dtype=torch.float64)
     return names, collect(out)
+
+
+def mean_anchor(anchor: NDArray[np.float64], groups: ArrayLike) -> NDArray[np.float64]:
+    """The mean of the members' anchors [n], [g]; `AnchorWarning` where members of one group differ."""
+    names, index = named(groups, len(anchor))
+    found: NDArray[np.float64] = np.bincount(index, anchor) / np.bincount(index)
+    apart = np.flatnonzero(~np.isclose(found[index], anchor, rtol=1e-12, atol=0))
+    if len(apart):
+        of = anchor[index == index[apart[0]]]
+        warnings.warn(
+            f"expected one anchor for all members of a group, got {of.min():g} to {of.max():g} in group "
+            f"{names.tolist()[index[apart[0]]]!r}: its weight shifts all members alike from there, so that weight 0 is not "
+            "the group's removal; group examples of one anchor, or predict from the scores of rows (no groups)",
+            AnchorWarning,
+            stacklevel=3,
+        )
+    return found
 
 
 @torch.enable_grad()  # whatever the caller is in

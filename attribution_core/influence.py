@@ -15,12 +15,12 @@ from torch import Tensor
 
 from attribution_core.curvature import Curvature, Form, Kind, fit_curvature
 from attribution_core.damping import choose_damping
-from attribution_core.data import Progress, Rows, named, sample
+from attribution_core.data import Progress, Rows, sample
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.ekfac import Labels
 from attribution_core.fingerprint import fingerprint
 from attribution_core.gradients import Engine, directional, output_gradients
-from attribution_core.groups import group_directional
+from attribution_core.groups import group_directional, mean_anchor
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import gathered, my_rows
 from attribution_core.store import Store
@@ -91,7 +91,8 @@ def influence(
 
     Returns:
         scores [n, t] in output units per unit of weight; base f(anchor) [t]; anchor α · weights.
-        With groups: ids are their names, and a group's anchor is the mean of its members'.
+        With groups: ids are their names, and a group's anchor is the mean of its members'; where these differ, a
+        group's weight shifts them alike, weight 0 is not its removal, and an `AnchorWarning` says so.
 
     Raises:
         ValueError: see `fit_curvature` and `directional`; a folder that belongs to another run;
@@ -144,8 +145,7 @@ def influence(
             problem, directions, groups, batch_size=batch_size, progress=progress
         )
         scores = found.cpu().numpy()
-        _, index = named(groups, problem.n)
-        anchor = np.bincount(index, anchor) / np.bincount(index)
+        anchor = mean_anchor(anchor, groups)
     elif folder is None:
         directions, fitted = solve()
         mine = my_rows(np.arange(problem.n))

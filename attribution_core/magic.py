@@ -26,6 +26,7 @@ from attribution_core.data import (
 )
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import has_forward_mode
+from attribution_core.groups import mean_anchor
 from attribution_core.problem import Outputs
 from attribution_core.processes import world
 from attribution_core.replay import States, states_held
@@ -83,7 +84,8 @@ def magic(
         outputs: what to differentiate; taken in eval mode.
         wrt: by what.
             "weights": [n, t], per unit of training weight, anchor α · weights.
-            "domains": [g, t], per unit of a weight that all rows of a domain share; needs `groups`.
+            "domains": [g, t], per unit of a weight that all rows of a domain share; needs `groups`. Anchor: the
+                mean of its rows'; where these differ, weight 0 is not its removal (`AnchorWarning`).
             "inputs": [rows · numbers, t], by every number in a float column of chosen rows: pixels; a
                 column of zeros that the loss adds to embeddings ("embedding_shift" of `causal_lm_loss`); the
                 weight of every token ("token_weights"). Anchor: the values; ids: row · numbers + place.
@@ -283,7 +285,7 @@ def _datamodel(
         scores = scores / run.exposure
     if asked.labels is not None:
         ids, index = named(asked.labels, run.problem.n)
-        anchor = np.array([anchor[index == g].mean() for g in range(len(ids))])
+        anchor = mean_anchor(anchor, asked.labels)
         if scores.shape[1] == run.problem.n and not asked.forward:
             scores = np.stack([summed(part, index, len(ids)) for part in scores])
     elif asked.rows is not None and asked.column is not None:

@@ -1,7 +1,7 @@
 """attribution_core.groups: group gradients are sums of rows, and grouping costs no fidelity."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from attribution_core import (
+    SGD,
+    AnchorWarning,
     LinearDatamodel,
     Outputs,
     Problem,
+    Recipe,
     RetrainingTable,
     cross_entropy,
     group_subsets,
@@ -19,9 +22,11 @@ from attribution_core import (
     influence,
     kmeans_groups,
     lds,
+    magic,
     margin,
     random_groups,
     random_subsets,
+    train,
 )
 from attribution_core.data import named
 from attribution_core.gradients import directional
@@ -125,12 +130,44 @@ class Labels:
 
 def test_labels_are_read_a_few_times_and_not_once_a_group():
     problem = menagerie.softmax(40)
-    labels, weights = Labels(np.arange(40) % 20), np.linspace(0.5, 1, 40)
+    labels, weights = Labels(np.arange(40) % 20), np.tile(np.linspace(0.5, 1, 20), 2)
     found = influence(
         problem, menagerie.unseen(problem), groups=labels, weights=weights, curvature="identity", damping=1.0
     )  # fmt: skip
-    np.testing.assert_allclose(found.anchor, weights.reshape(2, 20).mean(0), rtol=1e-15)
+    np.testing.assert_allclose(found.anchor, weights[:20], rtol=1e-15)
     assert labels.made < 5
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse", None])
+def test_a_group_of_unequal_anchors_is_told(mode):
+    """Scores are the sum over members and hold for a common shift: away from the mean anchor, not to removal."""
+    problem = menagerie.softmax(12)
+    outputs, labels = menagerie.unseen(problem), np.repeat(["a", "b"], [3, 9])
+    w = np.ones(12)
+    w[:3] = 0.0, 0.0, 3.0
+
+    def both(w):
+        if mode is None:
+            by = partial(influence, problem, outputs, weights=w, curvature="identity", damping=1.0)
+            return by(), lambda: by(groups=labels)
+        run = train(problem, Recipe(SGD(0.1), 4, 2), w)
+        return magic(run, outputs, check=False), lambda: magic(
+            run, outputs, groups=labels, mode=mode, check=False
+        )
+
+    rows, by_group = both(w)
+    with pytest.raises(ValueError, match="different anchors"):
+        rows.grouped(labels)
+    with pytest.warns(AnchorWarning, match=r"got 0 to 3 in group 'a'.*not the group's removal"):
+        found = by_group()
+    np.testing.assert_array_equal(found.anchor, [1.0, 1.0])
+    shifted = rows.predict(w + 0.5 * (labels == "a"))
+    np.testing.assert_allclose(found.predict([1.5, 1.0]), shifted, rtol=1e-10)  # order of sums
+    w[:3] = 0.0
+    rows, by_group = both(w)
+    by_group = by_group()  # no warning: the suite takes them for errors
+    np.testing.assert_allclose(by_group.scores, rows.grouped(labels).scores, rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(by_group.anchor, [0.0, 1.0])
 
 
 def test_a_curvature_of_group_sums_would_be_another():

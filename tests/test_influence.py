@@ -445,6 +445,7 @@ def test_only_a_run_can_choose_its_damping():
         influence(run, outputs, damping="best")
 
 
+@pytest.mark.filterwarnings("ignore::attribution_core.AnchorWarning")  # weights rise within groups
 @pytest.mark.parametrize("curvature", ["gauss_newton", "ekfac"])
 def test_groups_are_the_sums_of_their_members(curvature):
     run, outputs = small_run(weights=np.linspace(0.5, 1.5, 20), exposure=0.5)

@@ -13,7 +13,7 @@ the same cost, and shows predicted beside actual beside control.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,6 +53,8 @@ class Decision:
         targets: [t], names of the outputs.
         costs: [n], what weight 1 of each example costs; ones unless given.
         meta: how it was decided.
+        draw: source of randomness -> weights [n] of a random choice under the same constraints; where costs
+            are all there is, as with no quotas, it is left out.
 
     Raises:
         ValueError: shapes that do not fit, weights or costs that are negative or not finite.
@@ -65,6 +67,7 @@ class Decision:
     targets: NDArray[Any]
     costs: NDArray[Any] = field(default_factory=lambda: np.ones(()))
     meta: Mapping[str, Any] = field(default_factory=dict)
+    draw: Callable[[np.random.Generator], NDArray[Any]] | None = None
 
     def __post_init__(self) -> None:
         n, t = np.size(self.weights), np.size(self.predicted)
@@ -179,10 +182,12 @@ def random_subset(costs: ArrayLike, budget: float, rng: np.random.Generator) -> 
 
 
 def random_controls(decision: Decision, seeds: Sequence[int]) -> NDArray[Any]:
-    """Weights [s, n] of a random choice of the decision's cost, drawn anew for each seed."""
+    """Weights [s, n] of a random choice of the decision's cost and quotas, drawn anew for each seed."""
     # a stream of its own: one that a training also draws its batches from would tie the subset to
     # the order in which its examples are seen
     streams = [np.random.default_rng([seed, 0xC0]) for seed in seeds]
+    if decision.draw is not None:
+        return np.stack([decision.draw(rng) for rng in streams])
     return np.stack([random_subset(decision.costs, decision.cost, rng) for rng in streams])
 
 
@@ -264,7 +269,8 @@ def verify(
         retrain: weights [m, n], seeds=[...] -> object with `.per_seed` [m, s, t]; the same outputs
             as the decision's targets, better read on data that was not used to decide. Called
             once for the decision and all given controls, and once per seed for "random".
-        control: "random" (for each seed a fresh random subset that spends the same cost), or
+        control: "random" (for each seed a fresh random subset that spends the same cost, under the
+            quotas that the decision was made under), or
             weights [n] or [c, n], or a mapping of names to "random", weights [n], or weights [s, n], one
             draw for each seed.
         seeds: training seeds; a number k means 0 .. k−1.

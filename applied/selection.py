@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,8 @@ def select(
 
     Returns:
         A decision whose baseline is f̂ of a random choice of the same cost: every weight at
-        what it spends / total cost. Its meta holds `relaxed` and `achieved` (the objective of the
+        what it spends / total cost; under quotas at its domain's share, and `draw` gives such
+        choices. Its meta holds `relaxed` and `achieved` (the objective of the
         fractional optimum and of the decision), `hurting` (how many chosen examples have a
         positive mean score), `short` (low quotas missed by rounding: domain -> missing cost).
 
@@ -133,11 +135,13 @@ def select(
 
     spent, chosen = limits.spent(weights), weights > 0
     missing = limits.low - spent
+    share = np.full(len(best), limits.costs @ weights / limits.costs.sum())
+    alike = _of_cost(limits, float(spent.sum()))
     return Decision(
         weights=weights,
         ids=np.asarray(f.ids)[chosen],
         predicted=f.predict(weights),
-        baseline=f.predict(np.full(len(best), limits.costs @ weights / limits.costs.sum())),
+        baseline=f.predict(_expected(alike) if quotas else share),
         targets=np.asarray(f.targets),
         costs=limits.costs,
         meta={
@@ -154,6 +158,7 @@ def select(
             "short": {limits.names[k]: missing[k] for k in np.where(missing > SLACK * budget)[0]},
             "datamodel": dict(f.meta),
         },
+        draw=partial(_random, alike, whole) if quotas else None,
     )
 
 
@@ -278,6 +283,32 @@ def _whole(best: NDArray[Any], gains: NDArray[Any], limits: _Limits, linear: boo
             f"cheapest one costs {limits.costs.min():g}; raise them, or pass whole=False"
         )
     return weights
+
+
+def _of_cost(limits: _Limits, cost: float) -> _Limits:
+    """The same quotas, in cost, for choices that spend what a decision spent; lows that it missed are lowered."""
+    low = limits.low * min(1.0, cost / max(limits.low.sum(), 1e-300))
+    return replace(limits, budget=cost, low=low, fill=True)
+
+
+def _random(limits: _Limits, whole: bool, rng: np.random.Generator) -> NDArray[Any]:
+    """Weights [n] of a random choice: what is chosen by scores that are a random order."""
+    gains = limits.costs * (rng.permutation(len(limits.costs)) + 1.0)
+    best = _by_price(gains, limits)
+    return _whole(best, gains, limits, linear=True) if whole else best
+
+
+def _expected(limits: _Limits) -> NDArray[Any]:
+    """Weights [n] of random choices on average: one share τ of every domain, within its quota.
+
+    Of many examples in random order domain k spends clip(τ held_k, low_k, high_k), with τ such that the budget is spent.
+    """
+    held = limits.spent(np.ones(len(limits.costs)))
+    some = np.maximum(held, 1e-300)  # the free domains may hold nothing
+    shares = np.unique([*limits.low / some, *limits.high / some, 0.0, 1.0])
+    spending = np.clip(shares[:, None] * held, limits.low, limits.high)
+    share = np.interp(limits.budget, spending.sum(axis=1), shares)
+    return (np.clip(share * held, limits.low, limits.high) / some)[limits.domain]
 
 
 def _backend(backend: str, *, linear: bool) -> str:

@@ -19,7 +19,7 @@ from recipes.command import as_given
 from recipes.ends import ends
 from recipes.proof import Evidence, Length
 from recipes.selection import missed
-from recipes.study import Study, say
+from recipes.study import PARTS, Study, say
 
 UNEQUAL = 0.1  # of random's steps: an arm that differs by more is pointed out
 
@@ -128,13 +128,13 @@ def _page(
     held: dict[str, Any],
 ) -> report.Page:
     density = datamodel.scores[:, 0] / study.tokens
-    gap = evidence.verified.difference("random")
     subtitle = (
-        f"{len(decision.ids):,} of {len(study.pool):,} documents, {decision.cost:,.0f} tokens. Retrained "
-        f"{len(evidence.verified.seeds)} times, they change held-out target loss by {gap} bits per byte "
-        f"against random documents of as many tokens (95 % interval, paired by seed){beside(evidence)}."
+        f"{len(decision.ids):,} of {len(study.pool):,} documents, {decision.cost:,.0f} tokens. "
+        f"{against_random(evidence, bool(study.quotas))}{beside(evidence)}."
     )
-    histogram = pictures.histogram(density, decision.weights > 0, xlabel="score per token")
+    histogram = pictures.histogram(
+        density, decision.weights > 0, xlabel="score per token, bits per byte"
+    )
     sections = {
         "Proof by retraining": _arms(evidence, held),
         "Predicted against actual": _calibration(evidence),
@@ -147,6 +147,17 @@ def _page(
         "How this was made": [report.facts(_facts(study, datamodel))],
     }
     return report.Page("Which documents to train on", subtitle, sections)
+
+
+def against_random(evidence: Evidence, quotas: bool) -> str:
+    """The headline's first clause: the difference to random documents, with its interval where seeds give one."""
+    seeds = len(evidence.verified.seeds)
+    gap = evidence.verified.difference("random")
+    return (
+        f"Retrained {f'{seeds} times' if seeds > 1 else 'once'}, they change held-out target loss by {gap} bits per "
+        f"byte against random documents of as many tokens{', under the same quotas' if quotas else ''} "
+        f"({'95 % interval, paired by seed' if seeds > 1 else 'one training tells no noise'})"
+    )
 
 
 def beside(evidence: Evidence) -> str:
@@ -267,15 +278,30 @@ def _cards(study: Study, datamodel: LinearDatamodel, rows: NDArray[Any]) -> str:
     return report.documents(cards) if cards else report.paragraph("none")
 
 
+def _test_text(study: Study) -> dict[str, str]:
+    count = int((study.part == "test").sum())
+    return {"test": f"{study.flags.test or 'embedded'}, {count:,} documents"} if count else {}
+
+
 def _facts(study: Study, datamodel: LinearDatamodel) -> dict[str, Any]:
-    meta, gate = datamodel.meta, study.notes["gate"]
+    meta, gate, flags = datamodel.meta, study.notes["gate"], study.flags
+    recipe = study.recipe
+    optimizer: Any = recipe.optimizer
+    quotas = [f"{name} {low:g} to {high:g}" for name, (low, high) in study.quotas.items()]
+    parts = [f"{(study.part == part).sum():,} to {part}" for part in PARTS]
     return {
+        "pool": f"{flags.pool}, {len(study.pool):,} documents",
+        "target": f"{flags.target}, documents: {', '.join(parts)}",
+        **_test_text(study),
         "model": study.flags.model,
         "method": f"{meta['method']}, {meta['curvature']}, mean damping {meta['damping']:.2g}",
         "parameters covered": f"{meta['covered']:.0%}",
         "anchor": f"exposure {meta['exposure']:.3f}, {study.flags.proxies} proxies",
         "gate": f"proxy {gate['proxy']:.3f} bits/byte, {gate['order']}-grams {gate['ngram']:.3f}",
+        "training": f"{recipe.epochs:g} epochs in batches of {recipe.batch_size}, lr {optimizer.lr:g}",
+        "seeds": f"{flags.seeds} of every arm",
         "budget": f"{study.budget:,.0f} tokens, {study.exposure:.1%} of the pool",
+        "quotas": ", ".join(quotas) or "none",
         "also held-out text": f"{len(study.notes['also_held_out'])} pool documents",
         "truth": "fresh initial weights and order per seed; documents not chosen are removed",
     }

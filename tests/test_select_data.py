@@ -15,6 +15,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
+from applied.recipe import paired_interval
 from attribution_core import SGD, LinearDatamodel, Recipe
 from recipes import embedded
 from recipes.corpus import Blocks, once, read_documents
@@ -22,7 +23,7 @@ from recipes.language_model import LanguageModel, language_model, refuse_lossy, 
 from recipes.proof import Length, length
 from recipes.select_data import run
 from recipes.selection import choose, gate, write_subset
-from recipes.selection_report import beside, ends_of, quotas_missed, unequal
+from recipes.selection_report import against_random, beside, ends_of, quotas_missed, unequal
 from recipes.study import refuse_small
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +102,17 @@ def test_budget_and_quotas_are_kept(finished):
     tokens, domain = np.array(chosen["tokens"]), np.array(chosen["domain"])
     assert tokens.sum() <= metrics["selection"]["budget"]
     assert tokens[domain == "code"].sum() <= 0.3 * metrics["selection"]["budget"]
+
+
+def test_the_report_says_what_was_read_and_how_it_was_trained(finished, texts):
+    page = (finished / "report.html").read_text()
+    how = page[page.index("How this was made") :]
+    for words in (
+        str(texts / "pool.parquet"), str(texts / "target.jsonl"), str(texts / "test.jsonl"), "<dd>2 of every arm</dd>",
+        "<dd>code 0 to 0.3, prose 0.05 to 1</dd>", "1 epochs in batches of 4, lr 0.007",
+    ):  # fmt: skip
+        assert words in how
+    assert "against random documents of as many tokens, under the same quotas (95 %" in page
 
 
 def test_every_arm_is_in_the_table_with_its_interval(finished):
@@ -694,3 +706,20 @@ def test_the_headline_tells_of_the_best_filter_and_of_other_text():
     assert said(1.95, 1.5).endswith(": better than random")
     assert said(1.8, 2.2, 1).endswith("one training, so no interval")
     assert beside(SimpleNamespace(arms={"chosen": noise, "random": noise}, parts=("report",))) == ""
+
+
+def test_the_headline_of_one_training_claims_no_interval():
+    def said(seeds, quotas):
+        gap = paired_interval([-0.2, -0.3][: len(seeds)])
+        verified = SimpleNamespace(seeds=seeds, difference=lambda name: gap)
+        return against_random(SimpleNamespace(verified=verified), quotas)
+
+    assert said([0], False).startswith(
+        "Retrained once, they change held-out target loss by -0.2 bits"
+    )
+    assert said([0], False).endswith("as many tokens (one training tells no noise)")
+    assert said([0, 1], False).startswith("Retrained 2 times")
+    assert said([0, 1], False).endswith("as many tokens (95 % interval, paired by seed)")
+    assert said([0, 1], True).endswith(
+        "as many tokens, under the same quotas (95 % interval, paired by seed)"
+    )

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from applied.recipe import verify
+from applied.recipe import random_controls, verify
 from applied.selection import LARGEST, relaxed, select
 from attribution_core.datamodel import LinearDatamodel
 
@@ -513,3 +513,51 @@ def test_what_is_left_is_not_spent_on_what_may_harm():
     f = LinearDatamodel([[-5.0, -5.0], [-10.0, 4.0], [-10.0, 4.0]], [0.0, 0.0], 0.0)
     found = select(f, budget=3, objective="worst", fill=False)
     assert found.weights.tolist() == [1, 0, 0]
+
+
+def test_the_random_control_keeps_the_quotas():
+    """Without them the sign of actual - random was that of the quota, not of the choice."""
+    rng = np.random.default_rng(0)
+    domains = np.repeat(["good", "bad"], [600, 300])
+    costs = rng.integers(1, 9, 900).astype(float)
+    f = datamodel(rng.normal(size=900) + (domains == "bad"))
+    quotas = {"bad": (0.8, 1.0)}
+    decision = select(f, budget=600, costs=costs, domains=domains, quotas=quotas)
+    drawn = random_controls(decision, range(40))
+    assert set(np.unique(drawn)) == {0.0, 1.0}
+    assert len({row.tobytes() for row in drawn}) == 40
+    np.testing.assert_allclose(drawn @ costs, decision.cost, atol=8)
+    assert (drawn @ costs <= decision.cost).all()
+    assert (drawn[:, domains == "bad"] @ costs[domains == "bad"] >= 0.8 * 600 - 8).all()
+    # every document of a domain is as likely as the next, and the baseline is what is expected of them
+    often = drawn.mean(axis=0)[domains == "bad"]
+    assert abs(np.corrcoef(often, f.scores[domains == "bad", 0])[0, 1]) < 0.2
+    told, found = decision.baseline[0], f.predict(drawn)[:, 0]
+    assert abs(told - found.mean()) < 4 * found.std() / np.sqrt(40)
+    free = select(f, budget=600, costs=costs)
+    assert free.draw is None
+    assert told > free.baseline[0]  # the quota takes documents that hurt
+
+    seen = []
+
+    def retrain(weights, *, seeds):
+        seen.extend(weights)
+        return SimpleNamespace(per_seed=f.predict(weights)[:, None].repeat(len(seeds), axis=1))
+
+    verify(decision, retrain, seeds=3)
+    np.testing.assert_array_equal(seen[1:], drawn[:3])
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_random_choices_under_quotas_are_within_them(block):
+    for seed in range(50 * block, 50 * block + 50):
+        p = instance(seed)
+        if not p.quotas:
+            continue
+        terms = {"budget": p.budget, "costs": p.costs, "domains": p.domains, "quotas": p.quotas}
+        decision = select(datamodel(-p.gains), **terms, whole=False)
+        weights = decision.draw(np.random.default_rng(seed))
+        np.testing.assert_allclose(weights @ p.costs, p.budget, rtol=1e-5)
+        for name, (low, high) in p.quotas.items():
+            share = (weights * p.costs)[p.domains == name].sum() / p.budget
+            assert low - 1e-5 < share < high + 1e-5

@@ -223,11 +223,28 @@ def _rows(task: Task) -> Any:
     return np.arange(task.problem.n)
 
 
+def curvature(flags: Flags, task: Task) -> dict[str, Any]:
+    """Of an influence function: EK-FAC as it is where the model has no products with its exact curvature."""
+    from recipes.language_model import no_forward_mode
+
+    own = flags.task == "text" and flags.model != Flags.model
+    if not own or flags.method not in ("influence", "ekfac"):
+        return {}
+    if not (why := no_forward_mode(task.problem)):
+        return {}
+    print(
+        f"warning: EK-FAC, not refined, as {flags.model!r} has no forward-mode derivatives: {why}",
+        flush=True,
+    )
+    return {"curvature": "ekfac", "refine": 0}
+
+
 def attribute(flags: Flags, task: Task, recipe: Any) -> Any:
     """The datamodel of the runs, by the method asked for."""
     from attribution_core import influence, magic, source, tracin, train, trak
     from attribution_core.smoothness import describe
 
+    exact = curvature(flags, task)
     steps = len(recipe.draw(_rows(task), flags.exposure))
     marks = min(6, steps) if flags.method in ("source", "tracin") else 0
     states: Any = "sqrt" if flags.method == "magic" else 0
@@ -244,8 +261,8 @@ def attribute(flags: Flags, task: Task, recipe: Any) -> Any:
     given: Any = runs if len(runs) > 1 else runs[0]
     methods: dict[str, Any] = {
         "magic": partial(magic, check=True, progress=bar("walking back")),
-        "influence": influence,
-        "ekfac": partial(influence, curvature="ekfac"),
+        "influence": partial(influence, **exact),
+        "ekfac": partial(influence, **{"curvature": "ekfac", **exact}),
         "trak": trak,
         "source": source,
         "tracin": tracin,

@@ -85,6 +85,20 @@ def at_least(flags: Any, **least: float) -> None:
             )
 
 
+def at_most(flags: Any, **most: float) -> None:
+    """Raise where a number among the flags is larger than can be.
+
+    Raises:
+        ValueError: it is; names the flag.
+    """
+    for name, bound in most.items():
+        given = getattr(flags, name)
+        if given is not None and not given <= bound:
+            raise ValueError(
+                f"expected --{name.replace('_', '-')} of at most {bound:g}, got {given:g}"
+            )
+
+
 def device_of(name: str) -> Any:
     """The torch.device by name; with "auto" the launched process's own GPU, where there is one.
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
+import numpy as np
+
 from recipes.embedded import Document
 
 
@@ -94,13 +96,14 @@ def language_model(model: str, pool: Sequence[Document], folder: Path) -> Langua
         tokenizer = AutoTokenizer.from_pretrained(model)
         make = partial(pretrained, model)
         one = make(0)
-        positions = getattr(one.config, "max_position_embeddings", None) or PRETRAINED.length + 1
     except (OSError, ValueError) as error:
         raise ValueError(
             f"expected a preset ({', '.join(PRESETS)}) or a transformers model, got {model!r}: {error}"
         ) from None
     refuse_unfit(one, tokenizer, model)
-    length = min(PRETRAINED.length, positions - 1)  # a block has a start token before its own
+    length = int(
+        min(PRETRAINED.length, positions_of(one) - 1)
+    )  # a block has a start token before its own
     return LanguageModel(tokenizer, make, replace(PRETRAINED, length=length), False)
 
 
@@ -166,7 +169,38 @@ def pretrained(name: str, seed: int) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return eager_experts(model).eval()
+
+
+def eager_experts(model: Any) -> Any:
+    """The model with plain code for its experts, if it has some: fused ones lack forward mode and second derivatives."""
+    can = getattr(model, "_can_set_experts_implementation", None)  # transformers 5
+    if can is not None and can():
+        model.set_experts_implementation("eager")
+    return model
+
+
+def positions_of(model: Any) -> float:
+    """How many tokens a model takes; without a bound where its config names none (ALiBi, state spaces)."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
+def no_forward_mode(problem: Any) -> str:
+    """Why a model has no products with its exact curvature, tried on one row; "" where it has them."""
+    import torch
+
+    from attribution_core import Problem
+    from attribution_core.curvature import products
+    from attribution_core.data import Rows
+    from attribution_core.vectors import size_of
+
+    one = Problem(problem.model, problem.loss, Rows(problem.train, np.arange(1)))
+    try:
+        products(one, "gauss_newton", torch.ones(1, size_of(one.params)), np.ones(1))
+    except NotImplementedError as error:
+        return str(error.__cause__ or error).splitlines()[0]
+    return ""
 
 
 def refuse_missing(model: str) -> None:
@@ -199,7 +233,7 @@ def refuse_unfit(model: Any, tokenizer: Any, name: str) -> None:
         raise ValueError(
             f"expected a model that knows its tokeniser's {len(tokenizer):,} tokens, got {known:,} embeddings in {name!r}"
         )
-    length = min(8, getattr(model.config, "max_position_embeddings", None) or 8)
+    length = int(min(8, positions_of(model)))
     ids = torch.arange(length)[None] % known
     other = ids.clone()
     other[0, -1] = (ids[0, -1] + 1) % known

@@ -78,17 +78,21 @@ class Flags:
 
 def main(flags: Flags) -> None:
     """The steps, in order; each reads back what an earlier run has finished."""
-    from recipes.command import at_least
+    from recipes.command import at_least, at_most
+    from recipes.filters import LONGEST
     from recipes.proof import prove
-    from recipes.selection import choose, gate, score, train_proxies, write_subset
+    from recipes.selection import choose, gate, refinement, score, train_proxies, write_subset
     from recipes.selection_report import write_report
     from recipes.study import prepare
 
     at_least(flags, seeds=1, jobs=1, proxies=1, subsets=0, epochs=1e-9, lr=1e-12, batch_size=1)
+    at_least(flags, curvature_rows=1, damping=0, gate_order=1)
+    at_most(flags, damping=1e30, gate_order=LONGEST, lr=1e30, epochs=1e9)
     study: Study = prepare(flags)
+    refine = refinement(study)
     proxies = train_proxies(study)
     gate(study, proxies)
-    datamodel = score(study, proxies)
+    datamodel = score(study, proxies, refine)
     decision = choose(study, datamodel)
     write_subset(study, datamodel, decision)
     evidence = prove(study, proxies, datamodel, decision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from attribution_core.files import write_parquet
 from attribution_core.processes import world
 from recipes import filters
 from recipes.command import forget_report
+from recipes.language_model import no_forward_mode
 from recipes.study import Study, bar, say
 
 SHARD = 50_000  # documents in a parquet file of the subset
@@ -64,18 +66,45 @@ def gate(study: Study, proxies: Sequence[Run]) -> None:
     say(f"warning: {reason}")
 
 
-def score(study: Study, proxies: Sequence[Run]) -> LinearDatamodel:
+def refinement(study: Study) -> int | None:
+    """How EK-FAC is refined: not at all where the model has no products with its exact curvature, tried on a block.
+
+    Raises:
+        ValueError: the curvature asked for is made of such products.
+    """
+    flags = study.flags
+    if study.model.from_scratch or flags.curvature not in ("gauss_newton", "ekfac"):
+        return None
+    why = no_forward_mode(study.problem)
+    if not why:
+        return None
+    if flags.curvature == "gauss_newton":
+        raise ValueError(
+            f"expected a model with forward-mode derivatives for --curvature gauss_newton, got {flags.model!r}: {why}; "
+            "take --curvature ekfac"
+        )
+    say(
+        f"warning: EK-FAC is not refined, as {flags.model!r} has no forward-mode derivatives: {why}"
+    )
+    return 0
+
+
+def score(study: Study, proxies: Sequence[Run], refine: int | None = None) -> LinearDatamodel:
     """Target loss, bits per byte, as a function of document weights; averaged over proxies."""
     outputs = study.outputs("score")
+    flags = study.flags
+    settings = (flags.curvature, flags.curvature_rows, flags.damping, refine)
+    kept = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
     per_block = influence(
         proxies,
         outputs,
         curvature=study.flags.curvature,
         curvature_rows=study.flags.curvature_rows,
         damping=study.flags.damping,
+        refine=refine,
         tolerance=0.05,  # of a solve whose curvature is itself an estimate from a sample
         batch_size=SCORE_BATCH,
-        folder=study.flags.out / "scores",
+        folder=flags.out / "scores" / kept,
         progress=bar("solving, scoring"),
     )
     bits = per_block.combine(np.diag(study.bits(outputs)), targets=["target"])

@@ -152,6 +152,8 @@ def from_folder(path: str, seed: int) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from recipes.language_model import eager_experts
+
     config = AutoConfig.from_pretrained(path)
     has_weights = any(Path(path).glob("*.safetensors")) or any(Path(path).glob("*.bin"))
     with torch.random.fork_rng():
@@ -164,7 +166,7 @@ def from_folder(path: str, seed: int) -> Any:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager"
             )
-    return model.eval()
+    return eager_experts(model).eval()
 
 
 def text_task(
@@ -237,7 +239,13 @@ def _blocks(
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from recipes.corpus import Blocks
-    from recipes.language_model import fingerprint_of, kept_bpe, refuse_missing, refuse_unfit
+    from recipes.language_model import (
+        fingerprint_of,
+        kept_bpe,
+        positions_of,
+        refuse_missing,
+        refuse_unfit,
+    )
 
     if model == "gpt2":
         path = kept_bpe(folder, [d.text for d in documents], VOCABULARY)
@@ -249,7 +257,7 @@ def _blocks(
             tokenizer = AutoTokenizer.from_pretrained(model)
             make = partial(from_folder, model)
             one = make(0)
-            length = min(LENGTH, int(one.config.max_position_embeddings) - 1)
+            length = int(min(LENGTH, positions_of(one) - 1))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"expected 'gpt2' or a transformers folder, got {model!r}: {error}"

@@ -11,9 +11,10 @@ import pytest
 from sklearn.datasets import load_wine
 
 from attribution_core import LinearDatamodel
-from recipes.attribute import moving, run
+from recipes.attribute import Flags, curvature, moving, run
 from recipes.classification import from_file
 from recipes.embedded import text_pool
+from recipes.language_model import no_forward_mode, pretrained
 from recipes.tasks import from_folder, text_task
 
 SMALL = ["--subsets", "6", "--drop", "0.1", "0.5", "--jobs", "1", "--targets", "6"]
@@ -198,6 +199,38 @@ def test_models_that_do_not_fit_are_told(tmp_path):
     with pytest.raises(ValueError, match="got 100 embeddings"):
         text_task(tmp_path / "b", 20, 4, model=saved(tmp_path / "gpt2", few, 270))
     assert not (tmp_path / "b").exists()
+
+
+def test_experts_are_plain_and_models_need_not_name_their_positions(tmp_path):
+    """Fused experts have neither forward mode nor second derivatives; Bloom's config has no largest length."""
+    from transformers import BloomConfig, BloomForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = MixtralConfig(
+        vocab_size=300,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        max_position_embeddings=40,
+        **small,
+        **ends,
+    )
+    mixtral = saved(tmp_path / "mixtral", MixtralForCausalLM(config), 270)
+    config = BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2, **ends)
+    bloom = saved(tmp_path / "bloom", BloomForCausalLM(config), 270)
+    assert no_forward_mode(text_task(tmp_path / "a", 20, 4, model=mixtral).problem) == ""
+    for model in (from_folder(mixtral, 0), pretrained(mixtral, 0)):
+        assert getattr(model.config, "_experts_implementation", "eager") == "eager"
+    task = text_task(tmp_path / "b", 20, 4, model=bloom)
+    assert no_forward_mode(task.problem)
+    plain = {"curvature": "ekfac", "refine": 0}
+    assert curvature(Flags(task="text", model=bloom, method="influence"), task) == plain
+    assert curvature(Flags(task="text", model=bloom, method="tracin"), task) == {}
 
 
 def test_rows_are_said_to_lower_or_to_raise_by_the_sign_of_their_score():

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +24,11 @@ from recipes.corpus import Blocks, once, read_documents
 from recipes.language_model import LanguageModel, language_model, refuse_lossy, train_bpe
 from recipes.proof import Length, length
 from recipes.select_data import run
-from recipes.selection import choose, gate, write_subset
+from recipes.selection import choose, gate, refinement, write_subset
 from recipes.selection_report import against_random, beside, ends_of, quotas_missed, unequal
 from recipes.study import refuse_small
+from recipes.tasks import text_task
+from tests.test_attribute import saved
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "recipes" / "select_data.py")]
@@ -173,7 +177,7 @@ def test_the_report_is_one_file_with_every_section(finished):
 
 def test_the_same_command_again_trains_and_scores_nothing(finished, texts, capsys):
     def stamps():
-        kept = [*finished.glob("retraining/*.npy"), *finished.glob("scores/run0/*.npy")]
+        kept = [*finished.glob("retraining/*.npy"), *finished.glob("scores/*/run0/*.npy")]
         return {path: path.stat().st_mtime_ns for path in kept}
 
     before = stamps()
@@ -184,6 +188,16 @@ def test_the_same_command_again_trains_and_scores_nothing(finished, texts, capsy
 def test_another_setting_in_the_same_folder_is_refused(finished, texts):
     with pytest.raises(SystemExit, match=r"another training.*choose another folder"):
         run(flags(texts, finished, "--lr", "0.001"))
+
+
+def test_another_damping_in_the_same_folder_keeps_the_proxies(finished, texts, tmp_path):
+    """The scores of another setting were refused, and with them the proxies that they share."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("proxies/**/*")}
+    run(flags(texts, out, "--quota", "code:0:0.3", "prose:0.05:1", "--damping", "0.02"))
+    assert {path: path.stat().st_mtime_ns for path in out.glob("proxies/**/*")} == before
+    assert len(list(out.glob("scores/*/run0/done.npy"))) == 2
 
 
 def refused(texts, tmp_path, *more):
@@ -272,7 +286,7 @@ def test_help_is_quick_and_imports_no_torch():
     assert "--budget" in done.stdout
 
 
-@pytest.mark.parametrize("stage", ["scores/run0/done.npy", "retraining/*.npy"])
+@pytest.mark.parametrize("stage", ["scores/*/run0/done.npy", "retraining/*.npy"])
 def test_a_killed_run_resumes_to_the_same_choice(stage, texts, finished, tmp_path):
     """kill -9 in the middle; the same command computes what is missing and chooses the same ids."""
     command = [*SCRIPT, *flags(texts, tmp_path, "--quota", "code:0:0.3", "prose:0.05:1")]
@@ -298,12 +312,12 @@ def test_a_killed_run_resumes_to_the_same_choice(stage, texts, finished, tmp_pat
 
 def _begun(folder, stage):
     """Whether some of the stage is done."""
-    if "*" in stage:
-        return any("part" not in path.name for path in folder.glob(stage))
-    path = folder / stage
+    found = [path for path in folder.glob(stage) if "part" not in path.name]
+    if not stage.endswith("done.npy"):
+        return bool(found)
     try:
-        return path.exists() and np.load(path).any()
-    except (ValueError, EOFError):  # being created
+        return any(np.load(path).any() for path in found)
+    except (ValueError, EOFError, OSError):  # being created
         return False
 
 
@@ -406,6 +420,45 @@ def test_as_few_subsets_as_there_are(texts, finished, tmp_path):
     """None is left for the picture beside the arms of the table."""
     run(flags(texts, tmp_path, "--subsets", "6"))
     assert json.loads((tmp_path / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("curvature-rows", "0", "at least 1, got 0"),
+        ("damping", "-1", "at least 0, got -1"),
+        ("damping", "nan", "at least 0, got nan"),
+        ("damping", "inf", "at most 1e.30, got inf"),
+        ("gate-order", "0", "at least 1, got 0"),
+        ("gate-order", "9", "at most 7, got 9"),
+    ],
+)
+def test_scoring_flags_are_looked_at_before_anything_is_trained(
+    texts, tmp_path, flag, value, words
+):
+    said = refused(texts, tmp_path, f"--{flag}", value)
+    assert re.match(f"error: expected --{flag} of {words}", said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_curvature_that_a_model_has_not_is_told_before_anything_is_trained(texts, tmp_path):
+    """Bloom's GELU has no forward mode; it was told after the proxies, with advice for a function's arguments."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    few = {"hidden_size": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=300, **few))
+    model = saved(tmp_path / "bloom", bloom, 270)
+    out = tmp_path / "out"
+    said = refused(texts, out, "--model", model, "--curvature", "gauss_newton")
+    assert "expected a model with forward-mode derivatives for --curvature gauss_newton" in said
+    assert said.endswith("take --curvature ekfac")
+    assert not (out / "proxies").exists()
+    study = SimpleNamespace(
+        flags=SimpleNamespace(model=model, curvature="ekfac"),
+        model=SimpleNamespace(from_scratch=False),
+        problem=text_task(tmp_path / "text", 20, 4, model=model).problem,
+    )
+    assert refinement(study) == 0
 
 
 @pytest.mark.parametrize("name", ["seeds", "proxies"])

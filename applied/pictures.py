@@ -242,7 +242,9 @@ def composition(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     """
     shares = _folded(shares)
     domains = list(dict.fromkeys(domain for arm in shares.values() for domain in arm))
-    figure, ax = axes(1.2 + 0.4 * len(shares) + 0.25 * math.ceil(len(domains) / 4), "share")
+    names, columns = _legend([str(domain) for domain in domains])
+    lines = math.ceil(len(names) / columns)
+    figure, ax = axes(1.2 + 0.4 * len(shares) + 0.25 * lines, "share")
     ax.set_yticks(range(len(shares)), list(shares), fontsize=TEXT)
     handles, left, edge = [], np.zeros(len(shares)), {"ec": "white", "lw": 0.8}
     for j, domain in enumerate(domains):
@@ -265,14 +267,24 @@ def composition(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     ax.invert_yaxis()
     ax.set_xlim(0, max(1.0, left.max(initial=0.0)))
     ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    below = {"loc": "outside lower center", "ncols": 4, "handlelength": 1.2, "columnspacing": 1.2}
-    figure.legend(handles, domains, **below, fontsize=SMALL, frameon=False)
+    below = {"loc": "outside lower center", "handlelength": 1.2, "columnspacing": 1.2}
+    figure.legend(handles, names, ncols=columns, **below, fontsize=SMALL, frameon=False)
     listed = [
         f"{arm}: " + ", ".join(f"{name} {100 * x:.0f} %" for name, x in parts.items() if x > 0)
         for arm, parts in shares.items()
     ]
     figure.set_label(f"Share of each domain. {'; '.join(listed)}.")
     return figure
+
+
+def _legend(names: Sequence[str]) -> tuple[list[str], int]:
+    """Names that fit the figure's width, the middle of longer ones left out, in so many columns, 4 at most."""
+    width, handle = 72 * WIDTH / SMALL, 3.4  # in sizes of a letter, which is .6 wide
+    most = int((width - handle) / 0.6)
+    half = (most - 1) // 2
+    short = [name if len(name) <= most else f"{name[:half]}…{name[-half:]}" for name in names]
+    longest = max(map(len, short), default=1)
+    return short, min(4, max(1, int(width / (0.6 * longest + handle))))
 
 
 def _folded(shares: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy import stats
 
 from applied import pictures, report
@@ -273,3 +274,18 @@ def test_metrics_are_plain_and_sorted(tmp_path):
     with pytest.raises(TypeError):
         report.write_metrics(tmp_path / "bad.json", {"x": object()})
     assert not (tmp_path / "bad.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["{}", "crawl-2024-10-en-shard-{:05d}-of-00040", "{}" * 3 + "/very/long" * 20]
+)
+def test_the_legend_of_domains_is_on_the_picture(name):
+    """Names of shards went over both sides of four columns; of two in the middle all could be read."""
+    names = [name.format(k, k, k) for k in range(12)]
+    figure = pictures.composition({"pool": dict.fromkeys(names, 1 / 12)})
+    (legend,) = figure.legends
+    FigureCanvasAgg(figure).draw()
+    box = legend.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+    assert len({text.get_text() for text in legend.get_texts()}) == 12

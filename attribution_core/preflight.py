@@ -84,7 +84,12 @@ class Preflight:
         elif best is not None:
             words += f" First order does not hold with {given.name}; it does with {best.name} (training loss {best.loss:.3f}, not {given.loss:.3f}): take that."
         else:
-            words += f" First order does not hold with {given.name}, nor with any recipe that was tried: use fewer steps, a window (since=...), smoother layers, or another method."
+            words += f" First order does not hold with {given.name}"
+            if len(self.tried) > 1:
+                words += ", nor with any recipe that was tried: use"
+            else:
+                words += ": search for a recipe with which it does, or use"
+            words += " fewer steps, a window (since=...), smoother layers, or another method."
         if self.look.kinked:
             words += f" {self.look.kinked:.0%} of the activations have kinks: GELU or average pooling predict further."
         return words

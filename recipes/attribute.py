@@ -47,7 +47,7 @@ class Flags:
     model: str = "gpt2"
     """Of a text task: 'gpt2' (130,000 parameters), or a transformers folder (its weights, else its config)."""
     rows: int | None = None
-    """Training rows; by default 1,500 digits, 1,000 blocks of text or all of a table."""
+    """Training rows; by default 1,500 digits, up to 1,000 blocks of text or all of a table."""
     targets: int = 20
     """Outputs to predict."""
     method: Literal["magic", "influence", "ekfac", "trak", "source", "tracin"] = "magic"
@@ -88,10 +88,12 @@ def main(flags: Flags) -> None:
     """The steps, in order; each reads back what an earlier call has finished."""
     import torch
 
-    from recipes.command import at_least, shares, some_rows
+    from recipes.command import at_least, at_most, shares, some_rows
 
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
     at_least(flags, subsets=3, runs=1, seeds=1, jobs=1, targets=1, rows=2, epochs=1e-9, lr=1e-12)
+    at_least(flags, exposure=1e-9)
+    at_most(flags, exposure=1)
     shares(flags, "drop")
     refuse_unused(flags)
     task, recipe = prepare(flags)
@@ -112,7 +114,7 @@ OF_TASK = {
 
 
 def refuse_unused(flags: Flags) -> None:
-    """Raise for flags that another task reads.
+    """Raise for flags that another task reads, or that another flag rules out.
 
     Raises:
         ValueError: there are some; says which task they are of.
@@ -123,6 +125,11 @@ def refuse_unused(flags: Flags) -> None:
             raise ValueError(
                 f"expected --task {task} with {', '.join(f'--{n}' for n in unused)}, got --task {flags.task}"
             )
+    if flags.runs > 1 and not flags.fresh:
+        raise ValueError(
+            f"expected --fresh with --runs {flags.runs}: several runs are of other initial weights and orders, and without "
+            "it retrainings are of the first run's; got no --fresh"
+        )
     if flags.task == "table" and flags.data == "embedded":
         raise ValueError("expected --data with --task table: a .parquet or .csv file; got none")
 
@@ -154,7 +161,7 @@ def prepare(flags: Flags) -> tuple[Task, Any]:
         )
     else:
         task = text_task(
-            flags.out / "text", 1000 if flags.rows is None else flags.rows, flags.targets,
+            flags.out / "text", flags.rows, flags.targets,
             data=flags.data, target=flags.target, text=flags.text, model=flags.model,
         )  # fmt: skip
     task.problem.model.to(device_of(flags.device))
@@ -264,7 +271,7 @@ def attribute(flags: Flags, task: Task, recipe: Any) -> Any:
         "influence": partial(influence, **exact),
         "ekfac": partial(influence, **{"curvature": "ekfac", **exact}),
         "trak": trak,
-        "source": source,
+        "source": partial(source, segments=min(3, marks)),
         "tracin": tracin,
     }
     datamodel = replace(methods[flags.method](given, task.outputs), ids=task.places)
@@ -309,17 +316,17 @@ def write_report(
         (f"{100 * drop:g}%", Interval(one.mean, *one.interval), one.slope, one.ceiling)
         for drop, one in found.items()
     ]
+    truth = (
+        f"{flags.seeds} fresh seeds, rows removed"
+        if flags.fresh
+        else "same initial weights and order, weights set to zero"
+    )
     sections = {
         "How well retrained models are predicted": [
             report.table(rows, ("dropped", "LDS", "slope", "ceiling")),
             report.paragraph(
                 f"Rank correlation, over {flags.subsets} random subsets, of predicted and retrained outputs; mean over "
-                f"{len(datamodel.base)} outputs with its 95 % interval. "
-                + (
-                    f"Truth: {flags.seeds} fresh seeds, rows removed."
-                    if flags.fresh
-                    else "Truth: same initial weights and order, weights set to zero."
-                )
+                f"{len(datamodel.base)} outputs with its 95 % interval. Truth: {truth}."
             ),
         ]
     }
@@ -339,6 +346,8 @@ def write_report(
         "optimizer": str(recipe.optimizer),
         "steps": f"batches of {recipe.batch_size}, {recipe.epochs:g} epochs",
         "method": flags.method,
+        "attributed": f"{flags.runs} run{'s'[: flags.runs != 1]} at exposure {flags.exposure:g}",
+        "truth": f"{flags.subsets} subsets a fraction, {truth}",
         **task.facts,
     }
     if flags.method == "magic":

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from attribution_core import Outputs, Problem
 
 WIDTH, LAYERS, VOCABULARY, LENGTH = 64, 2, 512, 32  # of the tiny GPT-2
+ROWS = 1000  # blocks of text to train on
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def from_folder(path: str, seed: int) -> Any:
 
 def text_task(
     folder: Path,
-    rows: int = 1000,
+    rows: int | None = None,
     targets: int = 20,
     *,
     data: str = "embedded",
@@ -183,7 +184,7 @@ def text_task(
 
     Args:
         folder: where the tokeniser and the blocks are kept.
-        rows: how many blocks to train on; data, target: 'embedded' or what `read_documents` takes.
+        rows: how many blocks to train on, 1,000 (or as many as there are) unless given; data, target: 'embedded' or what `read_documents` takes.
         model: 'gpt2', the tiny one with a BPE of 512 tokens, or a transformers folder with a tokeniser.
 
     Raises:
@@ -192,10 +193,10 @@ def text_task(
     from attribution_core import Outputs, Problem, causal_lm_loss
     from attribution_core.data import Rows
     from recipes import embedded
-    from recipes.corpus import read_documents
+    from recipes.corpus import in_both, read_documents
 
     documents = (
-        embedded.text_pool(max(60, rows // 2))
+        embedded.text_pool(max(60, (ROWS if rows is None else rows) // 2))
         if data == "embedded"
         else read_documents(data, text=text)
     )
@@ -204,7 +205,15 @@ def text_task(
         if target == "embedded"
         else read_documents(target, text=text)
     )
+    also = in_both(documents, held_out)
+    if also:
+        print(
+            f"warning: {len(also)} training documents are also target text: {also[:10]}; their loss is no held-out loss: "
+            "take them out of one of the two",
+            flush=True,
+        )
     make, blocks, others, decode = _blocks(folder, documents, held_out, model)
+    rows = min(ROWS, len(blocks)) if rows is None else rows
     if len(blocks) < rows or len(others) < targets:
         raise ValueError(
             f"expected text for {rows} training blocks and {targets} target blocks, got {len(blocks)} and "
@@ -219,7 +228,27 @@ def text_task(
         "GPT-2" if model == "gpt2" else model, problem, Outputs(loss, Rows(others, chosen)), make,
         "held-out loss, nats a token", -1, lambda i: decode(blocks, int(train.rows[i])),
         lambda j: decode(others, int(chosen[j])), _block_names(blocks, documents)[train.rows],
+        _facts(data, target, documents, held_out, blocks, also),
     )  # fmt: skip
+
+
+def _facts(
+    data: str,
+    target: str,
+    documents: Sequence[Document],
+    held_out: Sequence[Document],
+    blocks: Any,
+    also: list[str],
+) -> dict[str, str]:
+    """What a report says of text: what was read, and target text that was trained on."""
+    facts = {
+        "data": f"{data}, {len(documents):,} documents, {len(blocks):,} blocks",
+        "target": f"{target}, {len(held_out):,} documents",
+    }
+    if also:
+        told = f"{len(also):,} of {len(documents):,}"
+        facts["training documents that are also target text"] = told
+    return facts
 
 
 def _block_names(blocks: Any, documents: Sequence[Document]) -> NDArray[np.str_]:

@@ -32,6 +32,8 @@ def test_digits_from_start_to_report(tmp_path, capsys):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["lds"]["0.1"]["mean"] > 0.9
     assert metrics["meta"]["check"]["error"] < 0.25
+    assert metrics["attributed"] == "1 run at exposure 1"
+    assert metrics["truth"].endswith("same initial weights and order, weights set to zero")
     page = (tmp_path / "report.html").read_text()
     assert page.count("<img") == 2
     assert "Can it be believed?" in page
@@ -102,6 +104,9 @@ def test_text_with_a_model_from_a_config(tmp_path, capsys):
         (["--task", "digits", "--subsets", "1"], "expected --subsets of at least 3, got 1"),
         (["--jobs", "0"], "expected --jobs of at least 1, got 0"),
         (["--drop", ".1", ".005"], "expected --drop of at least one of 60 rows .0.017., got 0.005"),
+        (["--exposure", "2"], "expected --exposure of at most 1, got 2"),
+        (["--exposure", "0"], "expected --exposure of at least 1e-09, got 0"),
+        (["--runs", "2"], "expected --fresh with --runs 2"),
         (["--device", "toaster"], "expected --device of a device that is there, got 'toaster'"),
     ],
 )  # fmt: skip
@@ -109,6 +114,41 @@ def test_wrong_input_is_said_in_one_line(tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message) as stopped:
         run(["--rows", "60", "--epochs", "1", "--out", str(tmp_path), *flags])
     assert str(stopped.value).startswith("error: ")
+
+
+def test_text_that_is_both_is_told_and_short_text_is_taken_whole(tmp_path, capsys):
+    lines = [json.dumps({"text": d.text}) for d in text_pool(60)]
+    for name, some in (("data", lines[:30]), ("target", lines[20:50])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(some), encoding="utf-8")
+    where = {name: str(tmp_path / f"{name}.jsonl") for name in ("data", "target")}
+    task = text_task(tmp_path / "out", None, 4, **where)
+    assert 30 <= task.problem.n < 1000
+    assert task.facts["training documents that are also target text"] == "10 of 30"
+    assert task.facts["data"].startswith(where["data"])
+    said = capsys.readouterr().out
+    assert "warning: 10 training documents are also target text: [" in said
+    assert f"{where['data']}#20" in said
+    text_task(tmp_path / "embedded", 40, 4)
+    assert "also target text" not in capsys.readouterr().out
+
+
+def test_source_of_few_steps_takes_as_many_segments_as_there_are(tmp_path, capsys):
+    run(
+        [
+            *SMALL,
+            "--rows",
+            "40",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "20",
+            "--method",
+            "source",
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    assert "50% dropped: LDS" in capsys.readouterr().out
 
 
 def test_a_table_of_ones_own(tmp_path, capsys):

@@ -25,6 +25,9 @@ def run_command(
             main(given)
     except (ValueError, OSError, NotImplementedError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        sys.exit(128 + 2)  # what a shell says of an interrupt
 
 
 @contextmanager

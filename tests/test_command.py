@@ -61,6 +61,16 @@ def test_what_a_recipe_refuses_is_one_line_and_leaves_no_folder(tmp_path):
     assert as_given(Flags()) == {"rate": 0.5, "out": "runs/none"}
 
 
+def test_what_is_interrupted_is_one_line(tmp_path, capsys):
+    def main(flags):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command(Flags, main, None, ["--out", str(tmp_path / "x")])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\nstopped; the same command goes on\n"
+
+
 def test_an_old_report_goes_and_nothing_else(tmp_path):
     for name in ("report.html", "metrics.json", "owners.csv"):
         (tmp_path / name).touch()

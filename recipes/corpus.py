@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from glob import glob
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from attribution_core.files import write_array, write_text
 from recipes.embedded import Document
 
 KINDS = (".parquet", ".jsonl", ".txt")
+JSON = (".jsonl", ".jsonl.gz", ".json.gz")  # Arrow unpacks by the name
 BLOCK = 2**20  # bytes of a .jsonl file read at once, at least; a row must fit in
 DIGITS = {16: 2**11, 32: 2**24, 64: 2**53}  # from where floats of so many bits skip whole numbers
 PAD = -100  # fills up the last block of a document; never predicted
@@ -27,7 +29,7 @@ PAD = -100  # fills up the last block of a document; never predicted
 def read_documents(
     where: str, *, text: str = "text", domain: str | None = None, id: str | None = None
 ) -> list[Document]:
-    """Documents from a glob of .parquet, .jsonl or .txt files, a saved dataset, or a hub name.
+    """Documents from a glob of .parquet, .jsonl (also .jsonl.gz, .json.gz) or .txt files, a saved dataset, or a hub name.
 
     A .txt file is one document a file. Without a domain column a document's domain is the name of
     its file (or "all" in a saved dataset); without an id column its id is file and row.
@@ -59,8 +61,9 @@ def read_documents(
 
 
 def _from_file(file: str, text: str, domain: str | None, id: str | None) -> list[Document]:
-    suffix = Path(file).suffix.lower()
-    if suffix not in KINDS:
+    name = Path(file).name
+    suffix = next((kind for kind in JSON if name.lower().endswith(kind)), Path(file).suffix.lower())
+    if suffix not in (*KINDS, *JSON):
         raise ValueError(f"expected {', '.join(KINDS)}, got {file!r}; convert it first")
     if suffix == ".txt":
         return [Document(file, _words(file), Path(file).parent.name or "all", file)]
@@ -77,7 +80,7 @@ def _from_file(file: str, text: str, domain: str | None, id: str | None) -> list
         table.select(asked).validate(full=True)  # that words are UTF-8
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file!r} cannot be read as {suffix[1:]}: {error}") from None
-    return _from_table(table, file, text, domain, id, Path(file).stem)
+    return _from_table(table, file, text, domain, id, name[: -len(suffix)])
 
 
 def _words(file: str) -> str:
@@ -91,12 +94,19 @@ def _words(file: str) -> str:
         ) from None
 
 
+def _opened(file: str) -> BufferedReader:
+    """The bytes of a file, unpacked."""
+    import pyarrow
+
+    return BufferedReader(pyarrow.input_stream(file))
+
+
 def _json_columns(file: str, columns: list[str]) -> Any:
     """These columns of a .jsonl file: what others hold, or that they mix types, is not looked at."""
     from pyarrow import Table
 
     found = {}
-    with open(file, "rb") as lines:
+    with _opened(file) as lines:
         longest = max(map(len, lines), default=0)
     for column in dict.fromkeys(columns):
         found[column] = _json_column(file, column, longest)
@@ -107,7 +117,8 @@ def _json_columns(file: str, columns: list[str]) -> Any:
 
 def _json_names(file: str) -> list[str]:
     """The names in a .jsonl file, whose objects may lie over several lines."""
-    text = Path(file).read_text(encoding="utf-8-sig", errors="replace")
+    with _opened(file) as packed:
+        text = packed.read().decode(encoding="utf-8-sig", errors="replace")
     names: set[str] = set()
     at = 0
     while at < len(text):

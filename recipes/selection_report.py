@@ -302,6 +302,7 @@ def _facts(study: Study, datamodel: LinearDatamodel) -> dict[str, Any]:
         "seeds": f"{flags.seeds} of every arm",
         "budget": f"{study.budget:,.0f} tokens, {study.exposure:.1%} of the pool",
         "quotas": ", ".join(quotas) or "none",
+        "copies within the pool": f"{len(study.notes['copies']):,} documents",
         "also held-out text": f"{len(study.notes['also_held_out'])} pool documents",
         "truth": "fresh initial weights and order per seed; documents not chosen are removed",
     }

@@ -196,6 +196,11 @@ def _checked_pool(
         raise ValueError(
             "expected a pool to choose from, got no document that is not target text too"
         )
+    firsts = {doc.id for doc in once(kept)}
+    copies = [doc.id for doc in kept if doc.id not in firsts]
+    notes["copies"] = copies
+    if copies:
+        say(f"{len(copies)} pool documents repeat others' text, kept: {copies[:10]}")
     return kept
 
 

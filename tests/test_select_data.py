@@ -1,5 +1,6 @@
 """The recipe as a user meets it: one command, wrong input, a kill in the middle."""
 
+import gzip
 import json
 import os
 import re
@@ -113,7 +114,7 @@ def test_the_report_says_what_was_read_and_how_it_was_trained(finished, texts):
     how = page[page.index("How this was made") :]
     for words in (
         str(texts / "pool.parquet"), str(texts / "target.jsonl"), str(texts / "test.jsonl"), "<dd>2 of every arm</dd>",
-        "<dd>code 0 to 0.3, prose 0.05 to 1</dd>", "1 epochs in batches of 4, lr 0.007",
+        "<dd>code 0 to 0.3, prose 0.05 to 1</dd>", "<dt>copies within the pool</dt>", "1 epochs in batches of 4, lr 0.007",
     ):  # fmt: skip
         assert words in how
     assert "against random documents of as many tokens, under the same quotas (95 %" in page
@@ -259,6 +260,33 @@ def test_target_text_in_the_pool_is_reported_and_left_out(texts, tmp_path, capsy
     said = capsys.readouterr().out
     assert "3 pool documents are also target or test text" in said
     assert pool["name"][0] in said
+
+
+def test_copies_within_the_pool_are_told(texts, tmp_path, capsys):
+    pool = parquet.read_table(texts / "pool.parquet").to_pydict()
+    rows = [dict(zip(pool, row, strict=True)) for row in zip(*pool.values(), strict=True)]
+    rows += [{**rows[0], "name": f"copy {k}", "body": rows[0]["body"].upper()} for k in range(3)]
+    (tmp_path / "pool.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    refused(texts, tmp_path / "out", "--pool", str(tmp_path / "pool.jsonl"), "--budget", "1e9")
+    assert "3 pool documents repeat others' text, kept: ['copy 0'" in capsys.readouterr().out
+
+
+def test_packed_json_is_read_as_it_would_be_unpacked(tmp_path):
+    lines = "".join(json.dumps({"text": text, "n": k}) + "\n" for k, text in enumerate("abc"))
+    (tmp_path / "pool.jsonl").write_text(lines)
+    plain = read_documents(str(tmp_path / "pool.jsonl"), id="n")
+    for kind in ("jsonl", "json"):
+        with gzip.open(tmp_path / f"pool.{kind}.gz", "wt") as packed:
+            packed.write(lines)
+        found = read_documents(str(tmp_path / f"pool.{kind}.gz"), id="n")
+        assert [(d.id, d.text, d.domain) for d in found] == [
+            (d.id, d.text, d.domain) for d in plain
+        ]
+        with pytest.raises(ValueError, match=r"expected a column 'body' .* got \['n', 'text'\]"):
+            read_documents(str(tmp_path / f"pool.{kind}.gz"), text="body")
+    (tmp_path / "broken.json.gz").write_text(lines)
+    with pytest.raises(ValueError, match=r"broken.json.gz' cannot be read as json.gz"):
+        read_documents(str(tmp_path / "broken.json.gz"))
 
 
 def test_the_gate_refuses_a_proxy_that_counts_letters(texts, tmp_path):

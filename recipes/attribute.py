@@ -13,11 +13,12 @@ trainings that are finished.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from recipes.command import bar
 
 if TYPE_CHECKING:
     from recipes.tasks import Task
@@ -132,13 +133,6 @@ def refuse_unused(flags: Flags) -> None:
         )
     if flags.task == "table" and flags.data == "embedded":
         raise ValueError("expected --data with --task table: a .parquet or .csv file; got none")
-
-
-def bar(what: str) -> Any:
-    """A progress bar with the time left."""
-    from tqdm import tqdm
-
-    return partial(tqdm, desc=what, leave=False, file=sys.stderr, mininterval=0.5)
 
 
 def prepare(flags: Flags) -> tuple[Task, Any]:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def bar(what: str) -> Any:
+    """A progress bar with the time left, shown by the first process only."""
+    from tqdm import tqdm
+
+    other = os.environ.get("RANK", "0") != "0"
+    return partial(tqdm, desc=what, disable=other, leave=False, file=sys.stderr, mininterval=0.5)
 
 
 def forget_report(folder: Path) -> None:

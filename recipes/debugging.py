@@ -34,8 +34,7 @@ from recipes.classification import (
     problem_of,
     warn_of_repeated,
 )
-from recipes.command import at_least
-from recipes.value_data import bar
+from recipes.command import at_least, bar
 
 if TYPE_CHECKING:
     from recipes.debug_model import Flags

@@ -15,8 +15,9 @@ from attribution_core import LinearDatamodel, Outputs, RetrainingTable, Run
 from attribution_core.processes import world
 from attribution_core.retraining import retrain_pairs
 from recipes import filters
+from recipes.command import bar
 from recipes.selection import SCORE_BATCH, choose, warn_of_missed
-from recipes.study import Study, bar, say
+from recipes.study import Study, say
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from applied.recipe import SLACK
 from applied.selection import relaxed
@@ -19,7 +17,7 @@ from attribution_core import AdamW, Outputs, Problem, Recipe, causal_lm_loss
 from attribution_core.data import Rows
 from attribution_core.processes import first_goes_first, world
 from recipes import embedded
-from recipes.command import device_of
+from recipes.command import bar, device_of
 from recipes.corpus import Blocks, in_both, once, read_documents, without_text
 from recipes.embedded import Document
 from recipes.language_model import (
@@ -81,11 +79,6 @@ def say(text: str) -> None:
     """A line on standard output, from the first process only."""
     if world()[0] == 0:
         print(text, flush=True)
-
-
-def bar(what: str) -> Any:
-    """A progress bar for a loop, shown by the first process only."""
-    return partial(tqdm, desc=what, disable=world()[0] != 0, leave=False, file=sys.stderr)
 
 
 def prepare(flags: Flags) -> Study:

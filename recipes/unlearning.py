@@ -31,9 +31,8 @@ from attribution_core import SGD, Outputs, Recipe, margin, retrain, train
 from attribution_core.data import sample
 from attribution_core.files import write_text
 from recipes.classification import Classification, problem_of
-from recipes.command import forget_report
+from recipes.command import bar, forget_report
 from recipes.forget_sets import Forget
-from recipes.value_data import bar
 
 if TYPE_CHECKING:
     from recipes.unlearn import Flags

@@ -11,9 +11,7 @@ shares a budget between owners and buys the best for half of the price of all. T
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,13 +128,6 @@ def told(data: Any) -> None:
             f"expected two training rows or more of every class, got one of {alone[:5]}; leave these classes out or join "
             "them to others, or take another --seed, which splits differently"
         )
-
-
-def bar(what: str) -> Any:
-    """A progress bar with the time left."""
-    from tqdm import tqdm
-
-    return partial(tqdm, desc=what, leave=False, file=sys.stderr, mininterval=0.5)
 
 
 def run(arguments: list[str] | None = None) -> None:

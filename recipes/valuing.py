@@ -34,8 +34,7 @@ from attribution_core import (
     train,
 )
 from recipes.classification import Classification, problem_of
-from recipes.command import forget_report
-from recipes.value_data import bar
+from recipes.command import bar, forget_report
 
 if TYPE_CHECKING:
     from recipes.value_data import Flags

@@ -31,7 +31,9 @@ SETTINGS = (
     types.MethodType, types.BuiltinFunctionType, functools._lru_cache_wrapper, nn.Module,
 )  # fmt: skip
 BUILT_BY = {"__init__", "__post_init__", "__new__", "__setstate__"}
-CHANGING = {"add", "append", "clear", "extend", "insert", "pop", "popitem", "setdefault", "update"}
+CONTAINERS = (dict, list, set)
+OF_DICTS = {"clear", "pop", "popitem", "setdefault", "update"}  # methods that change them
+CHANGING = OF_DICTS | {"add", "append", "extend", "insert"}
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # packages that register hooks by themselves, some on a first pass: they ask for gradients, note and count
 HOOKING = {"torch", "transformers", "peft", "accelerate", "attribution_core", "applied"}
@@ -107,13 +109,13 @@ def _comes_from(hook: Any) -> str:
 
 
 def closed_over(function: Any) -> list[Any]:
-    """What a function holds of the scopes around it, but for names it sets there, and containers if it changes any."""
+    """What a function holds of the scopes around it, but for names it sets there and containers it changes there."""
     codes = list(_codes(function.__code__))
     left = _named_by(codes, ("STORE_DEREF", "DELETE_DEREF"))
-    changes = _changes_containers(codes)
+    changed = _changed_in_scope(codes)
     cells = zip(codes[0].co_freevars, function.__closure__ or (), strict=True)
-    held = [cell.cell_contents for name, cell in cells if name not in left]
-    return [value for value in held if not (changes and isinstance(value, (dict, list, set)))]
+    held = {name: cell.cell_contents for name, cell in cells if name not in left}
+    return [x for name, x in held.items() if not (name in changed and isinstance(x, CONTAINERS))]
 
 
 def read_globals(function: Any) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def read_globals(function: Any) -> dict[str, Any]:
     codes = list(_codes(function.__code__))
     read = _named_by(codes, ("LOAD_GLOBAL", "LOAD_NAME"))
     written = _named_by(codes, ("STORE_GLOBAL", "DELETE_GLOBAL"))
-    changes = _changes_containers(codes)
+    changes = _changes_dicts(codes)
     found: dict[str, Any] = {}
     for code in codes:
         for step, after in pairwise(_steps(code)):
@@ -219,9 +221,31 @@ def _named_by(codes: list[types.CodeType], operations: tuple[str, ...]) -> set[s
     return {step.argval for code in codes for step in _steps(code) if step.opname in operations}
 
 
-def _changes_containers(codes: list[types.CodeType]) -> bool:
-    """Whether codes set an entry, or call anything by the name of a method that changes lists, dicts or sets."""
+def _changes_dicts(codes: list[types.CodeType]) -> bool:
+    """Whether codes set an entry of anything, or call anything by the name of a method that changes dicts."""
     called = {name for code in codes for name in code.co_names}
-    return not CHANGING.isdisjoint(called) or any(
+    return not OF_DICTS.isdisjoint(called) or any(
         step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") for code in codes for step in _steps(code)
     )
+
+
+def _changed_in_scope(codes: list[types.CodeType]) -> set[str]:
+    """The names around a function whose value, or an entry of it, it changes: x.append(...), x[k] = ..., x[k].add(...)."""
+    changed = set()
+    for code in codes:
+        steps = _steps(code)
+        for at, step in enumerate(steps):
+            if step.opname == "LOAD_DEREF":
+                first, second, third = [*steps[at + 1 : at + 4], *[step] * 3][:3]
+                of_entry = second.opname == "BINARY_SUBSCR" or second.argrepr == "[]"  # Python 3.14
+                method = third if of_entry else first
+                called = method.opname in ("LOAD_ATTR", "LOAD_METHOD") and method.argval in CHANGING
+                # COPY and DUP_TOP_TWO begin x[k] += ...
+                if called or second.opname in (
+                    "STORE_SUBSCR",
+                    "DELETE_SUBSCR",
+                    "COPY",
+                    "DUP_TOP_TWO",
+                ):
+                    changed.add(step.argval)
+    return changed

@@ -42,9 +42,9 @@ def fingerprint(*parts: Any) -> str:
 
     Classes and functions count by their code where they are the user's, installed ones by their names. Not seen are
     other versions of installed packages, files read on the way, and what may be a counter, a cache or a stamp of time:
-    private attributes and containers that no constructor's parameter names, whole numbers that methods set, lists,
-    dicts and sets in the scopes around a function that changes any, objects among globals other than dataclasses,
-    namespaces and dicts of plain values. Nor are hooks of torch, transformers and peft, which register some by themselves.
+    private attributes and containers that no constructor's parameter names, whole numbers that methods set, what a
+    function counts and collects in a scope around it, objects among globals other than dataclasses, namespaces and
+    dicts of plain values. Nor are hooks of torch, transformers and peft, which register some by themselves.
     """
     digest = _Digest()
     for part in parts:

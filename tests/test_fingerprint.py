@@ -543,6 +543,45 @@ def test_what_hooks_collect_is_no_part_of_a_model():
     assert fingerprint(model) == before == fingerprint(hooked(collecting()))
 
 
+def collecting_elsewhere(weights):
+    """Losses that change containers and tensors of their own, beside settings around them that they only read."""
+
+    def appends(model, batch):
+        parts = []
+        parts.append(model(batch[0]).sum(1) * weights["one"])
+        return parts[0]
+
+    def masks(model, batch):
+        scale = torch.ones(len(batch[0]))
+        scale[batch[1] == 1] = weights["one"]
+        return model(batch[0]).sum(1) * scale
+
+    def adds(model, batch):
+        return model(batch[0]).sum(1).add(weights["one"])
+
+    def pops(model, batch):
+        batch = dict(enumerate(batch))
+        batch.pop(1)
+        return model(batch[0]).sum(1) * weights["one"]
+
+    return appends, masks, adds, pops
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_settings_that_a_function_only_reads_are_part_of_it_whatever_else_it_changes(which):
+    one, same, other = (collecting_elsewhere({"one": k})[which] for k in (1.0, 1.0, 9.0))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    prints = []
+    for scale in (1.0, 9.0):
+        space = {"__name__": "__main__", "CONFIG": {"scale": scale}}
+        exec(
+            "def loss(m, b):\n    parts = []\n    parts.append(1)\n    return parts[0] * CONFIG['scale']",
+            space,
+        )
+        prints.append(fingerprint(space["loss"]))
+    assert prints[0] != prints[1]
+
+
 def library_hooks():
     """Prints of a model before and after what packages hook into it by themselves."""
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from applied.flip_budget import FlipBudgets, Surrogate, budget_to_flip, smallest
 from applied.recipe import Retrain, Retrained, aligned, distinct_seeds, retrained_outputs
 from applied.threat import ThreatModel
 from attribution_core.data import Progress
-from attribution_core.datamodel import LinearDatamodel
+from attribution_core.datamodel import LinearDatamodel, columns
 from attribution_core.problem import Problem
 
 __all__ = ["Subpopulations", "Support", "subpopulations", "support"]
@@ -28,6 +29,7 @@ __all__ = ["Subpopulations", "Support", "subpopulations", "support"]
 DIRECTIONS = 20  # principal components that outputs are clustered in
 MOST_GROUPS = 10
 ROWS_SHOWN = 5
+ALIKE = 8  # digits of unit directions
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,15 @@ class Support:
         return self.order[j][:0]
 
     def turned(self, k: ArrayLike, order: str | None = None) -> NDArray[np.float64]:
-        """Share of the outputs that another training turns without k rows, in the datamodel's order or a control's."""
+        """Share of the decisions that retraining turns without k rows, in the datamodel's order or a control's.
+
+        Raises:
+            ValueError: nothing was retrained.
+        """
+        if np.isnan(self.actual).any():
+            raise ValueError(
+                "expected retrained decisions, got predicted ones alone; pass a victim"
+            )
         numbers = self.actual if order is None else self.controls[order]
         return (numbers[:, None] <= np.atleast_1d(np.asarray(k, dtype=float))).mean(axis=0)
 
@@ -124,7 +134,7 @@ def support(
     given = {} if orders is None else dict(orders)
     if "random" in given:
         raise ValueError("expected another name than 'random', which stands for random rows")
-    if not isinstance(most, (int, np.integer)) or not 1 <= most < problem.n:
+    if not _whole(most) or not 1 <= most < problem.n:
         raise ValueError(
             f"expected most among 1 .. {problem.n - 1} of {problem.n} rows, got {most!r}"
         )
@@ -136,15 +146,15 @@ def support(
     found = budget_to_flip(problem, threat, surrogate, rounds=rounds, progress=progress)
 
     # verify: along these rows, and along others
-    shape = (problem.n, len(found.targets))
-    named = {name: _order(name, scores, shape, most) for name, scores in given.items()}
+    n, targets = problem.n, found.targets
+    named = {name: _order(name, scores, n, targets, most) for name, scores in given.items()}
     actual, controls = found.actual, {}
     if victim is not None:
-        draws = [np.random.default_rng([0x5C, j]) for j in range(shape[1])]
-        named["random"] = [rng.permutation(problem.n)[:most] for rng in draws]
+        draws = [np.random.default_rng([0x5C, j]) for j in range(len(targets))]
+        named["random"] = [rng.permutation(n)[:most] for rng in draws]
         actual, *others = _along([found.rows, *named.values()], found, victim, seeds)
         controls = dict(zip(named, others, strict=True))
-    return Support(found.targets, found.margin, found.predicted, actual, found.rows, controls, most)
+    return Support(targets, found.margin, found.predicted, actual, found.rows, controls, most)
 
 
 def _along(
@@ -155,40 +165,34 @@ def _along(
 ) -> NDArray[np.float64]:
     """[orders, t], the smallest number of rows along each order; all of them are trained together."""
     rows, times, t = [some for order in orders for some in order], len(orders), len(found.targets)
+
+    def repeated(table: Problem, weights: NDArray[np.float64], chosen: Any) -> Any:
+        outputs = np.asarray(victim(table, weights, chosen).per_seed)
+        return SimpleNamespace(per_seed=np.tile(outputs, times))
+
     every = replace(
         found.some(np.tile(np.arange(t), times)),
         rows=rows,
         into=[np.full(len(some), -1) for some in rows],
     )
-    return smallest(every, _Repeated(victim, times), seeds).reshape(times, t)
-
-
-@dataclass(frozen=True)
-class _Repeated:
-    """A victim's outputs, once for each order of rows: all orders are trained together."""
-
-    victim: Callable[..., Retrained]
-    times: int
-
-    def __call__(self, table: Problem, weights: NDArray[np.float64], seeds: Any) -> _Outputs:
-        return _Outputs(np.tile(self.victim(table, weights, seeds).per_seed, self.times))
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    per_seed: NDArray[Any]
+    return smallest(every, repeated, seeds).reshape(times, t)
 
 
 def _order(
-    name: str, scores: LinearDatamodel | ArrayLike, shape: tuple[int, int], most: int
+    name: str, scores: LinearDatamodel | ArrayLike, n: int, targets: NDArray[Any], most: int
 ) -> list[NDArray[np.intp]]:
-    """For each output the rows of positive score, the highest first."""
-    array = np.asarray(
-        scores.scores if isinstance(scores, LinearDatamodel) else scores, dtype=float
-    )
-    if array.shape != shape:
+    """For each decision the rows of positive score, the highest first; a datamodel's columns by their names."""
+    t = len(targets)
+    if isinstance(scores, LinearDatamodel):
+        given = np.asarray(scores.scores)
+        if given.shape == (n, t):
+            given = given[:, columns(scores.targets, targets, t)]
+    else:
+        given = scores.detach().numpy() if hasattr(scores, "detach") else np.asarray(scores)
+    array = np.asarray(given, dtype=float)
+    if array.shape != (n, t) or not np.isfinite(array).all():
         raise ValueError(
-            f"expected scores of {name!r} of shape {shape}, got {array.shape}; score the same outputs"
+            f"expected finite scores of {name!r} of shape {(n, t)}, got {array.shape}; score the same outputs"
         )
     best = [np.argsort(-column, kind="stable")[:most] for column in array.T]
     return [rows[column[rows] > 0] for rows, column in zip(best, array.T, strict=True)]
@@ -250,7 +254,8 @@ def subpopulations(
     Args:
         datamodel: of outputs such as losses of mistakes: rows that raise a group's mean are what to look at, and
             leaving them out lowers it. Of margins, those rows hold the group up.
-        groups: how many; by default from 2 to 10 the number with the largest silhouette.
+        groups: how many at most; by default from 2 to 10 the number with the largest silhouette. Outputs that all rows
+            move alike are never parted.
         k: rows for each group at most; rows of weight 0, or that lower the mean, are never among them.
         retrain: (weights, seeds) -> all outputs of the datamodel, to check by removal.
         seed: of k-means and of random rows.
@@ -264,7 +269,8 @@ def subpopulations(
     effect = np.asarray(datamodel.anchor)[:, None] * np.asarray(datamodel.scores, dtype=float)
     group = _clustered(effect, groups, seed)
     size = np.bincount(group)
-    means = datamodel.combine((group[:, None] == np.arange(len(size))) / size)
+    to_means = (group[:, None] == np.arange(len(size))) / size
+    means = datamodel.combine(to_means)
 
     # plug in: what every row does to every mean
     of_group = np.asarray(datamodel.anchor)[:, None] * means.scores
@@ -283,15 +289,11 @@ def subpopulations(
     weights = np.repeat(full[None], 1 + 2 * len(rows), axis=0)
     for w, some in zip(weights[1:], [*rows, *drawn], strict=True):
         w[some] = 0.0
-    names = [
-        "nothing",
-        *(f"group {g}" for g in range(len(rows))),
-        *(f"random {g}" for g in range(len(rows))),
-    ]
+    names = ["nothing", *(f"{what} {g}" for what in ("group", "random") for g in range(len(rows)))]
     outputs = retrained_outputs(retrain, weights, distinct_seeds(seeds), len(group), names).mean(
         axis=1
     )
-    of_means = np.stack([outputs[:, group == g].mean(axis=1) for g in range(len(rows))], axis=1)
+    of_means = outputs @ to_means
     change = of_means[1:] - of_means[0]
     return Subpopulations(group, rows, predicted, change[: len(rows)], change[len(rows) :])
 
@@ -304,7 +306,7 @@ def _clustered(effect: NDArray[np.float64], groups: int | None, seed: int) -> ND
 
     t, size = effect.shape[1], np.linalg.norm(effect, axis=0)
     least = min(2, t) if groups is None else groups
-    if not 1 <= least <= t:
+    if not _whole(least) or not 1 <= least <= t:
         raise ValueError(
             f"expected 1 to t={t} groups of outputs, got {least}; score more outputs or ask for fewer groups"
         )
@@ -312,28 +314,32 @@ def _clustered(effect: NDArray[np.float64], groups: int | None, seed: int) -> ND
         raise ValueError(
             f"expected outputs that training rows move, got none for {still[:5].tolist()}; leave these out"
         )
-    if least == 1:
+    unit = (effect / size).T
+    apart = len(np.unique(unit.round(ALIKE), axis=0))  # directions, but for rounding
+    if least == 1 or apart == 1:
         return np.zeros(t, dtype=int)
-    place = PCA(min(DIRECTIONS, *effect.shape), random_state=seed).fit_transform((effect / size).T)
+    place = PCA(min(DIRECTIONS, *effect.shape), random_state=seed).fit_transform(unit)
 
     def by_means(count: int) -> NDArray[np.intp]:
         return KMeans(count, n_init=10, random_state=seed).fit_predict(place)
 
     if groups is None:
-        tried = [by_means(count) for count in range(2, min(MOST_GROUPS, t - 1) + 1)]
+        tried = [by_means(count) for count in range(2, min(MOST_GROUPS, apart, t - 1) + 1)]
         found = (
             max(tried, key=lambda some: silhouette_score(place, some)) if tried else by_means(least)
         )
     else:
-        found = by_means(groups)
+        found = by_means(min(groups, apart))
     order = np.argsort(-np.bincount(found), kind="stable")
     return np.argsort(order)[found]
 
 
 def _strongest(effect: NDArray[np.float64], k: int, g: int) -> NDArray[np.intp]:
     """The rows of positive effect, the largest first."""
-    if k < 1:
-        raise ValueError(f"expected k of at least 1, got {k}")
+    if not _whole(k) or not 1 <= k < len(effect):
+        raise ValueError(
+            f"expected k among 1 .. {len(effect) - 1} of {len(effect)} rows, got {k!r}"
+        )
     order = np.argsort(-effect, kind="stable")[:k]
     order = order[effect[order] > 0]
     if not len(order):
@@ -341,3 +347,7 @@ def _strongest(effect: NDArray[np.float64], k: int, g: int) -> NDArray[np.intp]:
             f"expected rows that raise the mean output of group {g}, got none; pass .combine(-identity) of the datamodel"
         )
     return order
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)

@@ -91,12 +91,33 @@ def test_nothing_is_retrained_without_a_victim():
     found = support(world.problem, world.surrogate, most=6, orders={"same": world.scores})
     assert np.isnan(found.actual).all()
     assert not found.controls
+    with pytest.raises(ValueError, match="pass a victim"):
+        found.turned(3)
     lines = found.table().splitlines()
     assert len(lines) == 5
     assert lines[0].split() == ["output", "margin", "predicted", "actual", "rows"]
     assert all("-" in line.split() for line in lines[1:])
     finite = np.flatnonzero(np.isfinite(found.predicted))
     assert [len(found.rows(j)) for j in finite] == found.predicted[finite].tolist()
+
+
+def test_a_datamodel_as_control_is_read_by_the_names_of_its_outputs():
+    world = World()
+    names = np.array(list("abcd"))
+
+    def named(scores, targets):
+        return LinearDatamodel(scores, world.base, np.ones(N), targets=targets)
+
+    def surrogate(table, w):
+        return LinearDatamodel(world.scores, world.value(w), np.array(w), targets=names)
+
+    straight, turned = (
+        support(
+            world.problem, surrogate, world.victim, most=6, orders={"same": named(scores, targets)}
+        )
+        for scores, targets in ((world.scores, names), (world.scores[:, ::-1], names[::-1]))
+    )
+    np.testing.assert_array_equal(straight.controls["same"], turned.controls["same"])
 
 
 def test_the_table_says_where_nothing_turns():
@@ -113,6 +134,8 @@ def test_the_table_says_where_nothing_turns():
             r"scores of 'near' of shape \(8, 4\), got \(3, 4\)",
         ),
         ({"orders": {"random": np.zeros((8, 4))}}, "another name than 'random'"),
+        ({"orders": {"near": np.full((8, 4), np.nan)}}, "finite scores of 'near'"),
+        ({"most": True}, "got True"),
         ({"most": 0}, r"most among 1 \.\. 7 of 8 rows, got 0"),
         ({"most": 0.5}, "got 0.5"),
         ({"rounds": 0}, "rounds >= 1"),
@@ -256,11 +279,18 @@ def test_wrong_input_of_subpopulations(change, message):
     datamodel, groups = change(parted()[0])
     with pytest.raises(ValueError, match=message):
         subpopulations(datamodel, groups)
-    with pytest.raises(ValueError, match="k of at least 1"):
+    with pytest.raises(ValueError, match=r"k among 1 \.\. 59 of 60 rows, got 0"):
         subpopulations(parted()[0], 3, k=0)
 
 
-def test_outputs_that_are_all_alike_are_one_group():
+@pytest.mark.parametrize("groups", [None, 1, 3])
+@pytest.mark.parametrize("t", [1, 5])
+def test_outputs_that_are_all_alike_are_one_group(t, groups):
+    if groups == 3 and t == 1:
+        groups = 1
+    scores = np.outer(np.arange(6.0), np.geomspace(0.1, 10, t))  # in other units
+    found = subpopulations(LinearDatamodel(scores, np.zeros(t), np.ones(6)), groups, k=2)
+    assert not found.group.any()
     datamodel = LinearDatamodel(np.ones((6, 1)), [0.0], np.ones(6))
     found = subpopulations(datamodel, 1, k=2)
     assert isinstance(found, Subpopulations)

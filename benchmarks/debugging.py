@@ -16,8 +16,8 @@ import numpy as np
 
 from applied.recipe import aligned, paired_interval
 from recipes.debug_model import Flags
-from recipes.debug_report import parts_of
-from recipes.debugging import checked, grouped, study
+from recipes.debug_report import half, parts_of
+from recipes.debugging import checked, decided, grouped, model_of, study
 
 SPLITS = range(3)
 ASKED = 12  # mistakes, and right decisions
@@ -53,9 +53,11 @@ def one(data: str, split: int) -> tuple[list[list[str]], list[list[str]]]:
         flags = Flags(data=data, seed=split, mistakes=ASKED, right=ASKED, out=Path(folder))
         table = checked(flags)
         begin = time.perf_counter()
-        asked = study(flags, table)
+        model = model_of(flags, table)
+        said, margin = decided(model, table)
+        asked = study(flags, table, said, margin)
         seconds = flags.jobs * (time.perf_counter() - begin) / len(asked)
-        found = grouped(flags, table)
+        found = grouped(flags, table, model, said)
     lines = []
     for kind, some in parts_of(asked).items():
         actual, near = (
@@ -64,8 +66,8 @@ def one(data: str, split: int) -> tuple[list[list[str]], list[list[str]]]:
         both = [x for x in some if np.isfinite(x.predicted) and np.isfinite(x.actual)]
         close = np.mean([abs(x.predicted - x.actual) <= max(0.3 * x.actual, 1) for x in both])
         lines.append([
-            data, str(split), f"{len(some)} {kind}", f"{np.isfinite(actual).mean():.0%}", f"{np.median(actual):g}",
-            f"{np.median(near):g}", f"{np.median(actual) / np.median(near):.2f}", f"{close:.0%}", f"{seconds:.1f}",
+            data, str(split), f"{len(some)} {kind}", f"{np.isfinite(actual).mean():.0%}", f"{half(actual):g}",
+            f"{half(near):g}", f"{half(actual) / half(near):.2f}", f"{close:.0%}", f"{seconds:.1f}",
         ])  # fmt: skip
     if found is None:
         return lines, []

@@ -38,7 +38,7 @@ class Flags:
     rounds: int = 3
     """How often the datamodel is asked on the way to a decision's number."""
     groups: int | None = None
-    """Of mistakes that hang on the same rows; by default the number that parts them best."""
+    """Of mistakes that hang on the same rows, at most; by default the number that parts them best."""
     width: int = 0
     """Of the network's hidden layer; 0 for logistic regression, fitted exactly."""
     decay: float = 0.001
@@ -61,13 +61,17 @@ class Flags:
 
 def main(flags: Flags) -> None:
     """The steps, in order; decisions that an earlier call has finished are read back."""
+    from recipes.command import forget_report
     from recipes.debug_report import print_table, write_report
-    from recipes.debugging import checked, grouped, study
+    from recipes.debugging import checked, decided, grouped, model_of, study
 
     data = checked(flags)
     flags.out.mkdir(parents=True, exist_ok=True)
-    found = study(flags, data)
-    groups = grouped(flags, data)
+    forget_report(flags.out)
+    model = model_of(flags, data)
+    said, margin = decided(model, data)
+    found = study(flags, data, said, margin)
+    groups = grouped(flags, data, model, said)
     print_table(found, groups, data)
     write_report(flags, data, found, groups)
 

@@ -12,6 +12,7 @@ import numpy as np
 from applied import debugging_pictures as pictures
 from applied import report
 from applied.recipe import aligned
+from attribution_core.files import write_parquet
 from recipes import classification
 from recipes.classification import Classification
 from recipes.command import as_given
@@ -21,16 +22,8 @@ if TYPE_CHECKING:
     from recipes.debug_model import Flags
 
 HEAD = (
-    "row",
-    "label",
-    "model says",
-    "margin",
-    "predicted",
-    "actual",
-    "nearest",
-    "random",
-    "training rows (label)",
-)
+    "row", "label", "model says", "margin", "predicted", "actual", "nearest", "random", "training rows (label)",
+)  # fmt: skip
 SHOWN = 4  # training rows in a line
 SIDE = 8  # pixels of a digit
 DRAWN = 6  # mistakes with images
@@ -43,14 +36,22 @@ def lines_of(data: Classification, found: Sequence[Asked]) -> list[list[str]]:
         return f"{rows:.0f}" if np.isfinite(rows) else f"> {most}"
 
     lines = []
-    for x in sorted(found, key=lambda x: (x.actual, x.predicted, x.margin)):
+    for x in fewest_first(found):
         numbers = [number(n, x.most) for n in (x.predicted, x.actual, x.nearest, x.random)]
-        rows = [f"{data.places[i]} ({data.classes[data.y[i]]})" for i in x.rows[:SHOWN]]
-        more = f", {len(x.rows) - SHOWN} more" * (len(x.rows) > SHOWN)
-        lines.append(
-            [str(x.id), x.label, x.said, f"{x.margin:.2f}", *numbers, ", ".join(rows) + more]
-        )
+        said = [str(x.id), x.label, x.said, f"{x.margin:.2f}"]
+        lines.append([*said, *numbers, listed(data, x.rows)])
     return lines
+
+
+def fewest_first(found: Sequence[Asked]) -> list[Asked]:
+    """By the rows that they hang on."""
+    return sorted(found, key=lambda x: (x.actual, x.predicted, x.margin))
+
+
+def listed(data: Classification, rows: Sequence[int]) -> str:
+    """The first training rows of a list, with their labels."""
+    first = [f"{data.places[i]} ({data.classes[data.y[i]]})" for i in rows[:SHOWN]]
+    return ", ".join(first) + f", {len(rows) - SHOWN} more" * (len(rows) > SHOWN)
 
 
 def parts_of(found: Sequence[Asked]) -> dict[str, list[Asked]]:
@@ -66,7 +67,7 @@ def words_of(data: Classification, found: Sequence[Asked]) -> list[str]:
     """What the numbers come to."""
     words = [f"{name.capitalize()}: {medians(some)}" for name, some in parts_of(found).items()]
     words.append(agreement(found))
-    if data.bad is not None and (rows := sorted({i for x in found if x.wrong for i in x.rows})):
+    if data.bad is not None and (rows := behind(found)):
         words.append(
             f"Of the {len(rows)} training rows that mistakes hang on, {data.bad[rows].mean():.0%} have a wrong label "
             f"({data.bad.mean():.0%} of all rows do)."
@@ -74,18 +75,29 @@ def words_of(data: Classification, found: Sequence[Asked]) -> list[str]:
     return words
 
 
+def behind(found: Sequence[Asked]) -> list[int]:
+    """The training rows without which mistakes are not made, by retraining."""
+    turned = [x for x in found if x.wrong and np.isfinite(x.actual)]
+    return sorted({i for x in turned for i in x.rows})
+
+
+def half(numbers: Any) -> float:
+    """The number of rows without which at least half of the decisions turn."""
+    return float(np.sort(numbers)[(len(numbers) - 1) // 2])
+
+
 def medians(some: Sequence[Asked]) -> str:
-    """How few rows half of the decisions hang on, beside the controls."""
+    """How many rows it takes to turn half of the decisions, beside the controls."""
     ours, near = (np.array([getattr(x, name) for x in some]) for name in ("actual", "nearest"))
     fewer, more = int((ours < near).sum()), int((ours > near).sum())
 
-    def half(name: str) -> str:
-        middle = float(np.median([getattr(x, name) for x in some]))
+    def rows(name: str) -> str:
+        middle = half([getattr(x, name) for x in some])
         return f"{middle:g}" if np.isfinite(middle) else f"more than {max(x.most for x in some)}"
 
     return (
-        f"half of {len(some)} turn without {half('actual')} rows by the datamodel, {half('nearest')} of the nearest and "
-        f"{half('random')} random ones. The datamodel needs fewer rows than the nearest in {fewer}, more in {more}."
+        f"to turn half of {len(some)} takes {rows('actual')} rows by the datamodel, {rows('nearest')} of the nearest and "
+        f"{rows('random')} random ones. The datamodel needs fewer rows than the nearest in {fewer}, more in {more}."
     )
 
 
@@ -161,7 +173,7 @@ def drawn(flags: Flags, data: Classification, some: Sequence[Asked]) -> list[Any
     figures = [pictures.turned(numbers, most)]
     if flags.data == "digits":
         x, _ = held_out(data)
-        first = sorted(some, key=lambda x: (x.actual, x.predicted, x.margin))[:DRAWN]
+        first = fewest_first(some)[:DRAWN]
         figures.append(
             pictures.images(
                 [
@@ -177,53 +189,27 @@ def drawn(flags: Flags, data: Classification, some: Sequence[Asked]) -> list[Any
     return figures
 
 
+GROUPS = (
+    "group", "mistakes", "labels", "loss without its rows: predicted", "actual", "random rows", "training rows (label)",
+)  # fmt: skip
+
+
 def group_parts(data: Classification, groups: Groups) -> list[str]:
     """The table, the heat map and what mistakes are in each group."""
     _, y = held_out(data)
-    head, rows = (
-        (
-            "group",
-            "mistakes",
-            "labels",
-            "loss without its rows: predicted",
-            "actual",
-            "random rows",
-            "training rows (label)",
-        ),
-        [],
-    )
-    for g, strongest in enumerate(groups.found.rows):
-        labels = y[groups.places[groups.found.of(g)]]
-        often = np.argsort(-np.bincount(labels, minlength=len(data.classes)), kind="stable")[:3]
-        told = ", ".join(
-            f"{data.classes[c]} ×{(labels == c).sum()}" for c in often if (labels == c).any()
-        )
-        first = ", ".join(
-            f"{data.places[i]} ({data.classes[data.y[i]]})" for i in strongest[:SHOWN]
-        )
-        change = (
-            groups.found.predicted[g, g],
-            groups.found.actual[g, g],
-            groups.found.random[g, g],
-        )
-        rows.append(
-            [
-                g,
-                len(labels),
-                told,
-                *(float(x) for x in change),
-                f"{first}, {len(strongest) - SHOWN} more",
-            ]
-        )
+    found, rows = groups.found, []
+    for g, strongest in enumerate(found.rows):
+        count = np.bincount(y[groups.places[found.of(g)]], minlength=len(data.classes))
+        often = [c for c in np.argsort(-count, kind="stable")[:3] if count[c]]
+        labels = ", ".join(f"{data.classes[c]} ×{count[c]}" for c in often)
+        change = [float(x[g, g]) for x in (found.predicted, found.actual, found.random)]
+        rows.append([g, int(count.sum()), labels, *change, listed(data, strongest.tolist())])
     words = (
         f"All {len(groups.places)} mistakes on held-out rows, in groups whose losses the same training rows raise; a "
         "group's rows are left out together and the model is trained again. Changes of the mean loss: below 0 is better."
     )
-    return [
-        report.paragraph(words),
-        report.table(rows, head),
-        report.picture(pictures.specificity(groups.found)),
-    ]
+    heat = report.picture(pictures.specificity(found))
+    return [report.paragraph(words), report.table(rows, GROUPS), heat]
 
 
 def facts_of(flags: Flags, data: Classification, found: Sequence[Asked]) -> dict[str, str]:
@@ -243,6 +229,7 @@ def facts_of(flags: Flags, data: Classification, found: Sequence[Asked]) -> dict
         "data": Path(flags.data).name, "training rows": str(len(data.x)), "model": model, "training": how,
         "datamodel": f"{datamodel}; asked up to {flags.rounds} times a decision", "retraining": judges,
         "nearest": f"Shapley values of a {NEAR}-nearest-neighbour classifier on the model's representations",
+        "rows left out": f"{found[0].most} at most",
         "decisions": f"{len(found)}: the surest mistakes, and right ones at random (seed {flags.seed})",
         **classification.facts_of(data),
     }  # fmt: skip
@@ -251,17 +238,12 @@ def facts_of(flags: Flags, data: Classification, found: Sequence[Asked]) -> dict
 def write_decisions(flags: Flags, data: Classification, found: Sequence[Asked]) -> None:
     """decisions.parquet: a line for each decision; infinite numbers are empty."""
     import pyarrow
-    from pyarrow import parquet
-
-    from attribution_core.files import whole
 
     def plain(x: Asked) -> dict[str, Any]:
         kept = {k: v for k, v in asdict(x).items() if k != "place"}
-        counts = {
-            k: int(kept[k]) if np.isfinite(kept[k]) else None
-            for k in ("predicted", "actual", "nearest", "random")
-        }
+        numbers = ("predicted", "actual", "nearest", "random")
+        counts = {k: int(kept[k]) if np.isfinite(kept[k]) else None for k in numbers}
         return {**kept, **counts, "rows": [int(data.places[i]) for i in x.rows]}
 
-    with whole(flags.out / "decisions.parquet") as part:
-        parquet.write_table(pyarrow.Table.from_pylist([plain(x) for x in found]), part)
+    lines = pyarrow.Table.from_pylist([plain(x) for x in found])
+    write_parquet(flags.out / "decisions.parquet", lines)

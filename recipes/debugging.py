@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,6 +118,18 @@ def checked(flags: Flags) -> Classification:
         )
     data = data_of(flags)
     warn_of_repeated(data)
+    rows = np.bincount(data.y, minlength=len(data.classes))
+    if rows.min() < 2:
+        raise ValueError(
+            f"expected two training rows of every class or more, got one of {data.classes[rows.argmin()]!r}; leave that class "
+            "out, or join it to another"
+        )
+    if (most := room(flags, data)) < flags.most:
+        print(
+            f"note: {most} rows are left out at most, not {flags.most}: more could be all rows of "
+            f"{data.classes[rows.argmin()]!r}",
+            flush=True,
+        )
     return data
 
 
@@ -137,7 +149,7 @@ def held_out(data: Classification) -> tuple[NDArray[np.float32], NDArray[np.int6
 
 def room(flags: Flags, data: Classification) -> int:
     """Rows that may go without the last one of a class."""
-    return max(1, min(flags.most, int(np.bincount(data.y).min()) - 1))
+    return min(flags.most, int(np.bincount(data.y).min()) - 1)
 
 
 def model_of(flags: Flags, data: Classification) -> Model:
@@ -218,7 +230,9 @@ def chosen(flags: Flags, data: Classification, said: Any, margin: Any) -> NDArra
     return np.concatenate([wrong, drawn])
 
 
-def study(flags: Flags, data: Classification) -> list[Asked]:
+def study(
+    flags: Flags, data: Classification, said: NDArray[np.int64], margin: NDArray[np.float64]
+) -> list[Asked]:
     """Every decision that is asked about, side by side on `jobs` cores; what is finished is read back.
 
     Raises:
@@ -226,7 +240,6 @@ def study(flags: Flags, data: Classification) -> list[Asked]:
     """
     from joblib import Parallel, delayed, parallel_config
 
-    said, margin = decided(model_of(flags, data), data)
     places = chosen(flags, data, said, margin)
     if not len(places):
         raise ValueError(
@@ -247,14 +260,14 @@ def one(flags: Flags, place: int, said: int) -> Asked:
     from attribution_core.fingerprint import fingerprint
 
     data = data_of(flags)
-    model = model_of(flags, data)
     shared = ("out", "jobs", "mistakes", "right", "groups")
     settings = {name: value for name, value in asdict(flags).items() if name not in shared}
-    made_of = fingerprint(model.problem, data, settings, place, said)[:16]
-    path = flags.out / "decisions" / f"{place}-{made_of}.json"
+    made_of = fingerprint(data, settings, place, said, [field.name for field in fields(Asked)])
+    path = flags.out / "decisions" / f"{place}-{made_of[:16]}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(asdict(ask(flags, data, model, place, said))))
+        found = ask(flags, data, model_of(flags, data), place, said)
+        write_text(path, json.dumps(asdict(found)))
     return Asked(**json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -284,10 +297,10 @@ class Groups:
     found: Subpopulations
 
 
-def grouped(flags: Flags, data: Classification) -> Groups | None:
+def grouped(
+    flags: Flags, data: Classification, model: Model, said: NDArray[np.int64]
+) -> Groups | None:
     """All mistakes, in groups; None where there are too few."""
-    model = model_of(flags, data)
-    said, _ = decided(model, data)
     x, y = held_out(data)
     places = np.flatnonzero(said != y)
     if len(places) < FEWEST_MISTAKES:
@@ -295,10 +308,11 @@ def grouped(flags: Flags, data: Classification) -> Groups | None:
     losses = rows_of(model, x[places], y[places], cross_entropy)
     datamodel = model.datamodel(model.problem, np.ones(model.problem.n), losses)
     k = min(OF_A_GROUP, room(flags, data))
+    groups = None if flags.groups is None else min(flags.groups, len(places))
     return Groups(
         places,
         subpopulations(
-            datamodel, flags.groups, k=k, seed=flags.seed, seeds=model.seeds,
+            datamodel, groups, k=k, seed=flags.seed, seeds=model.seeds,
             retrain=lambda w, seeds: model.retrained(model.problem, w, seeds, losses),
         ),
     )  # fmt: skip

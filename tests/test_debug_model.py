@@ -137,7 +137,6 @@ def test_a_file_of_ones_own(tmp_path, capsys):
         (["--most", "0"], "expected --most of at least 1, got 0"),
         (["--rounds", "0"], "expected --rounds of at least 1"),
         (["--groups", "0"], "expected --groups of at least 1"),
-        (["--groups", "500"], "groups of outputs, got 500"),
         (["--data", "nowhere.csv"], "no file nowhere.csv"),
     ],
 )
@@ -146,6 +145,55 @@ def test_wrong_input_is_said_in_one_line(tmp_path, flags, words):
         run([*QUICK, *flags, "--out", str(tmp_path / "out")])
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_rare_class_keeps_a_row_and_a_report_of_other_settings_goes(tmp_path, capsys):
+    wine = load_wine(as_frame=True)
+    frame = wine.data.assign(kind=wine.target)
+    frame = pd.concat([frame[frame.kind < 2], frame[frame.kind == 2].iloc[:8]])
+    held = pd.concat([frame[frame.kind < 2].iloc[::4], frame[frame.kind == 2].iloc[:4]])
+    train = frame.drop(held.index)
+    for name, some in (("train", train), ("test", held)):
+        some.to_csv(tmp_path / f"{name}.csv", index=False)
+    flags = [
+        "--data",
+        str(tmp_path / "train.csv"),
+        "--test",
+        str(tmp_path / "test.csv"),
+        "--label",
+        "kind",
+    ]
+    flags += [
+        "--jobs",
+        "1",
+        "--mistakes",
+        "1",
+        "--right",
+        "1",
+        "--groups",
+        "60",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    run(flags)
+    assert (
+        "note: 3 rows are left out at most, not 100: more could be all rows of '2'"
+        in capsys.readouterr().out
+    )
+    assert read(tmp_path / "out")["facts"]["rows left out"] == "3 at most"
+    train[train.kind < 2].assign(kind=lambda x: x.kind).pipe(
+        lambda x: pd.concat([x, train[train.kind == 2].iloc[:1]])
+    ).to_csv(tmp_path / "train.csv", index=False)
+    with pytest.raises(
+        SystemExit, match="two training rows of every class or more, got one of '2'"
+    ):
+        run(flags)
+    train.to_csv(tmp_path / "train.csv", index=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(debugging, "study", None)  # killed on the way
+        with pytest.raises(TypeError):
+            run([*flags, "--decay", "0.1"])
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_help_imports_neither_torch_nor_numpy():
@@ -174,8 +222,10 @@ def test_words_count_what_is_in_the_table():
     data = embedded("breast_cancer", 0.1, 0, 0)
     some = [asked(0, 2, 8), asked(1, 4, 4), asked(2, np.inf, 9), asked(3, 6, 5, predicted=20)]
     assert medians(some[:3]).startswith(
-        "half of 3 turn without 4 rows by the datamodel, 8 of the nearest and more than 30"
+        "to turn half of 3 takes 4 rows by the datamodel, 8 of the nearest and more than 30 random"
     )
+    assert "half of 2 takes 2 rows" in medians([some[0], some[2]])
+    assert "half of 1 takes more than 30 rows" in medians([some[2]])
     assert medians(some).endswith("fewer rows than the nearest in 1, more in 2.")
     assert "in 2 of the 3 decisions" in agreement(some)
     lines = lines_of(data, some)

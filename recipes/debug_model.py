@@ -1,6 +1,6 @@
 """Why does my model say that? The training rows behind its decisions, and what it says without them.
 
-    python recipes/debug_model.py                                      # digits with wrong labels, about a minute
+    python recipes/debug_model.py                                      # digits with wrong labels, a minute or two
     python recipes/debug_model.py --data mine.csv --label outcome --out runs/mine
     python recipes/debug_model.py --width 32 --mistakes 6 --right 6    # a small network, five seeds
 

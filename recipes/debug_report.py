@@ -69,8 +69,8 @@ def words_of(data: Classification, found: Sequence[Asked]) -> list[str]:
     words.append(agreement(found))
     if data.bad is not None and (rows := behind(found)):
         words.append(
-            f"Of the {len(rows)} training rows that mistakes hang on, {data.bad[rows].mean():.0%} have a wrong label "
-            f"({data.bad.mean():.0%} of all rows do)."
+            f"Of the {len(rows)} training rows that mistakes hang on, {100 * data.bad[rows].mean():.0f} % have a wrong "
+            f"label ({100 * data.bad.mean():.0f} % of all rows do)."
         )
     return words
 
@@ -154,8 +154,7 @@ def write_report(
 METHOD = (
     "Predicted: the fewest rows, by a linear program on the datamodel, whose removal takes the decision's margin to 0, asked "
     "again on the way. Actual: the fewest rows of that order without which retraining gives another decision, by bisection. "
-    "Nearest and random: the same along other orders, among rows that have the label of the decision or draw the model "
-    "towards it, and among all rows."
+    "Nearest and random: the same along the rows in the order of their nearest-neighbour values, and in random order."
 )
 
 

@@ -233,6 +233,6 @@ def test_words_count_what_is_in_the_table():
     assert lines[2][-1].endswith(", 2 more")
     wrong = data.bad[:6].mean()
     assert (
-        f"Of the 6 training rows that mistakes hang on, {wrong:.0%} have a wrong label"
+        f"Of the 6 training rows that mistakes hang on, {100 * wrong:.0f} % have a wrong label"
         in words_of(data, some)[-1]
     )

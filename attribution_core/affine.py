@@ -29,6 +29,7 @@ LOGISTIC = 1 / (6 * math.sqrt(3))  # max |σ''|
 SOFTMAX = math.sqrt(2) / (3 * math.sqrt(3))  # see `Smoothness`
 CHECKED = 256  # rows at which a model is tried for being linear
 REACHES = (1e-6, 0.01, 0.1, 1.0)  # around outputs and labels, of their size: where a loss is tried
+FEW = 8  # operations that a loss takes to its slope, each of which rounds
 SMALL = 1e-9  # relative; float64 is off by some 1e-15 times the terms of a product
 
 
@@ -229,16 +230,24 @@ def newton_step(problem: Problem, w: NDArray[np.float64], noise: Tensor) -> Step
     h = torch.diag(problem.decay)
     slope = problem.decay * vector(problem.params)
     size = float(slope.norm()) + float(noise.norm()) / n
-    slope = slope + noise / n
+    slope, early, stiff = slope + noise / n, 0.0, 0.0
     for rows in batches(np.flatnonzero(w), rows_at_once(problem)):
         part = second_order(problem, problem.params, rows)
         share = torch.from_numpy(w[rows]) / n
         h = h + part.gram(share)
         slope = slope + part.gradient(share)
         size += float(torch.einsum("b,bc,bcp->bp", share, part.slope, part.x).norm(dim=1).sum())
+        # outputs are sums, of the terms of J θ, and slopes differences, such as p − y
+        z, long = _outputs(problem, rows).norm(dim=1), part.x.flatten(1).norm(dim=1)
+        bend = part.curve.abs().amax(1)
+        early += float((share * (bend * z + 1) * long).sum())
+        stiff += float((share * bend * long.square()).sum())
     d = -solved(factored(h), slope[None])[0]
-    # a sum of n terms, of products over p each, is off by at most (n + p) ulps of their sizes
-    rounding = (n + p) * torch.finfo(torch.float64).eps * size + float((h @ d + slope).norm())
+    early += stiff * float(vector(problem.params).norm() + d.norm())
+    # a sum of n terms, of products over p each, is off by at most (n + p) ulps of their sizes, and each slope by those
+    # of its output, p, and some of the loss
+    ulps = (n + p) * size + (p + FEW) * early
+    rounding = torch.finfo(torch.float64).eps * ulps + float((h @ d + slope).norm())
     return Step(d, -0.5 * float(slope @ d), rounding)
 
 
@@ -293,6 +302,11 @@ def _opened(problem: Problem, rows: NDArray[np.intp]) -> tuple[list[Tensor], Any
     batch = take(problem.train, rows, problem.device)
     with torch.no_grad():
         return open_output(problem.model, problem.loss, problem.params, batch)
+
+
+def _outputs(problem: Problem, rows: NDArray[np.intp]) -> Tensor:
+    """[b, c], float64 on the CPU."""
+    return _only(_opened(problem, rows)[0]).flatten(1).double().cpu()
 
 
 def _only(output: list[Tensor]) -> Tensor:

@@ -107,6 +107,33 @@ def test_residual_is_the_gradient_of_the_objective(c):
     assert found.residual == pytest.approx(direct, rel=1e-9)  # sums in another order
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("n", [60, 500])
+def test_rounding_of_outputs_is_within_the_bound(offset, n):
+    """Targets far from 0 of ridge regression: outputs and slopes lose digits before they meet; the bound is no empty one."""
+    for seed, decay in ((0, 1e-8), (1, 1e-3)):
+        rng = np.random.default_rng(seed)
+        x = np.hstack([rng.normal(size=(n, 5)), np.ones((n, 1))])
+        y = offset + x[:, :5].sum(1) + 0.01 * rng.normal(size=n)
+        columns = (torch.from_numpy(x), torch.from_numpy(y))
+        line = nn.Linear(6, 1, bias=False).double()
+        found = fit_certified(Problem(line, squared_error, columns, weight_decay=decay))
+        found = found.remove(range(5))
+        assert found.residual <= found.bound < 1e-11 * (offset + 1)
+
+
+def test_rounding_of_probabilities_is_within_the_bound():
+    """Separable classes and hardly any decay: the slopes p − y are themselves of the size of their rounding."""
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(200, 5))
+        y = (x @ rng.normal(size=(5, 3))).argmax(1)
+        columns = (torch.from_numpy(x), torch.from_numpy(y))
+        problem = Problem(nn.Linear(5, 3).double(), cross_entropy, columns, weight_decay=1e-9)
+        found = fit_certified(problem).remove([1], steps=3)
+        assert found.residual <= found.bound
+
+
 # --- the constants ---------------------------------------------------------------------------
 
 

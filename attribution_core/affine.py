@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import hessian
+from torch.utils._pytree import tree_map
 
 from attribution_core.data import Batch, batches, sample, take, tensors_in
 from attribution_core.gradients import as_batch, mean_gradient, row_by_row
@@ -28,7 +29,13 @@ from attribution_core.vectors import vector
 LOGISTIC = 1 / (6 * math.sqrt(3))  # max |σ''|
 SOFTMAX = math.sqrt(2) / (3 * math.sqrt(3))  # see `Smoothness`
 CHECKED = 256  # rows at which a model is tried for being linear
-REACHES = (1e-6, 0.01, 0.1, 1.0)  # around outputs and labels, of their size: where a loss is tried
+REACHES = (
+    1e-6,
+    0.01,
+    0.1,
+    1.0,
+    30.0,
+)  # around outputs and labels, of their size: where a loss is tried
 FEW = 8  # operations that a loss takes to its slope, each of which rounds
 SMALL = 1e-9  # relative; float64 is off by some 1e-15 times the terms of a product
 
@@ -86,10 +93,11 @@ def refuse_nonlinear(problem: Problem) -> None:
 
 
 def smoothness_of(problem: Problem) -> Smoothness:
-    """γ of the loss, recognised by its second derivatives in the outputs, in every row.
+    """γ of the loss, recognised by its second derivatives in the outputs, at the points tried.
 
-    They are looked at around 0, the model's own outputs and whatever may be a label, near and far: a loss of
-    pieces (Huber's) is quadratic in each of them.
+    These are of every row, around 0, the model's own outputs and whatever may be a label, near and far (to some 30
+    times their size): a loss of pieces (Huber's) is quadratic in each of them. Of several outputs, rows beyond the
+    first thousands are tried at two points, near 0 and around their own outputs: give a fitted model.
 
     Raises:
         ValueError: none of cross entropy, logistic and squared error in all rows; a row that no output
@@ -99,9 +107,10 @@ def smoothness_of(problem: Problem) -> Smoothness:
     _refuse_mixing(problem, max(4, 64 // c))
     eye = torch.eye(c, dtype=torch.float64)
     softmax, logistic, squares = c > 1, True, True
+    rng = torch.Generator().manual_seed(0)
     for rows in batches(problem.n, max(1, BLOCK // (16 * c * c))):
         # weights of rows and classes show at any output: many are tried for pieces, in the first rows alone
-        z, found = _curvatures(problem, rows, c, few=c > 1 and rows[0] > 0)
+        z, found = _curvatures(problem, rows, c, rng, few=c > 1 and rows[0] > 0)
         p, s = z.softmax(-1), z.sigmoid()
         softmax &= _same(found, p[..., None] * eye - p[..., None] * p[..., None, :])
         logistic &= _same(found, (s * (1 - s))[..., None] * eye)
@@ -148,30 +157,40 @@ def _refuse_mixing(problem: Problem, count: int) -> None:
 
 
 def _curvatures(
-    problem: Problem, rows: NDArray[np.intp], c: int, few: bool
+    problem: Problem, rows: NDArray[np.intp], c: int, rng: torch.Generator, few: bool
 ) -> tuple[Tensor, Tensor]:
     """Outputs z [b, k, c] at which the losses of some rows are tried (few: two), and second derivatives [b, k, c, c]."""
-    rng = torch.Generator().manual_seed(0)
-    noise = torch.randn(2 + len(REACHES), c, generator=rng, dtype=torch.float64).to(problem.device)
+    drawn = torch.randn(len(rows), 2 + len(REACHES), c, generator=rng, dtype=torch.float64)
+    reach = REACHES[-1] ** torch.rand(len(rows), generator=rng, dtype=torch.float64)  # from 1
 
-    def one(example: Any) -> tuple[Tensor, Tensor]:
+    def one(given: Any) -> tuple[Tensor, Tensor]:
+        example, noise, far = given
         row = as_batch(example)
         output, losses = open_output(problem.model, problem.loss, problem.params, row)
         own = _only(output)
-        labels = [leaf for leaf in tensors_in(row) if leaf.numel() in (1, c)]
-        tried = [noise[0], 3 * noise[1]]
-        for centre in (own, *labels):
+
+        def around(centre: Tensor) -> tuple[Tensor, Tensor]:
             middle = torch.nan_to_num(centre.detach().to(noise)).flatten().expand(c)
-            size = middle.abs().max().clamp(min=1.0)
-            tried += [middle + s * size * e for s, e in zip(REACHES, noise[2:], strict=True)]
+            return middle, middle.abs().max().clamp(min=1.0)
+
+        if few:
+            middle, size = around(own)
+            tried = [noise[0], middle + far * size * noise[1]]
+        else:
+            tried = [noise[0], 3 * noise[1]]
+            for centre in (own, *(leaf for leaf in tensors_in(row) if leaf.numel() in (1, c))):
+                middle, size = around(centre)
+                tried += [middle + s * size * e for s, e in zip(REACHES, noise[2:], strict=True)]
 
         def loss(z: Tensor) -> Tensor:
             return losses([z.reshape(own.shape)])[0]
 
-        z = torch.stack(tried[:2] if few else tried).to(own)
+        z = torch.stack(tried).to(own)
         return z, torch.stack([hessian(loss)(at) for at in z])
 
-    z, found = row_by_row(one, take(problem.train, rows, problem.device))
+    parts = take(problem.train, rows, problem.device), drawn, reach
+    batch: Any = tree_map(lambda part: part.to(problem.device), parts)
+    z, found = row_by_row(one, batch)
     return z.detach().double().cpu(), found.detach().double().cpu()
 
 

@@ -60,6 +60,7 @@ class Certified:
     delta: float = 1e-4
     steps: int = 0  # of the last removal
     spent: float = 0.0  # sum of the bounds of all removals since the fit
+    recognised: bool = False  # γ, by the loss's second derivatives, rather than given
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -187,7 +188,7 @@ def fit_certified(
         sigma: of the noise in the sum of losses; 0 for none, and then no epsilon is certified.
         epsilon, delta: the certificate, natural logarithm and probability.
         gamma: γ, for a loss other than cross entropy, logistic and squared error (these are recognised
-            by their second derivatives in every row).
+            by their second derivatives, at the points tried: in every row, around the outputs of the fit).
 
     Raises:
         ValueError: a model not linear in its parameters, in float32, or of over 6,000 parameters; a loss
@@ -254,7 +255,11 @@ def _fitted(start: Certified) -> Certified:
     problem, rounding = minimised(start.problem, start.weights, start.noise)
     left = gradient_norm(problem, start.weights, start.noise)
     meta = {"rounding": rounding, "guo": left}
-    return replace(start, problem=problem, residual=left, bound=left, spent=0.0, steps=0, meta=meta)
+    # again, where it counts: before, the outputs may have been far from those of the fit
+    loss = smoothness_of(problem) if start.recognised else start.loss
+    return replace(
+        start, problem=problem, loss=loss, residual=left, bound=left, spent=0.0, steps=0, meta=meta
+    )
 
 
 def _drawn(sigma: float, p: int, seed: int) -> Tensor:
@@ -278,7 +283,7 @@ def _start(problem: Problem, weights: ArrayLike | None, gamma: float | None) -> 
         raise ValueError(f"expected a finite gamma of at least 0, got {gamma}; see fit_certified")
     known = smoothness_of(problem) if gamma is None else Smoothness(float(gamma), centred=False)
     noise = torch.zeros(len(problem.decay), dtype=torch.float64)
-    return Certified(problem, w, math.nan, math.nan, known, noise)
+    return Certified(problem, w, math.nan, math.nan, known, noise, recognised=gamma is None)
 
 
 def _rows(rows: Iterable[int] | ArrayLike, weights: NDArray[np.float64]) -> NDArray[np.intp]:

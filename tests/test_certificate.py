@@ -253,6 +253,56 @@ def test_losses_of_pieces_are_not_squared_error():
     assert fit_certified(weighed).remove([0]).bound < 1e-9  # rounding of gradients of up to 1e3
 
 
+def clamped(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]).clamp(-8, 8), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_clamped_outputs_are_seen_from_fresh_weights(seed):
+    """Not convex, with optima far apart: cross entropy's γ holds of neither."""
+    problem = drawn(seed, c=3, n=40, d=2, decay=1e-3, scale=1.0)
+    with torch.no_grad():
+        problem.model.weight.zero_()
+    with pytest.raises(ValueError, match="other second derivatives"):
+        fit_certified(replace(problem, loss=clamped))
+    assert fit_certified(problem).loss == (SOFTMAX, True)
+
+
+def test_pieces_are_seen_around_the_outputs_of_the_fit(monkeypatch):
+    """Blocks of four rows, after which each row is tried at two points; the outputs of the last forty are clamped."""
+    monkeypatch.setattr("attribution_core.affine.BLOCK", 16 * 9 * 4)
+    problem = drawn(0, c=3, n=60, d=2, decay=1e-3, scale=1.0)
+    x, y = problem.train.columns
+    late = (torch.arange(60) >= 20).double()
+
+    def loss(model, batch):
+        z = model(batch[0])
+        z = torch.where(batch[2][:, None] > 0, z.clamp(-8, 8), z)
+        return nn.functional.cross_entropy(z, batch[1], reduction="none")
+
+    plain = fit_certified(replace(problem, loss=loss, train=(x, y, 0 * late)))
+    assert plain.loss == plain.refit(1).loss == (SOFTMAX, True)
+    bent = replace(plain.problem, train=(x, y, late))
+    with pytest.raises(ValueError, match="other second derivatives"):
+        remove(bent, [0])
+
+
+def test_a_loss_is_recognised_at_the_fit_again():
+    """Squared error of 1,000, and a cube from 900 on, which no output tried around 0 and a label of 1 reaches."""
+    x = torch.eye(3).double()
+    y = torch.tensor([[1.0], [1.0], [1.0]]).double()
+
+    def loss(model, batch):
+        z = model(batch[0])
+        return (z - 1000 * batch[1]).square().sum(1) + (z - 900).relu().pow(3).sum(1)
+
+    line = Problem(nn.Linear(3, 1, bias=False).double(), loss, (x, y), weight_decay=1e-6)
+    assert smoothness_of(line) == (0.0, False)
+    with pytest.raises(ValueError, match="other second derivatives"):
+        fit_certified(line)
+    assert not fit_certified(line, gamma=1e3).recognised
+
+
 def test_losses_between_rows_are_refused():
     def mixed(model, batch):
         z = model(batch[0])[:, 0]

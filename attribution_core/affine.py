@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.func import hessian
+from torch.func import grad, hessian
 from torch.utils._pytree import tree_map
 
 from attribution_core.data import Batch, batches, sample, take, tensors_in
@@ -110,7 +110,11 @@ def smoothness_of(problem: Problem) -> Smoothness:
     rng = torch.Generator().manual_seed(0)
     for rows in batches(problem.n, max(1, BLOCK // (16 * c * c))):
         # weights of rows and classes show at any output: many are tried for pieces, in the first rows alone
-        z, found = _curvatures(problem, rows, c, rng, few=c > 1 and rows[0] > 0)
+        z, found, flat = _curvatures(problem, rows, c, rng, few=c > 1 and rows[0] > 0)
+        # a loss that never changes, of a row of weight 0 within, is within any γ
+        rows, z, found = rows[~flat.numpy()], z[~flat], found[~flat]
+        if not len(rows):
+            continue
         p, s = z.softmax(-1), z.sigmoid()
         softmax &= _same(found, p[..., None] * eye - p[..., None] * p[..., None, :])
         logistic &= _same(found, (s * (1 - s))[..., None] * eye)
@@ -158,12 +162,14 @@ def _refuse_mixing(problem: Problem, count: int) -> None:
 
 def _curvatures(
     problem: Problem, rows: NDArray[np.intp], c: int, rng: torch.Generator, few: bool
-) -> tuple[Tensor, Tensor]:
-    """Outputs z [b, k, c] at which the losses of some rows are tried (few: two), and second derivatives [b, k, c, c]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs z [b, k, c] at which the losses of some rows are tried (few: two), second derivatives [b, k, c, c], and
+    which rows' losses [b] have neither first nor second ones at any.
+    """
     drawn = torch.randn(len(rows), 2 + len(REACHES), c, generator=rng, dtype=torch.float64)
     reach = REACHES[-1] ** torch.rand(len(rows), generator=rng, dtype=torch.float64)  # from 1
 
-    def one(given: Any) -> tuple[Tensor, Tensor]:
+    def one(given: Any) -> tuple[Tensor, Tensor, Tensor]:
         example, noise, far = given
         row = as_batch(example)
         output, losses = open_output(problem.model, problem.loss, problem.params, row)
@@ -186,12 +192,14 @@ def _curvatures(
             return losses([z.reshape(own.shape)])[0]
 
         z = torch.stack(tried).to(own)
-        return z, torch.stack([hessian(loss)(at) for at in z])
+        slope = torch.stack([grad(loss)(at) for at in z])
+        bend = torch.stack([hessian(loss)(at) for at in z])
+        return z, bend, (slope == 0).all() & (bend == 0).all()
 
     parts = take(problem.train, rows, problem.device), drawn, reach
     batch: Any = tree_map(lambda part: part.to(problem.device), parts)
-    z, found = row_by_row(one, batch)
-    return z.detach().double().cpu(), found.detach().double().cpu()
+    z, found, flat = row_by_row(one, batch)
+    return z.detach().double().cpu(), found.detach().double().cpu(), flat.cpu()
 
 
 def step_bounds(

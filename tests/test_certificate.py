@@ -303,6 +303,42 @@ def test_a_loss_is_recognised_at_the_fit_again():
     assert not fit_certified(line, gamma=1e3).recognised
 
 
+def test_rows_whose_loss_is_always_zero_pass():
+    """A mask within squared error, and cross entropy's ignored labels; a row that is straight, but slopes, does not."""
+    rng = np.random.default_rng(0)
+    x, y = torch.from_numpy(rng.normal(size=(30, 3))), torch.from_numpy(rng.normal(size=(30, 1)))
+    mask = torch.ones(30).double()
+    mask[[3, 7]] = 0.0
+    masked = Problem(
+        nn.Linear(3, 1).double(), lambda m, b: b[2] * squared_error(m, b[:2]), (x, y, mask), weight_decay=0.1
+    )  # fmt: skip
+    assert smoothness_of(masked) == (0.0, False)
+    found = fit_certified(masked).remove([10])
+    assert found.residual <= found.bound
+    plain = fit_certified(
+        replace(masked, loss=squared_error, train=(x, y)), weights=mask.numpy()
+    ).remove([10])
+    assert error(found, vector(plain.params).numpy()) < 1e-12  # rounding of two fits
+    soft = menagerie.softmax()
+    labels = soft.train.columns[1].clone()
+    labels[:2] = -100
+    ignored = replace(
+        soft,
+        loss=lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1], reduction="none"),
+        train=(soft.train.columns[0], labels),
+    )
+    assert smoothness_of(ignored) == (SOFTMAX, True)
+    nothing = replace(masked, train=(x, y, 0 * mask))
+    assert smoothness_of(nothing) == (0.0, False)
+
+    def straight(model, batch):
+        z = model(batch[0])
+        return batch[2] * (z - batch[1]).square()[:, 0] + (1 - batch[2]) * z[:, 0]
+
+    with pytest.raises(ValueError, match=r"got none that does in rows \[3, 7\]"):
+        smoothness_of(replace(masked, loss=straight))
+
+
 def test_losses_between_rows_are_refused():
     def mixed(model, batch):
         z = model(batch[0])[:, 0]

@@ -198,8 +198,15 @@ def _disagreement(x: NDArray[Any], y: NDArray[Any], k: int) -> NDArray[np.float6
 
     A row nearer than r, the distance of the k-th, counts 1, one at r (k − how many are nearer)/(how many are at r).
     """
-    found, squares = np.empty(len(x)), (x * x).sum(1)
-    for rows in batches(len(x), max(1, BLOCK // len(x))):
+    from sklearn.neighbors import NearestNeighbors
+
+    squares, more = (x * x).sum(1), min(k + 1, len(x) - 1)
+    lengths, near = NearestNeighbors(n_neighbors=more).fit(x).kneighbors()  # without themselves
+    found: NDArray[np.float64] = (y[near[:, :k]] != y[:, None]).mean(1)
+    last, after = lengths[:, k - 1] ** 2, lengths[:, -1] ** 2
+    # some more than differ by rounding: which of them are ties is told below
+    tied = np.flatnonzero((after - last <= 4 * TIED * (squares + after)) & (more > k))
+    for rows in batches(tied, max(1, BLOCK // len(x))):
         distance = squares[rows, None] + squares - 2 * x[rows] @ x.T
         distance[np.arange(len(rows)), rows] = np.inf
         reach = np.partition(distance, k - 1, axis=1)[:, k - 1 : k]

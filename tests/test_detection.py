@@ -26,6 +26,7 @@ from applied.poisoning import ThreatModel, flip_labels, insert, repair, trace
 from applied.recipe import Decision, Verified
 from applied.repairing import Repair
 from attribution_core import LinearDatamodel, Outputs, Problem, cross_entropy, influence
+from attribution_core.data import batches
 from attribution_core.refitting import refit
 
 
@@ -541,6 +542,30 @@ def mended_by(attacked, clean, repaired):
     arms, seeds = {"random": attacked, "planted": clean}, list(range(len(clean)))
     verified = Verified(decision, repaired, arms, dict.fromkeys(arms, 1.0), seeds)
     return Repair(np.arange(2), 2, verified, attacked, clean, ["loss"])
+
+
+def test_ties_are_looked_for_only_where_the_next_row_is_as_far(monkeypatch):
+    """Without ties no row is compared with all others; of 200 rows two of which have a twin, some are."""
+    asked = []
+    monkeypatch.setattr(
+        "applied.detection.batches",
+        lambda rows, size: asked.append(len(rows)) or batches(rows, size),
+    )
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(200, 4)), rng.integers(0, 3, 200)
+    detect(x, y, neighbours=5)
+    x[[7, 50]] = x[[8, 51]]
+    mixed = detect(x, y, neighbours=5).scores[NEIGHBOURS]
+    assert asked[0] == 0
+    assert 0 < asked[1] < 30
+    far = ((x[:, None] - x) ** 2).sum(-1)
+    np.fill_diagonal(far, np.inf)
+    for i in range(200):
+        fifth = np.sort(far[i])[4]
+        nearer, at = far[i] < fifth - 1e-9, np.abs(far[i] - fifth) <= 1e-9
+        share = (5 - nearer.sum()) / at.sum()
+        other = y != y[i]
+        assert mixed[i] == pytest.approx(((other & nearer).sum() + share * (other & at).sum()) / 5)
 
 
 def test_what_came_back_is_not_ruled_by_victims_of_hardly_any_damage():

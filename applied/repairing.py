@@ -124,7 +124,8 @@ class Repair:
     def recovered(self, target: str | int = 0, arm: str = "repaired") -> Interval:
         """Σ (attacked − repaired) / Σ (attacked − clean) of one output, over victims: 1 is all of it.
 
-        With a 95 % interval over victims, see `shares_recovered`; nan where no damage can be told. The other arms are
+        With a 95 % interval over victims, see `shares_recovered`; nan where no damage can be told: of one or two victims, where
+        there is none, of three or more, where its interval holds 0. The other arms are
         "random", as many rows taken away at random, and "planted", exactly the planted ones.
         """
         j = self.targets.index(target) if isinstance(target, str) else target
@@ -164,22 +165,30 @@ class Repair:
 
 
 def shares_recovered(
-    damage: NDArray[np.float64], gain: NDArray[np.float64], least: float = 0.0
+    damage: NDArray[np.float64],
+    gain: NDArray[np.float64],
+    least: float = 0.0,
+    *,
+    rises: bool = False,
 ) -> NDArray[np.float64]:
     """Shares of damage [s] that came back, one a victim or split, whose mean is all that did over all the damage:
 
         r + (g_s − r d_s) / d̄,    r = Σ g / Σ d
 
     A mean of ratios would be ruled by victims of hardly any damage. Empty where there is no more than `least` of it
-    in the mean, or where its own 95 % interval holds 0: a ratio to it may be anything.
+    in the mean (of either sign; with `rises`, as of a loss, above 0), or where its own 95 % interval holds 0: a ratio
+    to it may be anything. The interval is asked of three victims or more; that of two holds 0 of nearly any damage.
 
     Source: the ratio estimator and its residuals, Cochran 1977, ch. 6.
 
     >>> shares_recovered(np.array([2.0, 4.0, 3.0]), np.array([1.0, 4.0, 2.5])).mean().round(9).item()
     0.833333333
     """
-    mean = paired_interval(damage)  # of one there is no interval
-    if abs(mean.mean) <= least or mean.low <= 0 <= mean.high:
+    if not len(damage):
+        return np.zeros(0)
+    mean = paired_interval(damage)
+    some = mean.mean > least if rises else abs(mean.mean) > least
+    if not some or (len(damage) > 2 and mean.low <= 0 <= mean.high):
         return np.zeros(0)
     r = gain.sum() / damage.sum()
     shares: NDArray[np.float64] = r + (gain - r * damage) / damage.mean()

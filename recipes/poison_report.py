@@ -102,15 +102,13 @@ def row_of(some: Sequence[Outcome]) -> Row:
 def comes_back(some: Sequence[Outcome], arm: str) -> list[float]:
     """Shares of held-out damage, one a split, see `shares_recovered`.
 
-    Nothing where there is less of it than `DAMAGE` of the clean loss, where its own interval over splits holds 0, or
-    where nothing was removed.
+    Nothing where there is less of it than `DAMAGE` of the clean loss, where its own interval over three splits or more
+    holds 0, or where nothing was removed.
     """
     pairs = [(x.changed[HELD_OUT], getattr(x, arm).get(HELD_OUT, math.nan)) for x in some]
     known = np.array([(d, d * share) for d, share in pairs if math.isfinite(share)]).reshape(-1, 2)
-    if not len(known) or known[:, 0].mean() <= 0:
-        return []
     clean = np.mean([x.clean[HELD_OUT] for x in some])
-    return shares_recovered(known[:, 0], known[:, 1], float(DAMAGE * clean)).tolist()
+    return shares_recovered(known[:, 0], known[:, 1], float(DAMAGE * clean), rises=True).tolist()
 
 
 def mean(found: Sequence[float]) -> Interval:

@@ -24,7 +24,7 @@ from applied.detection import (
 )
 from applied.poisoning import ThreatModel, flip_labels, insert, repair, trace
 from applied.recipe import Decision, Verified
-from applied.repairing import Repair
+from applied.repairing import Repair, shares_recovered
 from attribution_core import LinearDatamodel, Outputs, Problem, cross_entropy, influence
 from attribution_core.data import batches
 from attribution_core.refitting import refit
@@ -591,6 +591,21 @@ def test_no_damage_no_share_of_it():
     assert one.mean == pytest.approx(0.75)
     lowered = mended_by([0.7, 0.8], [0.9, 1.0], [0.85, 0.95])  # an accuracy: damage below 0
     assert lowered.recovered().mean == pytest.approx(0.75)
+
+
+def test_two_victims_have_a_share_without_a_test():
+    """Damage .5 and .6, whose interval of two holds 0; the same of three is tested, and of a fall where none counts, none."""
+    mended = mended_by([0.9, 1.0], [0.4, 0.4], [0.5, 0.5])
+    assert mended.recovered().mean == pytest.approx(0.9 / 1.1)
+    assert mended.table().splitlines()[-1].split()[-1] != "-"
+    three = np.array([0.7, 0.05, -0.2])
+    assert len(shares_recovered(three[:2], three[:2])) == 2
+    assert len(shares_recovered(three, three)) == 0
+    fall = np.array([-0.5, -0.6, -0.55])
+    assert len(shares_recovered(fall, fall)) == 3
+    assert len(shares_recovered(fall, fall, rises=True)) == 0
+    assert len(shares_recovered(-fall, fall, 0.6, rises=True)) == 0
+    assert len(shares_recovered(fall[:0], fall[:0])) == 0
 
 
 def test_a_detection_says_how_many():

@@ -101,9 +101,8 @@ def language_model(model: str, pool: Sequence[Document], folder: Path) -> Langua
             f"expected a preset ({', '.join(PRESETS)}) or a transformers model, got {model!r}: {error}"
         ) from None
     refuse_unfit(one, tokenizer, model)
-    length = int(
-        min(PRETRAINED.length, positions_of(one) - 1)
-    )  # a block has a start token before its own
+    # a block has a start token before its own
+    length = int(min(PRETRAINED.length, positions_of(one) - 1))
     return LanguageModel(tokenizer, make, replace(PRETRAINED, length=length), False)
 
 

@@ -102,10 +102,10 @@ def detect(
     """How suspicious every training row is.
 
     "neighbours": the share of the nearest rows with another label; rows equally far share the last places.
-    "combined": rows vote on each other's labels by kernel ridge regression, margin_i = p_i(own label) − max other p_i, each by a vote without itself (exact
-    leave-one-out). There are two votes, one that weights all rows alike and one that weights all classes alike, and
-    the larger margin counts: the first vote disputes honest rows of rare classes, the second honest rows of common
-    ones. Trusted rows always vote. Of the others, those vote first that trusted rows and signals doubt least, then
+    "combined": rows vote on each other's labels by kernel ridge regression, margin_i = p_i(own label) − max other p_i,
+    each by a vote without itself (exact leave-one-out). There are two votes, one that weights all rows alike and one
+    that weights all classes alike, and the larger margin counts: the first vote disputes honest rows of rare classes,
+    the second honest rows of common ones. Trusted rows always vote. Of the others, those vote first that trusted rows and signals doubt least, then
     those that the previous vote agreed with. The score is −margin. Without trusted rows or labels it is the mean over
     detectors of −log(1 − rank), and does not say where to stop.
 

@@ -133,8 +133,8 @@ def _scales(left: Array, of_prior: Array, variance: Array) -> Array:
     """The prior's scale for every target [t]: its own, drawn towards that of all, and that towards 0.
 
     Each is drawn as far as it is uncertain (empirical Bayes; the positive part of James and Stein): with
-    error e of an estimate s of 0, s (1 − CAUTION e²/s²)₊, which is all there is to one target. The error of the common scale is taken over rows,
-    since the targets of one row err together.
+    error e of an estimate s of 0, s (1 − CAUTION e²/s²)₊, which is all there is to one target. The error of
+    the common scale is taken over rows, since the targets of one row err together.
     """
     weighed = of_prior / variance
     power = (of_prior * weighed).sum()
@@ -147,9 +147,8 @@ def _scales(left: Array, of_prior: Array, variance: Array) -> Array:
     each = np.where(each > 0, each, np.inf)
     own = (left * of_prior).sum(0) / each
     noise = ((left - own * of_prior) ** 2).mean(0) / each
-    beyond = (
-        own - common
-    ) ** 2 - noise  # not of pooled: how far that was drawn tells no targets apart
+    # from the common scale as it was: how far it was drawn tells no targets apart
+    beyond = (own - common) ** 2 - noise
     spread = max(0.0, float(beyond.mean() - beyond.std() / np.sqrt(len(beyond))))
     share = spread / (spread + noise) if spread > 0 else 0.0
     return pooled + share * (own - pooled)

@@ -66,6 +66,8 @@ def parts_of(found: Sequence[Asked]) -> dict[str, list[Asked]]:
 def words_of(data: Classification, found: Sequence[Asked]) -> list[str]:
     """What the numbers come to."""
     words = [f"{name.capitalize()}: {medians(some)}" for name, some in parts_of(found).items()]
+    if not any(x.wrong for x in found):
+        words.insert(0, "No mistake is among the decisions that were asked about.")
     words.append(agreement(found))
     if data.bad is not None and (rows := behind(found)):
         words.append(

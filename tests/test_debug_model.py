@@ -124,6 +124,8 @@ def test_a_file_of_ones_own(tmp_path, capsys):
     said, found = capsys.readouterr().out, read(tmp_path / "out")
     assert {x["said"] for x in found["decisions"]} <= {"red", "white", "rosé"}
     assert found["groups"] is None  # hardly any mistake is made
+    none = not any(x["said"] != x["label"] for x in found["decisions"])
+    assert ("No mistake is among the decisions" in said) == none
     assert "wrong label" not in said
     shown = pd.read_csv(tmp_path / "wine.csv").kind
     for x in found["decisions"]:

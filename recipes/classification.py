@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+EMBEDDED = ("digits", "breast_cancer")
 SPOILED = {1: 1.0, 3: 0.5, 6: 0.3}  # of the embedded owners: share of wrong labels
 
 
@@ -103,6 +104,15 @@ def problem_of(data: Classification, width: int, weight_decay: float) -> tuple[A
     make = partial(network, data.x.shape[1], len(data.classes), width)
     train = (torch.tensor(data.x), torch.tensor(data.y))
     return Problem(make(0), cross_entropy, train, weight_decay=weight_decay), make
+
+
+def load(
+    data: str, label: str, ignore: Sequence[str], test: str | None, seed: int, mislabel: float = 0.0
+) -> Classification:
+    """An embedded table by its name, with a share of wrong labels, or a file of one's own; without owners."""
+    if data in EMBEDDED:
+        return embedded(data, mislabel, 0, seed)
+    return from_file(data, label, None, test, seed, ignore)
 
 
 def embedded(name: str, mislabel: float, owners: int, seed: int) -> Classification:

@@ -29,8 +29,7 @@ from attribution_core import (
 )
 from recipes.classification import (
     Classification,
-    embedded,
-    from_file,
+    load,
     problem_of,
     warn_of_repeated,
 )
@@ -39,7 +38,6 @@ from recipes.command import at_least, bar
 if TYPE_CHECKING:
     from recipes.debug_model import Flags
 
-EMBEDDED = ("digits", "breast_cancer")
 CLEAR = 1e-3  # margin: less is decided by rounding
 BATCH = 1024  # rows that are scored at a time
 NEAR = 10  # neighbours
@@ -135,9 +133,7 @@ def checked(flags: Flags) -> Classification:
 
 def data_of(flags: Flags) -> Classification:
     """The table, split."""
-    if flags.data in EMBEDDED:
-        return embedded(flags.data, flags.mislabel, 0, flags.seed)
-    return from_file(flags.data, flags.label, None, flags.test, flags.seed, flags.ignore)
+    return load(flags.data, flags.label, flags.ignore, flags.test, flags.seed, flags.mislabel)
 
 
 def held_out(data: Classification) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

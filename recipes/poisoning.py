@@ -42,8 +42,7 @@ from attribution_core import (
 )
 from recipes.classification import (
     Classification,
-    embedded,
-    from_file,
+    load,
     problem_of,
     warn_of_repeated,
 )
@@ -52,7 +51,6 @@ from recipes.command import at_least, bar
 if TYPE_CHECKING:
     from recipes.poison import Flags
 
-EMBEDDED = ("digits", "breast_cancer")
 ATTACKS = ("random", "confident", "one shot", "in rounds")
 TARGET, HELD_OUT, ACCURACY = "target loss", "held-out loss", "held-out accuracy"
 SURROGATES = 3  # trainings that a network's surrogate is the mean of
@@ -156,9 +154,7 @@ def checked(flags: Flags) -> Classification:
 
 def data_of(flags: Flags, split: int) -> Classification:
     """The rows of a split."""
-    if flags.data in EMBEDDED:
-        return embedded(flags.data, 0.0, 0, split)
-    return from_file(flags.data, flags.label, None, flags.test, split, flags.ignore)
+    return load(flags.data, flags.label, flags.ignore, flags.test, split)
 
 
 def study(flags: Flags) -> tuple[list[Outcome], list[Emptied]]:

@@ -260,9 +260,7 @@ def named(groups: ArrayLike, n: int) -> tuple[NDArray[Any], NDArray[np.intp]]:
     labels = np.asarray(groups)
     if labels.shape != (n,) or n == 0:
         raise ValueError(f"expected one group label per example, [n={n}], got {labels.shape}")
-    given = groups if isinstance(groups, (list, tuple)) else labels.tolist()
-    lost = [k for k, label in enumerate(given) if missing(label)]
-    if lost:
+    if lost := unlabelled(groups):
         raise ValueError(
             f"expected a group label for every example, got none for {lost[:10]}; name them, "
             "for example by one label for all that have none"
@@ -291,10 +289,16 @@ def numbers_of(
     return ids.ravel(), values.ravel(), list(batch[column].shape)
 
 
-def missing(label: Any) -> bool:
-    """None, or one of the ways of numpy and pandas to say so."""
-    nan = isinstance(label, float) and math.isnan(label)
-    return label is None or nan or type(label).__name__ in ("NAType", "NaTType") or label != label
+def unlabelled(labels: ArrayLike) -> list[int]:
+    """The places of labels that are missing: None, or one of the ways of numpy and pandas to say so."""
+
+    def is_missing(label: Any) -> bool:
+        nan = isinstance(label, float) and math.isnan(label)
+        of_pandas = type(label).__name__ in ("NAType", "NaTType")
+        return label is None or nan or of_pandas or label != label
+
+    given = labels if isinstance(labels, (list, tuple)) else np.asarray(labels).tolist()
+    return [k for k, label in enumerate(given) if is_missing(label)]
 
 
 @dataclass(frozen=True)

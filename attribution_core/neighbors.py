@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.data import Data, Progress, as_data, batches, missing, take
+from attribution_core.data import Data, Progress, as_data, batches, take, unlabelled
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import row_gradients
 from attribution_core.outputs import labels_in
@@ -154,12 +154,10 @@ def knn_values(
         )
     if not len(own):
         raise ValueError("expected at least one training example, got none")
-    for name, of, array in (("y", y, labels), ("target_y", target_y, wanted)):
-        given = of if isinstance(of, (list, tuple)) else array.tolist()
-        nobody = [i for i, label in enumerate(given) if missing(label)]
-        if nobody:
+    for name, given in (("y", y), ("target_y", target_y)):
+        if lost := unlabelled(given):
             raise ValueError(
-                f"expected a label for every row, got none in rows {nobody[:10]} of {name}; a missing label matches "
+                f"expected a label for every row, got none in rows {lost[:10]} of {name}; a missing label matches "
                 "nothing, and would count as wrong: leave those rows out, or name them"
             )
     text, asked = ({isinstance(label, str) for label in of.tolist()} for of in (labels, wanted))

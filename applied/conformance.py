@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from applied.counting import counted
+from applied.forgetting.counting import counted
 from applied.unlearners import of_classes
 from applied.yardstick import Evaluation
 from attribution_core.data import as_data, take
-from attribution_core.fingerprint import fingerprint
+from attribution_core.disk.fingerprint import fingerprint
 from attribution_core.outputs import logits_of
 
 SAME = 1e-6  # of the outputs' spread, besides rounding: what outputs of one function differ by

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.flip_budget import FlipBudgets, Surrogate, budget_to_flip, smallest
+from applied.audit.flip_budget import FlipBudgets, Surrogate, budget_to_flip, smallest
+from applied.audit.threat import ThreatModel
 from applied.recipe import Retrain, Retrained, aligned, distinct_seeds, retrained_outputs
-from applied.threat import ThreatModel
 from attribution_core.data import Progress
 from attribution_core.datamodel import LinearDatamodel, columns
 from attribution_core.problem import Problem

@@ -3,7 +3,7 @@
     max over what the adversary controls of  goal · f(w)        w: which version of every row is trained on
 
 A changed label, a changed input, a row brought in: each gives weight to another version of a row
-(`applied.versions`), so the datamodel of a surrogate predicts it, and the victim's retraining checks it, beside no
+(`applied.audit.versions`), so the datamodel of a surrogate predicts it, and the victim's retraining checks it, beside no
 attack and beside a random attack of the same budget. `detect`, `trace` and `repair` read the same table backwards.
 
     attack = flip_labels(
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from applied.attack import (
+from applied.audit.attack import (
     Attack,
     Quota,
     Said,
@@ -39,13 +39,13 @@ from applied.attack import (
     random_rows,
     verified_attack,
 )
-from applied.detection import Detection, detect
-from applied.flip_budget import FlipBudgets, budget_to_flip
-from applied.perturbation import perturb
+from applied.audit.detection import Detection, detect
+from applied.audit.flip_budget import FlipBudgets, budget_to_flip
+from applied.audit.perturbation import perturb
+from applied.audit.repairing import Repair, Trace, repair, trace
+from applied.audit.threat import ROUNDING, ThreatModel
+from applied.audit.versions import Versions, joined, labels_of, relabelled
 from applied.recipe import Retrained
-from applied.repairing import Repair, Trace, repair, trace
-from applied.threat import ROUNDING, ThreatModel
-from applied.versions import Versions, joined, labels_of, relabelled
 from attribution_core.data import Column, Data, Progress, as_data, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.outputs import labels_in, logits_of

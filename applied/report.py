@@ -74,7 +74,7 @@ class Page:
 
     def save(self, path: str | Path) -> None:
         """Write the page, whole or not at all."""
-        from attribution_core.files import write_text
+        from attribution_core.disk.files import write_text
 
         write_text(Path(path), self.html())
 
@@ -215,7 +215,7 @@ def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
     Raises:
         TypeError: a value that json has no form for.
     """
-    from attribution_core.files import write_text
+    from attribution_core.disk.files import write_text
 
     text = json.dumps(_bare(metrics), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     write_text(Path(path), text + "\n")

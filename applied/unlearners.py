@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from applied.counterparts import Counterparts, say
+from applied.forgetting.counterparts import Counterparts, say
 from attribution_core.data import Batch, Data, as_data, take
 from attribution_core.outputs import IGNORED, cross_entropy, labels_in, logits_of, next_labels
 from attribution_core.problem import PerExample

@@ -19,9 +19,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from applied.counting import FORWARD, counted
-from applied.matching import KINDS, Goal
-from applied.rehearsing import ROUNDING, Told, UnlearningWarning, rehearsed
+from applied.forgetting.counting import FORWARD, counted
+from applied.forgetting.matching import KINDS, Goal
+from applied.forgetting.rehearsing import ROUNDING, Told, UnlearningWarning, rehearsed
 from applied.unlearners import Steps, Unlearner, to_unseen
 from applied.yardstick import Evaluation, attack, evaluate, gaussian_klom, klom
 from attribution_core.data import Data, Progress, Rows, as_data, sample

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from applied.recipe import Interval
 from attribution_core.data import named
-from attribution_core.files import ending
+from attribution_core.disk.files import ending
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.divergence import attack, gaussian_klom, klom, sample
+from applied.forgetting.divergence import attack, gaussian_klom, klom, sample
 from applied.recipe import aligned
-from attribution_core.files import ending
+from attribution_core.disk.files import ending
 
 __all__ = ["CEILING", "FLOOR", "Evaluation", "attack", "evaluate", "gaussian_klom", "klom"]
 

@@ -39,8 +39,8 @@ from attribution_core.regression import (
 )
 from attribution_core.rehearsal import Pace, Rehearsal, rehearse
 from attribution_core.retraining import retrain
+from attribution_core.safeguards.smoothness import MetagradientWarning
 from attribution_core.self_influence import self_influence
-from attribution_core.smoothness import MetagradientWarning
 from attribution_core.subsets import (
     all_subsets,
     bernoulli_subsets,

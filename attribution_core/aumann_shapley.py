@@ -21,13 +21,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.data import Progress, Sized, named, summed
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.files import claim, write_array
-from attribution_core.fingerprint import fingerprint
+from attribution_core.disk.files import claim, write_array
+from attribution_core.disk.fingerprint import fingerprint
 from attribution_core.magic import magic
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import from_first, wait, world
 from attribution_core.retraining import retrain
-from attribution_core.smoothness import MetagradientWarning
+from attribution_core.safeguards.smoothness import MetagradientWarning
 from attribution_core.training import Adam, Recipe, Run, train
 
 Method = Callable[[Run, Outputs], LinearDatamodel]

@@ -22,7 +22,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from attribution_core.affine import (
+from attribution_core.data import checked_weights
+from attribution_core.problem import Params, Problem
+from attribution_core.second_order.affine import (
     Smoothness,
     gradient_norm,
     minimised,
@@ -33,9 +35,7 @@ from attribution_core.affine import (
     smoothness_of,
     step_bounds,
 )
-from attribution_core.data import checked_weights
-from attribution_core.problem import Params, Problem
-from attribution_core.quadratic import standing
+from attribution_core.second_order.quadratic import standing
 
 LARGEST = 4.0  # epsilon up to which Guo et al.'s constant is enough for the tail of a Gaussian
 NEAR = 0.01  # of the objective: what a fitted model may still gain by one Newton step

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from attribution_core.data import Progress
+from attribution_core.disk.files import write_text
 from attribution_core.evaluation import LDS, Predictor, lds
-from attribution_core.files import write_text
 from attribution_core.table import RetrainingTable
 
 Method = Callable[[float], Predictor]  # keep fraction -> datamodel, anchored where it likes

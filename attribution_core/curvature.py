@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attribution_core.conjugate import conjugate_gradients, conjugate_steps
 from attribution_core.data import Batch, Progress, Rows, batches, sample, take
-from attribution_core.ekfac import EKFAC, Labels, fit_ekfac
 from attribution_core.gradients import row_gradients
-from attribution_core.opened import Losses, open_output
+from attribution_core.layerwise.opened import Losses, open_output
+from attribution_core.layerwise.vectors import flatten, size_of, unflatten
 from attribution_core.problem import (
     Params,
     PerExample,
@@ -41,8 +40,9 @@ from attribution_core.problem import (
     refuse_random_layers,
 )
 from attribution_core.processes import my_rows, sum_over_processes
-from attribution_core.spectrum import Dense, Diagonal, Spectrum
-from attribution_core.vectors import flatten, size_of, unflatten
+from attribution_core.second_order.conjugate import conjugate_gradients, conjugate_steps
+from attribution_core.second_order.ekfac import EKFAC, Labels, fit_ekfac
+from attribution_core.second_order.spectrum import Dense, Diagonal, Spectrum
 
 Kind = Literal["identity", "diagonal", "hessian", "gauss_newton", "ekfac"]
 Form = Literal["auto", "dense", "cg"]

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.data import named, summed
-from attribution_core.files import write_array, write_text
+from attribution_core.disk.files import write_array, write_text
 
 FORMAT = 1  # of the saved folder; another number is refused
 OF_OUTPUTS = ("change", "weight_decay", "remainder")  # lists in meta with a number for each output

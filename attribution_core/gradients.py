@@ -25,10 +25,11 @@ from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from attribution_core.coverage import coverage_of
 from attribution_core.data import Batch, Progress, batches, row_numbers, rows_in, take
-from attribution_core.ghost import ghost
-from attribution_core.layers import UNTRIED, Coverage, NotCovered
+from attribution_core.layerwise.coverage import coverage_of
+from attribution_core.layerwise.ghost import ghost
+from attribution_core.layerwise.layers import UNTRIED, Coverage, NotCovered
+from attribution_core.layerwise.vectors import flatten, size_of, unflatten
 from attribution_core.problem import (
     Outputs,
     Params,
@@ -42,8 +43,7 @@ from attribution_core.problem import (
     trainable,
     widened,
 )
-from attribution_core.soundness import refuse_mixed_outputs, refuse_unsound
-from attribution_core.vectors import flatten, size_of, unflatten
+from attribution_core.safeguards.soundness import refuse_mixed_outputs, refuse_unsound
 
 Engine = Literal["auto", "ghost", "jvp", "rows"]
 SINGLY = 32  # outputs up to which each gets a backward pass of its own

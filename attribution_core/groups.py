@@ -19,11 +19,11 @@ from torch import Tensor
 
 from attribution_core.data import Progress, batches, named, take
 from attribution_core.gradients import check_directions
+from attribution_core.layerwise.vectors import flatten
 from attribution_core.problem import Params, Problem, per_example, widened
 from attribution_core.processes import collect, failing_together, my_rows
-from attribution_core.soundness import refuse_unsound
+from attribution_core.safeguards.soundness import refuse_unsound
 from attribution_core.table import RetrainingTable
-from attribution_core.vectors import flatten
 
 BLOCK = 2**12  # parameters a product runs over: one long float32 product loses a digit
 

@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from attribution_core.data import Progress
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.gradients import Engine, choose_engine, plain_engine, valued_gradients
-from attribution_core.layers import UNTRIED, Coverage, NotCovered
-from attribution_core.optimizers import SGD, Adam, AdamW
-from attribution_core.passes import Pass, Passes
+from attribution_core.layerwise.layers import UNTRIED, Coverage, NotCovered
 from attribution_core.problem import Outputs, Params, Problem, decay_of, refuse_random_layers
-from attribution_core.reach import Reach, Segment, mixed
-from attribution_core.steps import Steps, TrainingState
+from attribution_core.stepwise.optimizers import SGD, Adam, AdamW
+from attribution_core.stepwise.passes import Pass, Passes
+from attribution_core.stepwise.reach import Reach, Segment, mixed
+from attribution_core.stepwise.steps import Steps, TrainingState
 from attribution_core.training import (
     Drop,
     Recipe,

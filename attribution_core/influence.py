@@ -14,19 +14,19 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from attribution_core.curvature import Curvature, Form, Kind, fit_curvature
-from attribution_core.damping import choose_damping
 from attribution_core.data import Progress, Rows, sample
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.ekfac import Labels
-from attribution_core.fingerprint import fingerprint
+from attribution_core.disk.fingerprint import fingerprint
 from attribution_core.gradients import Engine, directional, output_gradients
 from attribution_core.groups import group_directional, mean_anchor
+from attribution_core.layerwise.vectors import flatten, size_of
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import gathered, my_rows
+from attribution_core.second_order.damping import choose_damping
+from attribution_core.second_order.ekfac import Labels
+from attribution_core.stepwise.trained import OWN, Trained, over_runs, several, trained
 from attribution_core.store import Store
-from attribution_core.trained import OWN, Trained, over_runs, several, trained
 from attribution_core.training import Drop, Run
-from attribution_core.vectors import flatten, size_of
 
 QUICK = 5 * 10**9  # rows · parameters · targets up to which EK-FAC is refined in seconds
 WIDE = 2**28  # output gradients, in numbers, up to which float32 models are solved in float64

@@ -28,10 +28,10 @@ from attribution_core.data import (
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.gradients import output_gradients
 from attribution_core.influence import fitted_curvature
+from attribution_core.layerwise.vectors import flatten, unflatten
 from attribution_core.problem import Outputs, Params, Problem, call
-from attribution_core.trained import trained
+from attribution_core.stepwise.trained import trained
 from attribution_core.training import Run
-from attribution_core.vectors import flatten, unflatten
 
 
 @torch.enable_grad()  # whatever the caller is in

@@ -13,9 +13,10 @@ from torch import Tensor
 from attribution_core.data import Progress, batches
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import output_gradients
+from attribution_core.layerwise.vectors import flatten
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import collect, failing_together, my_rows, sum_over_processes
-from attribution_core.quadratic import (
+from attribution_core.second_order.quadratic import (
     ALONE,
     Quadratic,
     factored,
@@ -24,9 +25,8 @@ from attribution_core.quadratic import (
     solved,
     standing,
 )
-from attribution_core.trained import several
+from attribution_core.stepwise.trained import several
 from attribution_core.training import Run
-from attribution_core.vectors import flatten
 
 
 def leave_one_out(

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from attribution_core.data import Batch, batches, take
 from attribution_core.gradients import mean_gradient
-from attribution_core.opened import open_output
+from attribution_core.layerwise.opened import open_output
 from attribution_core.outputs import cross_entropy, squared_error
 from attribution_core.problem import PerExample, Problem
 

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from attribution_core.adjoint import Form, Wanted
 from attribution_core.data import (
     Column,
     Progress,
@@ -27,20 +26,21 @@ from attribution_core.data import (
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import has_forward_mode
 from attribution_core.groups import mean_anchor
+from attribution_core.metagradients.adjoint import Form, Wanted
+from attribution_core.metagradients.tangent import Tangents, pushed_outputs
+from attribution_core.metagradients.walk import Walk, told_operation, walk_back
 from attribution_core.problem import Outputs
 from attribution_core.processes import world
-from attribution_core.replay import States, states_held
-from attribution_core.smoothness import (
+from attribution_core.safeguards.smoothness import (
     MetagradientWarning,
     finite_difference,
     look,
     refuse_low_precision,
 )
-from attribution_core.soundness import stopped
-from attribution_core.tangent import Tangents, pushed_outputs
-from attribution_core.trained import each_run
+from attribution_core.safeguards.soundness import stopped
+from attribution_core.stepwise.replay import States, states_held
+from attribution_core.stepwise.trained import each_run
 from attribution_core.training import Run
-from attribution_core.walk import Walk, told_operation, walk_back
 
 Wrt = Literal["weights", "domains", "inputs", "lr", "weight_decay"]
 GROWN = 5.0  # adjoint growth beyond which first order was worthless in every run that was looked at

@@ -21,12 +21,12 @@ from numpy.typing import ArrayLike, NDArray
 from attribution_core.data import Data, Progress, as_data, batches, take, unlabelled
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import row_gradients
+from attribution_core.layerwise.representations import last_layer, representations
+from attribution_core.layerwise.vectors import flatten, size_of
 from attribution_core.outputs import labels_in
 from attribution_core.problem import Outputs, Problem, per_example, refuse_random_layers
-from attribution_core.representations import last_layer, representations
-from attribution_core.trained import several, trained
+from attribution_core.stepwise.trained import several, trained
 from attribution_core.training import Run
-from attribution_core.vectors import flatten, size_of
 
 BLOCK = 2**20  # distances worked on at a time, 8 MiB
 HELD = 2**26  # numbers of per-row gradients held at once where signs are found (256 MiB in float32)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from attribution_core.data import batches
 from attribution_core.datamodel import rows_of, weight_rows
+from attribution_core.layerwise.vectors import by_name, vector
 from attribution_core.problem import Outputs, Params, Problem
-from attribution_core.quadratic import (
+from attribution_core.second_order.quadratic import (
     ALONE,
     Quadratic,
     factored,
@@ -26,7 +27,6 @@ from attribution_core.quadratic import (
     standing,
 )
 from attribution_core.training import Run
-from attribution_core.vectors import by_name, vector
 
 HELD = 2**28  # numbers of a stacked Jacobian, 2 GiB, that are kept at most
 

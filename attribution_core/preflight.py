@@ -9,8 +9,9 @@ from typing import Any
 
 from attribution_core.data import Progress, Rows, sample
 from attribution_core.magic import magic
+from attribution_core.metagradients.tangent import Tangents, pushed_outputs
 from attribution_core.problem import Outputs, Problem
-from attribution_core.smoothness import (
+from attribution_core.safeguards.smoothness import (
     FiniteDifference,
     H,
     Look,
@@ -22,7 +23,6 @@ from attribution_core.smoothness import (
     moved_weights,
     refuse_low_precision,
 )
-from attribution_core.tangent import Tangents, pushed_outputs
 from attribution_core.training import Recipe, begun, train
 
 

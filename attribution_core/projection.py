@@ -32,12 +32,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from attribution_core.coverage import coverage_of
 from attribution_core.data import Batch, Data, Progress, batches, row_numbers, rows_in, take
-from attribution_core.ekfac import plan
 from attribution_core.gradients import row_gradients
-from attribution_core.kronecker import Place
-from attribution_core.layers import (
+from attribution_core.layerwise.coverage import coverage_of
+from attribution_core.layerwise.layers import (
     UNTRIED,
     Coverage,
     Names,
@@ -48,9 +46,11 @@ from attribution_core.layers import (
     plain_gradients,
     watched,
 )
+from attribution_core.layerwise.vectors import flatten, size_of
 from attribution_core.problem import Params, PerExample, Problem, per_example, widened
-from attribution_core.soundness import refuse_unsound
-from attribution_core.vectors import flatten, size_of
+from attribution_core.safeguards.soundness import refuse_unsound
+from attribution_core.second_order.ekfac import plan
+from attribution_core.second_order.kronecker import Place
 
 Kind = Literal["auto", "factored", "rademacher", "gaussian"]
 Law = Literal["rademacher", "gaussian"]

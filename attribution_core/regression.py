@@ -17,9 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.data import Progress
 from attribution_core.datamodel import LinearDatamodel, columns
-from attribution_core.lasso import NotConverged, centred, lasso
-from attribution_core.pairs import PairDatamodel, Pairs
-from attribution_core.ridge import Ridge, choose
+from attribution_core.fits.lasso import NotConverged, centred, lasso
+from attribution_core.fits.pairs import PairDatamodel, Pairs
+from attribution_core.fits.ridge import Ridge, choose
 from attribution_core.table import RetrainingTable
 
 __all__ = ["NotConverged", "PairDatamodel", "Underdetermined", "fit_datamodel"]

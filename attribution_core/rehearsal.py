@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from attribution_core.data import Progress, checked_weights
 from attribution_core.problem import Params
-from attribution_core.steps import Steps
+from attribution_core.stepwise.steps import Steps
 from attribution_core.training import Recipe, Run, steps_of
 
 Read = Callable[[nn.Module], Tensor]  # what to know of a model in eval mode: numbers of any shape

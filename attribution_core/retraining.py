@@ -14,13 +14,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.data import Progress, Sized
-from attribution_core.files import claim, write_array
-from attribution_core.fingerprint import fingerprint
+from attribution_core.disk.files import claim, write_array
+from attribution_core.disk.fingerprint import fingerprint
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import failing_together, from_first, sum_over_processes, world
+from attribution_core.safeguards.soundness import refuse_mixed_outputs
 from attribution_core.seeds import listed
-from attribution_core.soundness import refuse_mixed_outputs
-from attribution_core.stacked import Cell, Diverged, Stack, stack_size
+from attribution_core.stepwise.stacked import Cell, Diverged, Stack, stack_size
 from attribution_core.table import RetrainingTable
 from attribution_core.training import Drop, Recipe, check_drop, train
 

@@ -14,11 +14,11 @@ from attribution_core.curvature import Curvature, Kind
 from attribution_core.data import Progress, batches, sample, take
 from attribution_core.gradients import row_gradients
 from attribution_core.influence import fitted_curvature
+from attribution_core.layerwise.vectors import flatten, size_of
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import collect, failing_together, my_rows
-from attribution_core.trained import several, trained
+from attribution_core.stepwise.trained import several, trained
 from attribution_core.training import Run
-from attribution_core.vectors import flatten, size_of
 
 HELD = 2**26  # numbers of row gradients at a time
 

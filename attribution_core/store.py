@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from attribution_core.files import write_arrays, write_text
+from attribution_core.disk.files import write_arrays, write_text
 from attribution_core.processes import failing_together, from_first, wait, world
 
 FORMAT = 1

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attribution_core.datamodel import columns, plain
-from attribution_core.files import ending, whole
+from attribution_core.disk.files import ending, whole
 
 
 @dataclass(frozen=True)

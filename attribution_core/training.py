@@ -22,8 +22,21 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from attribution_core.data import Progress, checked_weights, row_numbers, tensors_in
-from attribution_core.fingerprint import fingerprint
-from attribution_core.optimizers import (
+from attribution_core.disk.fingerprint import fingerprint
+from attribution_core.disk.run_folder import RunFolder
+from attribution_core.problem import (
+    Outputs,
+    Params,
+    Problem,
+    batch_norms,
+    refuse_dropout,
+    refuse_embeddings,
+    refuse_idle_masks,
+)
+from attribution_core.processes import failing_together, from_first, wait, world
+from attribution_core.safeguards.soundness import nothing_else_changes
+from attribution_core.safeguards.swapping import refuse_computed_weights, refuse_hidden_parameters
+from attribution_core.stepwise.optimizers import (
     SGD,
     Adam,
     AdamW,
@@ -35,21 +48,8 @@ from attribution_core.optimizers import (
     resolved,
     stretches,
 )
-from attribution_core.problem import (
-    Outputs,
-    Params,
-    Problem,
-    batch_norms,
-    refuse_dropout,
-    refuse_embeddings,
-    refuse_idle_masks,
-)
-from attribution_core.processes import failing_together, from_first, wait, world
-from attribution_core.replay import MEMORY, States, first_pass, states_held
-from attribution_core.run_folder import RunFolder
-from attribution_core.soundness import nothing_else_changes
-from attribution_core.steps import Augment, Steps, TrainingState
-from attribution_core.swapping import refuse_computed_weights, refuse_hidden_parameters
+from attribution_core.stepwise.replay import MEMORY, States, first_pass, states_held
+from attribution_core.stepwise.steps import Augment, Steps, TrainingState
 
 __all__ = ["SGD", "Adam", "AdamW", "Checkpoint", "Recipe", "Run", "train"]
 

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from attribution_core.data import Progress, batches, take
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.fingerprint import fingerprint
+from attribution_core.disk.fingerprint import fingerprint
+from attribution_core.layerwise.vectors import size_of, unflatten
 from attribution_core.outputs import cross_entropy, margin
 from attribution_core.problem import Outputs, PerExample, Problem, widened
 from attribution_core.processes import collect, failing_together, my_rows, sum_over_processes
 from attribution_core.projection import Kind, Projection, projection
+from attribution_core.stepwise.trained import Trained, several, trained
+from attribution_core.stepwise.trajectory import problem_at
 from attribution_core.store import Store
-from attribution_core.trained import Trained, several, trained
 from attribution_core.training import Run
-from attribution_core.trajectory import problem_at
-from attribution_core.vectors import size_of, unflatten
 
 RIDGE = 2.0  # × the mean eigenvalue of the examples' kernel, where no run says better
 WIDEST = 2048  # dimensions taken without being asked

@@ -20,21 +20,21 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from attribution_core.conjugate import conjugate_gradients
 from attribution_core.curvature import DENSE, Kind, spectrum
 from attribution_core.data import Progress
 from attribution_core.datamodel import LinearDatamodel
-from attribution_core.fingerprint import fingerprint
+from attribution_core.disk.fingerprint import fingerprint
 from attribution_core.gradients import Engine, directional, output_gradients
 from attribution_core.influence import WIDE
+from attribution_core.layerwise.vectors import flatten
 from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import gathered, my_rows
-from attribution_core.spectrum import Dense, Diagonal, Spectrum
+from attribution_core.second_order.conjugate import conjugate_gradients
+from attribution_core.second_order.spectrum import Dense, Diagonal, Spectrum
+from attribution_core.stepwise.trained import over_runs, several
+from attribution_core.stepwise.trajectory import Checkpoints, Rates, Stretch, Way, way_of
 from attribution_core.store import Store
-from attribution_core.trained import over_runs, several
 from attribution_core.training import Run
-from attribution_core.trajectory import Checkpoints, Rates, Stretch, Way, way_of
-from attribution_core.vectors import flatten
 
 Remember = Callable[
     [str, Callable[[], Tensor]], Tensor

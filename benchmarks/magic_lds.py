@@ -121,7 +121,7 @@ def main(flags: Flags) -> None:
     from tqdm import tqdm
 
     from attribution_core import compare, random_subsets, retrain
-    from attribution_core.smoothness import MetagradientWarning
+    from attribution_core.safeguards.smoothness import MetagradientWarning
 
     warnings.simplefilter("ignore", MetagradientWarning)
     torch.set_num_threads(1)

@@ -19,8 +19,9 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from attribution_core import LinearDatamodel, RetrainingTable, lasso, random_subsets
+from attribution_core import LinearDatamodel, RetrainingTable, random_subsets
 from attribution_core.evaluation import spearman
+from attribution_core.fits import lasso
 from attribution_core.regression import fit_datamodel
 
 Array = NDArray[np.float64]

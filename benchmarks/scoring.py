@@ -159,7 +159,7 @@ def main(s: Setting) -> None:
     import numpy as np
     import torch
 
-    from attribution_core.coverage import coverage_of
+    from attribution_core.layerwise.coverage import coverage_of
 
     memory = peaks(s)
     if s.threads:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attribution_core.files import write_array, write_text
+from attribution_core.disk.files import write_array, write_text
 from recipes.embedded import Document
 
 KINDS = (".parquet", ".jsonl", ".txt")

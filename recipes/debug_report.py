@@ -12,7 +12,7 @@ import numpy as np
 from applied import debugging_pictures as pictures
 from applied import report
 from applied.recipe import aligned
-from attribution_core.files import write_parquet
+from attribution_core.disk.files import write_parquet
 from recipes import classification
 from recipes.classification import Classification
 from recipes.command import as_given

@@ -252,8 +252,8 @@ def study(
 
 def one(flags: Flags, place: int, said: int) -> Asked:
     """One decision, asked or read back."""
-    from attribution_core.files import write_text
-    from attribution_core.fingerprint import fingerprint
+    from attribution_core.disk.files import write_text
+    from attribution_core.disk.fingerprint import fingerprint
 
     data = data_of(flags)
     shared = ("out", "jobs", "mistakes", "right", "groups")

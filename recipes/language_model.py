@@ -108,8 +108,8 @@ def language_model(model: str, pool: Sequence[Document], folder: Path) -> Langua
 
 def kept_bpe(folder: Path, texts: list[str], vocabulary: int) -> Path:
     """The tokeniser of these texts in a folder; trained again where other texts or another size had left one."""
-    from attribution_core.files import whole, write_text
-    from attribution_core.fingerprint import fingerprint
+    from attribution_core.disk.files import whole, write_text
+    from attribution_core.disk.fingerprint import fingerprint
 
     path, about = folder / "tokenizer.json", folder / "tokenizer.of"
     made_of = fingerprint(texts, vocabulary)
@@ -192,7 +192,7 @@ def no_forward_mode(problem: Any) -> str:
     from attribution_core import Problem
     from attribution_core.curvature import products
     from attribution_core.data import Rows
-    from attribution_core.vectors import size_of
+    from attribution_core.layerwise.vectors import size_of
 
     one = Problem(problem.model, problem.loss, Rows(problem.train, np.arange(1)))
     try:

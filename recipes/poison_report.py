@@ -13,11 +13,11 @@ import numpy as np
 
 from applied import poisoning_pictures as pictures
 from applied import report
-from applied.detection import COMBINED
+from applied.audit.detection import COMBINED
+from applied.audit.repairing import shares_recovered
+from applied.audit.threat import ThreatModel
 from applied.recipe import Interval, paired_interval
-from applied.repairing import shares_recovered
-from applied.threat import ThreatModel
-from attribution_core.files import write_parquet
+from attribution_core.disk.files import write_parquet
 from recipes import classification
 from recipes.classification import Classification
 from recipes.command import as_given

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from applied.attack import instead
+from applied.audit.attack import instead
+from applied.audit.versions import Versions, labels_of
 from applied.poisoning import (
     Attack,
     Detection,
@@ -24,7 +25,6 @@ from applied.poisoning import (
     relabelled,
     repair,
 )
-from applied.versions import Versions, labels_of
 from attribution_core import (
     SGD,
     LinearDatamodel,
@@ -194,8 +194,8 @@ def parted(found: Sequence[Outcome | Emptied]) -> tuple[list[Outcome], list[Empt
 def one_part(flags: Flags, split: int, budget: float) -> list[Outcome | Emptied]:
     """Every attack of one split and budget."""
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
-    from attribution_core.files import write_text
-    from attribution_core.fingerprint import fingerprint
+    from attribution_core.disk.files import write_text
+    from attribution_core.disk.fingerprint import fingerprint
 
     shared = ("out", "jobs", "splits", "seed", "budgets")
     settings = {k: v for k, v in asdict(flags).items() if k not in shared}

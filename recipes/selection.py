@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from applied.recipe import SLACK, Decision
 from applied.selection import select
 from attribution_core import LinearDatamodel, Run, influence, train
-from attribution_core.files import write_parquet
+from attribution_core.disk.files import write_parquet
 from attribution_core.processes import world
 from recipes import filters
 from recipes.command import bar, forget_report

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from applied.rehearsing import plan_rehearsals
+from applied.forgetting.rehearsing import plan_rehearsals
 from applied.unlearners import (
     Steps,
     Unlearner,
@@ -29,7 +29,7 @@ from applied.unlearners import (
 from applied.unlearning import Evaluation, evaluate, read_all, unlearn
 from attribution_core import SGD, Outputs, Recipe, margin, retrain, train
 from attribution_core.data import sample
-from attribution_core.files import write_text
+from attribution_core.disk.files import write_text
 from recipes.classification import Classification, problem_of
 from recipes.command import bar, forget_report
 from recipes.forget_sets import Forget

@@ -13,10 +13,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from attribution_core import Problem, cross_entropy, squared_error
-from attribution_core.affine import LOGISTIC, SOFTMAX, smoothness_of
 from attribution_core.certificate import fit_certified, remove
+from attribution_core.layerwise.vectors import vector
 from attribution_core.linear_models import poisson_loss
-from attribution_core.vectors import vector
+from attribution_core.second_order.affine import LOGISTIC, SOFTMAX, smoothness_of
 from tests import menagerie
 from tests.menagerie import softplus_loss
 
@@ -270,7 +270,7 @@ def test_clamped_outputs_are_seen_from_fresh_weights(seed):
 
 def test_pieces_are_seen_around_the_outputs_of_the_fit(monkeypatch):
     """Blocks of four rows, after which each row is tried at two points; the outputs of the last forty are clamped."""
-    monkeypatch.setattr("attribution_core.affine.BLOCK", 16 * 9 * 4)
+    monkeypatch.setattr("attribution_core.second_order.affine.BLOCK", 16 * 9 * 4)
     problem = drawn(0, c=3, n=60, d=2, decay=1e-3, scale=1.0)
     x, y = problem.train.columns
     late = (torch.arange(60) >= 20).double()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from applied.conformance import ADVICE, conformance
-from applied.counting import counted
+from applied.forgetting.counting import counted
 from applied.yardstick import evaluate
 
 STEPS, BATCH = 8, 10

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from applied import unlearners, unlearning
 from applied.conformance import conformance
-from applied.counterparts import Counterparts, say
+from applied.forgetting.counterparts import Counterparts, say
 from applied.unlearners import Steps, to_unseen
 from attribution_core import AdamW, Outputs, Problem, Recipe, cross_entropy, retrain, train
 from attribution_core.data import as_data

@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attribution_core import Outputs, Problem, influence
 from attribution_core import curvature as core
-from attribution_core.conjugate import conjugate_gradients
 from attribution_core.curvature import fisher_diagonal, fit_curvature, products, spectrum
-from attribution_core.ekfac import fit_ekfac
+from attribution_core.second_order.conjugate import conjugate_gradients
+from attribution_core.second_order.ekfac import fit_ekfac
 from tests import menagerie
 
 # float64 sums of some hundred terms of size near 1
@@ -498,7 +498,7 @@ def test_layers_without_forward_mode_are_told_what_to_do(monkeypatch):
 
 def test_conjugate_steps_end_where_rounding_begins():
     """Beyond it squares underflow, and a direction of nothing looks like one without curvature."""
-    from attribution_core.conjugate import conjugate_steps
+    from attribution_core.second_order.conjugate import conjugate_steps
 
     generator = torch.Generator().manual_seed(3)
     root = torch.randn(16, 16, generator=generator).double()

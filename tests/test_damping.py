@@ -1,4 +1,4 @@
-"""attribution_core.damping: the multiple that is chosen is the one whose datamodel predicts retrainings."""
+"""attribution_core.second_order.damping: the multiple that is chosen is the one whose datamodel predicts retrainings."""
 
 from dataclasses import replace
 
@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from attribution_core import SGD, Recipe, influence, lds, random_subsets, retrain, train
-from attribution_core import damping as core
 from attribution_core.curvature import fit_curvature
-from attribution_core.damping import choose_damping
-from attribution_core.vectors import flatten
+from attribution_core.layerwise.vectors import flatten
+from attribution_core.second_order import damping as core
+from attribution_core.second_order.damping import choose_damping
 from tests import menagerie
 
 RECIPE = Recipe(SGD(0.3, momentum=0.5), batch_size=4, epochs=6)

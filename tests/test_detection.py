@@ -1,4 +1,4 @@
-"""applied.detection: votes against dense refits, traces and repairs against victims that are linear."""
+"""applied.audit.detection: votes against dense refits, traces and repairs against victims that are linear."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from applied.detection import (
+from applied.audit.detection import (
     COMBINED,
     NEIGHBOURS,
     PENALTY,
@@ -22,9 +22,9 @@ from applied.detection import (
     _Vote,
     detect,
 )
+from applied.audit.repairing import Repair, shares_recovered
 from applied.poisoning import ThreatModel, flip_labels, insert, repair, trace
 from applied.recipe import Decision, Verified
-from applied.repairing import Repair, shares_recovered
 from attribution_core import LinearDatamodel, Outputs, Problem, cross_entropy, influence
 from attribution_core.data import batches
 from attribution_core.refitting import refit
@@ -548,7 +548,7 @@ def test_ties_are_looked_for_only_where_the_next_row_is_as_far(monkeypatch):
     """Without ties no row is compared with all others; of 200 rows two of which have a twin, some are."""
     asked = []
     monkeypatch.setattr(
-        "applied.detection.batches",
+        "applied.audit.detection.batches",
         lambda rows, size: asked.append(len(rows)) or batches(rows, size),
     )
     rng = np.random.default_rng(0)

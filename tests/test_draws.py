@@ -1,4 +1,4 @@
-"""attribution_core.draws: gradients drawn for outputs have the covariance of the loss's Hessian."""
+"""attribution_core.second_order.draws: gradients drawn for outputs have the covariance of the loss's Hessian."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attribution_core import Problem, causal_lm_loss, cross_entropy, opened, squared_error
-from attribution_core.draws import default_draws, draw
-from attribution_core.ekfac import fit_ekfac
-from attribution_core.opened import open_output
+from attribution_core import Problem, causal_lm_loss, cross_entropy, squared_error
+from attribution_core.layerwise import opened
+from attribution_core.layerwise.opened import open_output
+from attribution_core.second_order.draws import default_draws, draw
+from attribution_core.second_order.ekfac import fit_ekfac
 from tests import menagerie
 
 # float64 rounding of a root that is formed by eigenvectors

@@ -1,4 +1,4 @@
-"""attribution_core.files: what is written is whole or as it was, whoever else writes there."""
+"""attribution_core.disk.files: what is written is whole or as it was, whoever else writes there."""
 
 import os
 
@@ -7,7 +7,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from attribution_core.files import write_array, write_arrays, write_parquet
+from attribution_core.disk.files import write_array, write_arrays, write_parquet
 
 
 def test_an_array_may_replace_the_file_that_it_is_a_map_of(tmp_path):

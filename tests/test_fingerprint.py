@@ -1,4 +1,4 @@
-"""attribution_core.fingerprint: told apart by what matters, the same in every process and after use."""
+"""attribution_core.disk.fingerprint: told apart by what matters, the same in every process and after use."""
 
 import copy
 import enum
@@ -24,7 +24,7 @@ from attribution_core import (
     margin,
     retrain,
 )
-from attribution_core.fingerprint import fingerprint
+from attribution_core.disk.fingerprint import fingerprint
 from tests import menagerie
 from tests.test_store import run_python
 

@@ -1,4 +1,4 @@
-"""applied.flip_budget: fewest rows against brute force, and against victims that are exactly linear."""
+"""applied.audit.flip_budget: fewest rows against brute force, and against victims that are exactly linear."""
 
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise, product
@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from applied.flip_budget import FlipBudgets
+from applied.audit.flip_budget import FlipBudgets
 from applied.poisoning import ThreatModel, budget_to_flip
 from attribution_core import LinearDatamodel, Outputs, Problem, cross_entropy, influence, margin
 from attribution_core.refitting import refit, refitted

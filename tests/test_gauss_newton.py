@@ -12,9 +12,9 @@ import torch
 from scipy.linalg import helmert
 from torch import nn
 
-from applied import gauss_newton, matching
-from applied.gauss_newton import GaussNewton, match_by_gauss_newton, row_cost
-from applied.matching import Goal
+from applied.forgetting import gauss_newton, matching
+from applied.forgetting.gauss_newton import GaussNewton, match_by_gauss_newton, row_cost
+from applied.forgetting.matching import Goal
 from applied.unlearners import Steps, centred_logits, match
 from attribution_core import SGD, Adam
 from attribution_core.data import Rows, as_data

@@ -20,7 +20,7 @@ from attribution_core import (
 )
 from attribution_core import gradients as core
 from attribution_core.gradients import directional, mean_gradient, output_gradients
-from attribution_core.vectors import flatten, unflatten
+from attribution_core.layerwise.vectors import flatten, unflatten
 from tests import menagerie
 
 # float64 rounding is 1e-16 a term; sums here have at most a few thousand terms of size near 1

@@ -31,8 +31,8 @@ from attribution_core import (
 from attribution_core.data import named
 from attribution_core.gradients import directional
 from attribution_core.groups import group_directional
-from attribution_core.representations import activation_gradients, representations
-from attribution_core.vectors import unflatten
+from attribution_core.layerwise.representations import activation_gradients, representations
+from attribution_core.layerwise.vectors import unflatten
 from tests import menagerie
 
 LABELS = np.array(["b", "a", "b", "c", "a", "b"])  # six rows, as the menagerie's networks have

@@ -23,7 +23,7 @@ from attribution_core import (
     train,
 )
 from attribution_core.in_run import MISS, MovementWarning, _Reading, ends_of, in_run
-from attribution_core.passes import Passes
+from attribution_core.stepwise.passes import Passes
 from tests import menagerie
 from tests.test_gradients import KINDS, FromZero, RareRow, RareTokens, TwoHeads, of_kinds
 
@@ -431,7 +431,7 @@ def test_passes_multiplied_together_are_as_if_alone(name, targets, monkeypatch):
     original = Passes.products
     for bound in (2**22, 0):
         calls = []
-        monkeypatch.setattr("attribution_core.passes.JOINED", bound)
+        monkeypatch.setattr("attribution_core.stepwise.passes.JOINED", bound)
         monkeypatch.setattr(Passes, "products", lambda *a, c=calls: c.append(0) or original(*a))
         scores.append(in_run(problem, recipe, outputs, every=16).datamodel.scores)
         counts.append(len(calls))

@@ -28,10 +28,10 @@ from attribution_core import (
     trak,
 )
 from attribution_core.curvature import fit_curvature
-from attribution_core.ekfac import fit_ekfac
-from attribution_core.fingerprint import fingerprint
+from attribution_core.disk.fingerprint import fingerprint
 from attribution_core.input_influence import gradient_matching, input_influence
-from attribution_core.vectors import flatten
+from attribution_core.layerwise.vectors import flatten
+from attribution_core.second_order.ekfac import fit_ekfac
 from tests import menagerie
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

@@ -1,10 +1,16 @@
-"""attribution_core.layers: what is seen from outside a layer, against plain autograd row by row."""
+"""attribution_core.layerwise.layers: what is seen from outside a layer, against plain autograd row by row."""
 
 import pytest
 import torch
 from torch import nn
 
-from attribution_core.layers import factors, matrix_shape, owners, plain_gradients, watched
+from attribution_core.layerwise.layers import (
+    factors,
+    matrix_shape,
+    owners,
+    plain_gradients,
+    watched,
+)
 from attribution_core.problem import precision_of
 from tests.menagerie import seeded
 

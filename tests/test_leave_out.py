@@ -23,10 +23,10 @@ from attribution_core import (
     squared_error,
     train,
 )
+from attribution_core.layerwise.vectors import flatten
 from attribution_core.leave_out import leave_one_out
 from attribution_core.newton import NewtonDatamodel, newton
-from attribution_core.quadratic import second_order
-from attribution_core.vectors import flatten
+from attribution_core.second_order.quadratic import second_order
 from tests import menagerie
 from tests.test_curvature import dense_gauss_newton
 
@@ -383,7 +383,7 @@ def test_what_cannot_be_stepped_on(method, monkeypatch):
     x[7, 1] = float("nan")
     with pytest.raises(ValueError, match=r"NaN or infinity in rows \[7\]"):
         method(replace(problem, train=(x, y)), outputs)
-    monkeypatch.setattr("attribution_core.quadratic.DENSE", 14)
+    monkeypatch.setattr("attribution_core.second_order.quadratic.DENSE", 14)
     with pytest.raises(ValueError, match="at most 14 trainable parameters, got 15"):
         method(problem, outputs)
 

@@ -24,8 +24,8 @@ from attribution_core import (
     margin,
     train,
 )
-from attribution_core.smoothness import describe
-from attribution_core.walk import told_operation
+from attribution_core.metagradients.walk import told_operation
+from attribution_core.safeguards.smoothness import describe
 from tests import menagerie
 
 pytestmark = pytest.mark.filterwarnings("ignore::attribution_core.MetagradientWarning")
@@ -333,7 +333,7 @@ def test_rows_that_were_removed_ride_along_as_shadows():
     outputs = targets(problem)
     f = magic(run, outputs)
     assert (f.scores[[2, 5]] != 0).all()
-    from attribution_core.walk import _shadows
+    from attribution_core.metagradients.walk import _shadows
 
     riding = _shadows(run)
     counts = np.bincount(np.concatenate(riding), minlength=N)
@@ -422,7 +422,7 @@ def test_runs_and_scores_on_disk(tmp_path):
 
 
 def test_a_killed_training_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("attribution_core.run_folder.EVERY", 0.0)
+    monkeypatch.setattr("attribution_core.disk.run_folder.EVERY", 0.0)
     run, _, _ = reference()
 
     def killed(steps):

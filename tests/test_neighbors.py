@@ -26,6 +26,7 @@ from attribution_core import (
     train,
 )
 from attribution_core.data import Rows
+from attribution_core.layerwise.representations import activation_gradients, representations
 from attribution_core.neighbors import (
     bm25,
     class_labels,
@@ -33,7 +34,6 @@ from attribution_core.neighbors import (
     knn_shapley,
     representation_similarity,
 )
-from attribution_core.representations import activation_gradients, representations
 from tests import menagerie
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # float64, sums of a few terms of size 1

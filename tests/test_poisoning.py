@@ -11,9 +11,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from applied.attack import instead
+from applied.audit.attack import instead
+from applied.audit.versions import joined, rewritten
 from applied.poisoning import ThreatModel, attempt, flip_labels, insert, perturb, relabelled
-from applied.versions import joined, rewritten
 from attribution_core import (
     SGD,
     LinearDatamodel,

@@ -213,7 +213,7 @@ def test_flip_budgets_against_the_diagonal():
 
 
 def test_flip_budgets_agree_with_the_audit_itself():
-    from applied.flip_budget import FlipBudgets
+    from applied.audit.flip_budget import FlipBudgets
 
     rng = np.random.default_rng(0)
     predicted = rng.integers(1, 60, 40).astype(float)

@@ -10,9 +10,9 @@ from torch import nn
 
 from attribution_core import Problem, margin
 from attribution_core import projection as core
-from attribution_core.layers import Coverage
+from attribution_core.layerwise.layers import Coverage
+from attribution_core.layerwise.vectors import flatten, unflatten
 from attribution_core.projection import draws, project, projection
-from attribution_core.vectors import flatten, unflatten
 from tests import menagerie
 from tests.test_gradients import RareRow, RareTokens, of_kinds
 

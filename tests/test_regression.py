@@ -12,10 +12,10 @@ from sklearn.linear_model import Lasso, LinearRegression
 from sklearn.linear_model import Ridge as SkRidge
 
 from attribution_core import LinearDatamodel, RetrainingTable, lds, random_subsets
-from attribution_core.lasso import NotConverged, held_rows
-from attribution_core.pairs import PairDatamodel
+from attribution_core.fits.lasso import NotConverged, held_rows
+from attribution_core.fits.pairs import PairDatamodel
+from attribution_core.fits.ridge import _scales
 from attribution_core.regression import Underdetermined, fit_datamodel
-from attribution_core.ridge import _scales
 
 # a few thousand float64 operations on numbers near 1
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -192,10 +192,10 @@ def test_held_rows_do_not_depend_on_the_order():
 
 
 def test_lasso_that_did_not_converge_says_so(monkeypatch):
-    monkeypatch.setattr("attribution_core.lasso.ROUNDS", 1)
-    monkeypatch.setattr("attribution_core.lasso.ITERATIONS", 1)
-    monkeypatch.setattr("attribution_core.lasso.FINISH", 1)
-    monkeypatch.setattr("attribution_core.lasso.admm.__defaults__", (1,))
+    monkeypatch.setattr("attribution_core.fits.lasso.ROUNDS", 1)
+    monkeypatch.setattr("attribution_core.fits.lasso.ITERATIONS", 1)
+    monkeypatch.setattr("attribution_core.fits.lasso.FINISH", 1)
+    monkeypatch.setattr("attribution_core.fits.lasso.admm.__defaults__", (1,))
     _, table = linear_world(25, n=60, noise=2.0)
     with pytest.warns(NotConverged, match="KKT violation of"):
         fit_datamodel(table, kind="lasso", penalty=0.01)

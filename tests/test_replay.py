@@ -1,4 +1,4 @@
-"""attribution_core.replay: schedules against the optimum by brute force, memory, damage."""
+"""attribution_core.stepwise.replay: schedules against the optimum by brute force, memory, damage."""
 
 from functools import cache
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from attribution_core import SGD, AdamW, Recipe, magic, train
-from attribution_core.replay import backwards, first_pass, split, states_held
-from attribution_core.steps import Steps
+from attribution_core.stepwise.replay import backwards, first_pass, split, states_held
+from attribution_core.stepwise.steps import Steps
 from tests import menagerie
 
 

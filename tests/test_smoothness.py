@@ -1,4 +1,4 @@
-"""attribution_core.smoothness: what it sees before and after a metagradient, against its definitions."""
+"""attribution_core.safeguards.smoothness: what it sees before and after a metagradient, against its definitions."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from attribution_core import (
     train,
 )
 from attribution_core.preflight import candidates
-from attribution_core.smoothness import (
+from attribution_core.safeguards.smoothness import (
     FiniteDifference,
     compared,
     describe,

@@ -1,4 +1,4 @@
-"""attribution_core.soundness: losses that are no functions of parameters and own row are refused by every method."""
+"""attribution_core.safeguards.soundness: losses that are no functions of parameters and own row are refused by every method."""
 
 import copy
 from functools import partial
@@ -32,7 +32,7 @@ from attribution_core import (
 from attribution_core.curvature import DiagonalWarning
 from attribution_core.gradients import directional
 from attribution_core.groups import group_directional
-from attribution_core.soundness import _kind, refuse_mixed_outputs, stopped
+from attribution_core.safeguards.soundness import _kind, refuse_mixed_outputs, stopped
 from tests import menagerie
 from tests.test_swapping import HandTied
 

@@ -1,4 +1,4 @@
-"""attribution_core.stacked: a slice of a stack is the training by itself; what cannot be stacked is not."""
+"""attribution_core.stepwise.stacked: a slice of a stack is the training by itself; what cannot be stacked is not."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from attribution_core import (
     train,
 )
 from attribution_core.outputs import cross_entropy, margin
-from attribution_core.stacked import Stack, saved_bytes, stack_size
+from attribution_core.stepwise.stacked import Stack, saved_bytes, stack_size
 from tests import menagerie
 
 # the same operations in batched kernels: sums in another order, through some dozen steps

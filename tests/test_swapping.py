@@ -1,4 +1,4 @@
-"""attribution_core.swapping: models that are not what their parameters by name make of them are refused."""
+"""attribution_core.safeguards.swapping: models that are not what their parameters by name make of them are refused."""
 
 import copy
 
@@ -177,7 +177,7 @@ def test_a_transformer_that_saves_memory_is_refused_and_said_how_to_mend():
 def test_the_model_and_the_generator_are_left_as_they_were():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
     kept, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    from attribution_core.swapping import refuse_hidden_parameters
+    from attribution_core.safeguards.swapping import refuse_hidden_parameters
 
     refuse_hidden_parameters(model, cross_entropy, lambda: data())
     assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())

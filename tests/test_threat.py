@@ -1,11 +1,11 @@
-"""applied.threat: what cannot be met is refused, and the ball is a projection."""
+"""applied.audit.threat: what cannot be met is refused, and the ball is a projection."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from applied.threat import ThreatModel
+from applied.audit.threat import ThreatModel
 
 INPUTS = {"budget": 1, "may_change": "inputs", "epsilon": 0.5}
 

@@ -25,7 +25,7 @@ from attribution_core import (
     tracin,
     train,
 )
-from attribution_core.optimizers import clipped
+from attribution_core.stepwise.optimizers import clipped
 from tests import menagerie
 
 RECIPE = Recipe(SGD(0.1, momentum=0.9), 4, 2)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from sklearn.datasets import load_wine
 
-from applied import rehearsing, unlearners, unlearning
+from applied import unlearners, unlearning
 from applied.conformance import conformance
-from applied.matching import KINDS, Goal
+from applied.forgetting import rehearsing
+from applied.forgetting.matching import KINDS, Goal
 from applied.unlearners import Steps, centred_logits, match
 from attribution_core import (
     SGD,

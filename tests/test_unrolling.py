@@ -27,7 +27,7 @@ from attribution_core import (
     trak,
     unrolling,
 )
-from attribution_core.spectrum import Dense, Diagonal
+from attribution_core.second_order.spectrum import Dense, Diagonal
 from attribution_core.training import Checkpoint
 from attribution_core.unrolling import respond, source, tracin
 from tests import menagerie

@@ -1,4 +1,4 @@
-"""applied.versions: one table of every row that could be handed in."""
+"""applied.audit.versions: one table of every row that could be handed in."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from applied.versions import Versions, joined, labels_of, relabelled, rewritten
+from applied.audit.versions import Versions, joined, labels_of, relabelled, rewritten
 from attribution_core import (
     SGD,
     Outputs,

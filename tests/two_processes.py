@@ -38,7 +38,6 @@ from attribution_core import (
     train,
     trak,
 )
-from attribution_core.ekfac import fit_ekfac
 from attribution_core.processes import (
     collect,
     from_first,
@@ -48,6 +47,7 @@ from attribution_core.processes import (
     wait,
     world,
 )
+from attribution_core.second_order.ekfac import fit_ekfac
 from tests import menagerie
 
 ROWS = 256 * 5 + 7  # six blocks of a store, the last one short

@@ -1,0 +1,1 @@
+"""What an adversary may do, does, and leaves behind: the parts of `applied.poisoning`."""

@@ -1,0 +1,1 @@
+"""How a model comes to the outputs it should have: the parts of `applied.unlearning`."""

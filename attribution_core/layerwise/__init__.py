@@ -1,0 +1,1 @@
+"""A model seen layer by layer: per-example gradients without forming them."""

@@ -1,0 +1,1 @@
+"""The derivative of a whole training, backwards and forwards."""

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from applied.forgetting.counterparts import Counterparts, say
+from attribution_core.calling import PerExample
 from attribution_core.data import Batch, Data, as_data, take
 from attribution_core.outputs import IGNORED, cross_entropy, labels_in, logits_of, next_labels
-from attribution_core.problem import PerExample
 
 TINY = 1e-30  # a gradient that is 0 stays so
 Unlearner = Callable[[nn.Module, Any, Any], nn.Module]

@@ -22,8 +22,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from attribution_core.calling import Params
 from attribution_core.data import checked_weights
-from attribution_core.problem import Params, Problem
+from attribution_core.problem import Problem
 from attribution_core.second_order.affine import (
     Smoothness,
     gradient_norm,

@@ -27,19 +27,14 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attribution_core.calling import Params, PerExample, call, per_example
 from attribution_core.data import Batch, Progress, Rows, batches, sample, take
 from attribution_core.gradients import row_gradients
 from attribution_core.layerwise.opened import Losses, open_output
 from attribution_core.layerwise.vectors import flatten, size_of, unflatten
-from attribution_core.problem import (
-    Params,
-    PerExample,
-    Problem,
-    call,
-    per_example,
-    refuse_random_layers,
-)
+from attribution_core.problem import Problem
 from attribution_core.processes import my_rows, sum_over_processes
+from attribution_core.safeguards.refusals import refuse_random_layers
 from attribution_core.second_order.conjugate import conjugate_gradients, conjugate_steps
 from attribution_core.second_order.ekfac import EKFAC, Labels, fit_ekfac
 from attribution_core.second_order.spectrum import Dense, Diagonal, Spectrum

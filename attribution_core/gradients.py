@@ -25,24 +25,15 @@ from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from attribution_core.calling import Params, PerExample, call, per_example, trainable
 from attribution_core.data import Batch, Progress, batches, row_numbers, rows_in, take
 from attribution_core.layerwise.coverage import coverage_of
 from attribution_core.layerwise.ghost import ghost
 from attribution_core.layerwise.layers import UNTRIED, Coverage, NotCovered
 from attribution_core.layerwise.vectors import flatten, size_of, unflatten
-from attribution_core.problem import (
-    Outputs,
-    Params,
-    PerExample,
-    Problem,
-    call,
-    decay_of,
-    per_example,
-    refuse_random_layers,
-    roomy,
-    trainable,
-    widened,
-)
+from attribution_core.precision import roomy, widened
+from attribution_core.problem import Outputs, Problem, decay_of
+from attribution_core.safeguards.refusals import refuse_random_layers
 from attribution_core.safeguards.soundness import refuse_mixed_outputs, refuse_unsound
 
 Engine = Literal["auto", "ghost", "jvp", "rows"]

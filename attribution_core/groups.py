@@ -17,10 +17,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from attribution_core.calling import Params, per_example
 from attribution_core.data import Progress, batches, named, take
 from attribution_core.gradients import check_directions
 from attribution_core.layerwise.vectors import flatten
-from attribution_core.problem import Params, Problem, per_example, widened
+from attribution_core.precision import widened
+from attribution_core.problem import Problem
 from attribution_core.processes import collect, failing_together, my_rows
 from attribution_core.safeguards.soundness import refuse_unsound
 from attribution_core.table import RetrainingTable

@@ -28,23 +28,20 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from attribution_core.calling import Params
 from attribution_core.data import Progress
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.gradients import Engine, choose_engine, plain_engine, valued_gradients
 from attribution_core.layerwise.layers import UNTRIED, Coverage, NotCovered
-from attribution_core.problem import Outputs, Params, Problem, decay_of, refuse_random_layers
+from attribution_core.problem import Outputs, Problem, decay_of
+from attribution_core.safeguards.purity import check_steps, unchanging
+from attribution_core.safeguards.refusals import refuse_random_layers
+from attribution_core.stepwise.batches import Drop
 from attribution_core.stepwise.optimizers import SGD, Adam, AdamW
 from attribution_core.stepwise.passes import Pass, Passes
 from attribution_core.stepwise.reach import Reach, Segment, mixed
 from attribution_core.stepwise.steps import Steps, TrainingState
-from attribution_core.training import (
-    Drop,
-    Recipe,
-    Run,
-    begun,
-    check_steps,
-    unchanging,
-)
+from attribution_core.training import Recipe, Run, begun
 
 GROWTH = 6  # a segment of a given length is at most such a part of the steps before it
 FURTHER = 4.0  # times as long as the last segment that the next may be

@@ -24,9 +24,10 @@ from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import gathered, my_rows
 from attribution_core.second_order.damping import choose_damping
 from attribution_core.second_order.ekfac import Labels
+from attribution_core.stepwise.batches import Drop
 from attribution_core.stepwise.trained import OWN, Trained, over_runs, several, trained
 from attribution_core.store import Store
-from attribution_core.training import Drop, Run
+from attribution_core.training import Run
 
 QUICK = 5 * 10**9  # rows · parameters · targets up to which EK-FAC is refined in seconds
 WIDE = 2**28  # output gradients, in numbers, up to which float32 models are solved in float64

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attribution_core.calling import Params, call
 from attribution_core.curvature import Curvature, Kind
 from attribution_core.data import (
     Column,
@@ -29,7 +30,7 @@ from attribution_core.datamodel import LinearDatamodel
 from attribution_core.gradients import output_gradients
 from attribution_core.influence import fitted_curvature
 from attribution_core.layerwise.vectors import flatten, unflatten
-from attribution_core.problem import Outputs, Params, Problem, call
+from attribution_core.problem import Outputs, Problem
 from attribution_core.stepwise.trained import trained
 from attribution_core.training import Run
 

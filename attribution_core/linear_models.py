@@ -22,11 +22,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attribution_core.calling import PerExample
 from attribution_core.data import Batch, batches, take
 from attribution_core.gradients import mean_gradient
 from attribution_core.layerwise.opened import open_output
 from attribution_core.outputs import cross_entropy, squared_error
-from attribution_core.problem import PerExample, Problem
+from attribution_core.problem import Problem
 
 STATIONARY = (
     1e-3  # of a row's gradient (root mean square): a larger mean gradient is worth a warning

@@ -18,13 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from attribution_core.calling import per_example
 from attribution_core.data import Data, Progress, as_data, batches, take, unlabelled
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import row_gradients
 from attribution_core.layerwise.representations import last_layer, representations
 from attribution_core.layerwise.vectors import flatten, size_of
 from attribution_core.outputs import labels_in
-from attribution_core.problem import Outputs, Problem, per_example, refuse_random_layers
+from attribution_core.problem import Outputs, Problem
+from attribution_core.safeguards.refusals import refuse_random_layers
 from attribution_core.stepwise.trained import several, trained
 from attribution_core.training import Run
 

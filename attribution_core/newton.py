@@ -12,10 +12,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from attribution_core.calling import Params
 from attribution_core.data import batches
 from attribution_core.datamodel import rows_of, weight_rows
 from attribution_core.layerwise.vectors import by_name, vector
-from attribution_core.problem import Outputs, Params, Problem
+from attribution_core.problem import Outputs, Problem
 from attribution_core.second_order.quadratic import (
     ALONE,
     Quadratic,

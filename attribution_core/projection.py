@@ -32,6 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from attribution_core.calling import Params, PerExample, per_example
 from attribution_core.data import Batch, Data, Progress, batches, row_numbers, rows_in, take
 from attribution_core.gradients import row_gradients
 from attribution_core.layerwise.coverage import coverage_of
@@ -47,7 +48,8 @@ from attribution_core.layerwise.layers import (
     watched,
 )
 from attribution_core.layerwise.vectors import flatten, size_of
-from attribution_core.problem import Params, PerExample, Problem, per_example, widened
+from attribution_core.precision import widened
+from attribution_core.problem import Problem
 from attribution_core.safeguards.soundness import refuse_unsound
 from attribution_core.second_order.ekfac import plan
 from attribution_core.second_order.kronecker import Place

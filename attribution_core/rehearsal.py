@@ -21,8 +21,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from attribution_core.calling import Params
 from attribution_core.data import Progress, checked_weights
-from attribution_core.problem import Params
 from attribution_core.stepwise.steps import Steps
 from attribution_core.training import Recipe, Run, steps_of
 

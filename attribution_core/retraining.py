@@ -20,9 +20,10 @@ from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import failing_together, from_first, sum_over_processes, world
 from attribution_core.safeguards.soundness import refuse_mixed_outputs
 from attribution_core.seeds import listed
+from attribution_core.stepwise.batches import Drop, check_drop
 from attribution_core.stepwise.stacked import Cell, Diverged, Stack, stack_size
 from attribution_core.table import RetrainingTable
-from attribution_core.training import Drop, Recipe, check_drop, train
+from attribution_core.training import Recipe, train
 
 
 def retrain(

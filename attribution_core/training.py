@@ -8,123 +8,36 @@ same order, same steps".
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from attribution_core.data import Progress, checked_weights, row_numbers, tensors_in
+from attribution_core.calling import Params
+from attribution_core.data import Progress, checked_weights
 from attribution_core.disk.fingerprint import fingerprint
 from attribution_core.disk.run_folder import RunFolder
-from attribution_core.problem import (
-    Outputs,
-    Params,
-    Problem,
-    batch_norms,
-    refuse_dropout,
-    refuse_embeddings,
-    refuse_idle_masks,
-)
+from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import failing_together, from_first, wait, world
-from attribution_core.safeguards.soundness import nothing_else_changes
-from attribution_core.safeguards.swapping import refuse_computed_weights, refuse_hidden_parameters
+from attribution_core.safeguards.purity import check_steps, watched_step
+from attribution_core.stepwise.batches import Drop, Recipe, drawn_order, removed_rows
 from attribution_core.stepwise.optimizers import (
     SGD,
     Adam,
     AdamW,
     Checkpoint,
-    Optimizer,
-    Schedule,
     State,
-    lr_factor,
     resolved,
     stretches,
 )
 from attribution_core.stepwise.replay import MEMORY, States, first_pass, states_held
-from attribution_core.stepwise.steps import Augment, Steps, TrainingState
+from attribution_core.stepwise.steps import Steps, TrainingState
 
 __all__ = ["SGD", "Adam", "AdamW", "Checkpoint", "Recipe", "Run", "train"]
-
-Drop = Literal["weight", "row"]
-T = TypeVar("T")
-SOME = 8  # rows on which gradients are compared before a training
-
-
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """How to train: everything but the problem and the weights.
-
-    Args:
-        optimizer: SGD, Adam or AdamW of this module.
-        batch_size: rows per step; at most the number of rows.
-        epochs: passes over the rows; fractions count. steps = round(epochs · rows / batch_size).
-        schedule: "linear" or "cosine" (from 1 to 0 over the run), or your own step -> lr factor.
-        seed: of the data order, and of `init`.
-        clip: largest norm of the whole gradient.
-        order: explicit index lists, one a step, to replay a run made elsewhere.
-        init: seed -> model, the initial model; without it every run starts from `problem.model`.
-        accumulate: pass a batch through the model in so many parts; the same gradient, less memory.
-        masks: seed of the dropout masks, which are then a function of it and of the step. Without it
-            active dropout is refused: nothing would say which masks a run had.
-        augment: (batch, its rows, step) -> batch, a pure function: the same for the same row and step.
-    """
-
-    optimizer: Optimizer
-    batch_size: int
-    epochs: float
-    schedule: Schedule | None = None
-    seed: int = 0
-    clip: float | None = None
-    order: Sequence[Sequence[int]] | None = None
-    init: Callable[[int], nn.Module] | None = None
-    accumulate: int = 1
-    masks: int | None = None
-    augment: Augment | None = None
-
-    def __post_init__(self) -> None:
-        size, clip = self.batch_size, self.clip
-        whole = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
-        if not whole or size < 1:
-            raise ValueError(f"expected a batch_size of at least one row, got {size!r}")
-        if not 0 < self.epochs < math.inf:
-            raise ValueError(
-                f"expected epochs above 0 (fractions count; any run takes a step), got {self.epochs}"
-            )
-        if clip is not None and not clip > 0:
-            raise ValueError(f"expected clip to be a largest norm above 0, or None, got {clip}")
-
-    def draw(self, rows: NDArray[np.intp], exposure: float = 1.0) -> list[NDArray[np.intp]]:
-        """The batches of a run: one permutation of the rows after another, cut into equal batches."""
-        if self.order is not None:
-            given = [row_numbers(batch, int(rows.max()) + 1) for batch in self.order]
-            if not given or not all(len(batch) for batch in given):
-                raise ValueError(
-                    f"expected an order of batches with rows in them, got {len(given)} batches of "
-                    f"{[len(batch) for batch in given][:10]} rows"
-                )
-            return given[: max(1, round(exposure * len(given)))]
-        size = min(self.batch_size, len(rows))
-        steps = max(1, round(self.epochs * exposure * len(rows) / size))
-        rng = np.random.default_rng(self.seed)
-        passes = math.ceil(steps * size / len(rows))
-        stream = np.concatenate([rng.permutation(rows) for _ in range(passes)])
-        return list(stream[: steps * size].reshape(steps, size))
-
-    def lr_factor(self, step: int, steps: int) -> float:
-        """What the schedule multiplies the learning rate with at this step."""
-        return lr_factor(self.schedule, step, steps)
-
-    def factors(self, steps: int) -> list[float]:
-        """What it multiplies the learning rate with at each step of so many."""
-        return [self.lr_factor(step, steps) for step in range(steps)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,40 +237,6 @@ def begun(
     )  # fmt: skip
 
 
-def drawn_order(
-    recipe: Recipe, weights: NDArray[np.float64], drop: Drop, exposure: float = 1.0
-) -> list[NDArray[np.intp]]:
-    """The batches of a run at these weights.
-
-    Raises:
-        ValueError: an unknown drop; no rows left; an explicit order that holds the removed rows.
-    """
-    check_drop(drop)
-    if drop == "weight" or weights.all():
-        return recipe.draw(np.arange(len(weights)), exposure)
-    if not weights.any():
-        raise ValueError(
-            "expected something to train on, got weight 0 for every example and drop='row'"
-        )
-    if recipe.order is not None:
-        raise ValueError(
-            f"expected drop='weight' with an explicit order, got drop='row' and {(weights == 0).sum()} rows of weight 0: "
-            "an order cannot be drawn again without them; use drop='weight'"
-        )
-    return recipe.draw(np.flatnonzero(weights), exposure)
-
-
-def removed_rows(recipe: Recipe, weights: NDArray[np.float64], drop: Drop) -> NDArray[np.intp]:
-    """The rows of weight 0 that no batch is drawn from; with an explicit order all of them if no batch holds any, else none."""
-    out = weights == 0
-    if recipe.order is None:
-        gone = drop == "row"
-    else:
-        seen = np.bincount(np.concatenate(list(recipe.order)), minlength=len(out))
-        gone = not seen[out].any()
-    return np.flatnonzero(out) if gone else np.zeros(0, int)
-
-
 def steps_of(
     problem: Problem,
     recipe: Recipe,
@@ -374,28 +253,6 @@ def steps_of(
         problem, resolved(recipe.optimizer, problem), order, weights, factors, recipe.clip,
         recipe.accumulate, recipe.masks, recipe.augment, shards, since,
     )  # fmt: skip
-
-
-def check_steps(steps: Steps) -> None:
-    """Raise where a step would not be a function of its state and number alone."""
-    model = steps.problem.model
-    refuse_embeddings(model, "scale_grad_by_freq", "sparse")
-    refuse_computed_weights(model)
-    if steps.masks is None:
-        refuse_dropout(
-            model, "say which masks by Recipe(masks=seed), or call model.eval() or set p=0"
-        )
-    else:
-        refuse_idle_masks(model)
-    mixed = [name for name, _ in batch_norms(model)]
-    if (mixed or steps.masks is not None) and (steps.accumulate > 1 or steps.shards > 1):
-        what = f"batch norm on statistics of the batch ({mixed[0]!r})" if mixed else "dropout masks"
-        raise ValueError(
-            f"expected a batch that can be cut into parts, got {what}, which sees the whole; use "
-            "accumulate=1 and shard=False, or GroupNorm and no dropout"
-        )
-    some = steps.order[0][:SOME]
-    refuse_hidden_parameters(model, steps.problem.loss, partial(steps.batch, 0, some), copied=True)
 
 
 def _check_since(since: int, steps: int) -> None:
@@ -474,38 +331,3 @@ def _refuse_apart(folder: RunFolder, first: int) -> None:
                 f"expected a folder that all processes see, got {folder.path}, where one finds step {first} "
                 f"and the first {shared}; take one on a shared file system"
             )
-
-
-def watched_step(steps: Steps, state: TrainingState, step: int) -> tuple[TrainingState, float]:
-    """A step during which nothing but its result may change."""
-    return unchanging(steps, step, lambda: steps.step(state, step))
-
-
-def unchanging(steps: Steps, step: int, act: Callable[[], T]) -> T:
-    """act(), which takes a step and may change nothing but its result: no random draws, no buffers."""
-    cure = "say which by Recipe(masks=seed), or call model.eval()"
-    with nothing_else_changes(steps.problem.model, cure):
-        done = act()
-    if steps.augment is not None:
-        rows = steps.order[step]
-        once, twice = (tensors_in(steps.batch(step, rows)) for _ in range(2))
-        if not all(torch.equal(a, b) for a, b in zip(once, twice, strict=True)):
-            raise ValueError(
-                f"expected augment(batch, rows, step) to be a function of its arguments alone, got two "
-                f"results for step {step}; seed it by row and step"
-            )
-    return done
-
-
-def first_gradient(steps: Steps) -> Params:
-    """The gradient of step 0 by name, after the checks that every training begins with."""
-    check_steps(steps)
-    state = steps.start()
-    watched_step(steps, state, 0)
-    return steps.packing.unpack(steps.gradient(state, 0)[1])
-
-
-def check_drop(drop: str) -> None:
-    """Raise where weight 0 is to mean neither."""
-    if drop not in ("weight", "row"):
-        raise ValueError(f"unknown drop {drop!r}; 'weight' keeps batches, 'row' removes examples")

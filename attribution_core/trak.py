@@ -13,12 +13,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from attribution_core.calling import PerExample
 from attribution_core.data import Progress, batches, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.disk.fingerprint import fingerprint
 from attribution_core.layerwise.vectors import size_of, unflatten
 from attribution_core.outputs import cross_entropy, margin
-from attribution_core.problem import Outputs, PerExample, Problem, widened
+from attribution_core.precision import widened
+from attribution_core.problem import Outputs, Problem
 from attribution_core.processes import collect, failing_together, my_rows, sum_over_processes
 from attribution_core.projection import Kind, Projection, projection
 from attribution_core.stepwise.trained import Trained, several, trained

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 
 from attribution_core import Outputs, Problem, causal_lm_loss, cross_entropy, squared_error
 from attribution_core.data import take
-from attribution_core.problem import precision_of
+from attribution_core.precision import precision_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,7 +22,7 @@ from attribution_core import (
 from attribution_core.curvature import DiagonalWarning, fit_curvature, spectrum
 from attribution_core.data import Rows
 from attribution_core.layerwise.coverage import coverage_of
-from attribution_core.problem import precision_of
+from attribution_core.precision import precision_of
 from attribution_core.second_order import ekfac as core
 from attribution_core.second_order.ekfac import fit_ekfac
 from tests import menagerie

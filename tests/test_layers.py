@@ -11,7 +11,7 @@ from attribution_core.layerwise.layers import (
     plain_gradients,
     watched,
 )
-from attribution_core.problem import precision_of
+from attribution_core.precision import precision_of
 from tests.menagerie import seeded
 
 # float64 rounding is 1e-16 a term; sums here have at most some hundred terms of size near 1

@@ -19,9 +19,9 @@ from attribution_core import (
     margin,
     train,
 )
+from attribution_core.calling import call, per_example
 from attribution_core.data import as_data, batches, rows_in, take
 from attribution_core.gradients import directional
-from attribution_core.problem import call, per_example
 from tests import menagerie
 
 X, Y = menagerie.mlp().train.columns

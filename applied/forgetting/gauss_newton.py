@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from applied.unlearners import of_classes
+from attribution_core.calling import trainable
 from attribution_core.data import Batch, Data, as_data, take
 from attribution_core.layerwise.jacobian import jacobian, move_parameters
 from attribution_core.outputs import logits_and_labels
-from attribution_core.problem import trainable, widened
+from attribution_core.precision import widened
 
 LARGEST = 2**28  # numbers in Jacobians that are held at a time: a gigabyte of single precision
 DAMPINGS = (0.003, 0.03, 0.3, 3.0)

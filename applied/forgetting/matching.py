@@ -22,7 +22,7 @@ from applied.forgetting.gauss_newton import (
 from applied.unlearners import Steps, centred_logits, is_sequence, match, of_classes
 from attribution_core.data import Progress, Rows, batches, rows_in, sample, take
 from attribution_core.outputs import labels_in, next_labels
-from attribution_core.problem import widened
+from attribution_core.precision import widened
 
 KINDS = ("forget logits", "retain logits")
 TIMES = (1.0, 3.0, 10.0)  # learning rates of Adam, in the training's

@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+from attribution_core.calling import Params
 from attribution_core.disk.files import whole, write_arrays, write_text
-from attribution_core.problem import Params
 from attribution_core.stepwise.optimizers import Checkpoint, State
 from attribution_core.stepwise.steps import Steps, TrainingState
 

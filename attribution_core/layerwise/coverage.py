@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from attribution_core.calling import Params, call
 from attribution_core.data import Batch, rows_in, take
 from attribution_core.layerwise.ghost import any_layer, layer_shares, rule_of
 from attribution_core.layerwise.layers import Coverage, Names, owners, sees_all, watched
-from attribution_core.problem import Params, Problem, call, normal_like, roomy, rounding
+from attribution_core.layerwise.vectors import normal_like
+from attribution_core.precision import roomy, rounding
+from attribution_core.problem import Problem
 
 TRIED, TRIALS = 8, 4  # rows of a batch on which ghost products are tried, and such batches at most
 SHARE = 8  # of this many rows one is tried

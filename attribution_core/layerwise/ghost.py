@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
 
+from attribution_core.calling import Params, PerExample, call
 from attribution_core.data import Batch, rows_in
 from attribution_core.layerwise.layers import (
     UNTRIED,
@@ -25,7 +26,7 @@ from attribution_core.layerwise.layers import (
     norm_gradients,
     watched,
 )
-from attribution_core.problem import Params, PerExample, call, precision_of, roomy
+from attribution_core.precision import precision_of, roomy
 
 LAYER_ELEMENTS = 2**22  # of one layer's per-example products held at once (16 MiB in float32)
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev
 
+from attribution_core.calling import Params, call, trainable
 from attribution_core.data import Batch
 from attribution_core.gradients import as_batch, row_by_row
 from attribution_core.layerwise.vectors import by_name, flatten
-from attribution_core.problem import Params, call, trainable
 
 
 def jacobian(

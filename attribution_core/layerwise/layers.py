@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 
-from attribution_core.problem import given_first, widened
+from attribution_core.calling import given_first
+from attribution_core.precision import widened
 
 Arrive = Callable[[nn.Module, dict[str, str], Tensor, Tensor], None]
 Names = dict[str, str]  # of a layer's parameters: local name -> name in the model

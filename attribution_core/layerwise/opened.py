@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from attribution_core.calling import Params, PerExample, call
 from attribution_core.data import Batch
-from attribution_core.problem import Params, PerExample, call, precision_of
+from attribution_core.precision import precision_of
 
 Losses = Callable[[list[Tensor]], Tensor]  # real leaves of the output -> [b]
 

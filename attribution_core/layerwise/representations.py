@@ -10,17 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from attribution_core.calling import PerExample, call, per_example, trainable
 from attribution_core.data import Batch, Progress, as_data, batches, rows_in, take
 from attribution_core.layerwise.layers import owners
-from attribution_core.problem import (
-    PerExample,
-    Problem,
-    call,
-    per_example,
-    refuse_random_layers,
-    trainable,
-)
+from attribution_core.problem import Problem
 from attribution_core.processes import collect, my_rows, world
+from attribution_core.safeguards.refusals import refuse_random_layers
 
 
 def representations(

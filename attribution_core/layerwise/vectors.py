@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attribution_core.problem import Params
+from attribution_core.calling import Params
 
 
 def flatten(directions: Params) -> Tensor:
@@ -36,3 +36,14 @@ def by_name(vector: Tensor, like: Params) -> Params:
 def size_of(params: Params) -> int:
     """p: how many numbers they are."""
     return sum(value.numel() for value in params.values())
+
+
+def normal_like(params: Params) -> Params:
+    """Normal numbers in the shapes of parameters, the same at every call; drawn where the parameters are."""
+    drawn: dict[torch.device, torch.Generator] = {}
+    found = {}
+    for name, value in params.items():
+        where = value.device
+        generator = drawn.setdefault(where, torch.Generator(where).manual_seed(0))
+        found[name] = torch.randn(value.shape, generator=generator, device=where).to(value)
+    return found

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
+from attribution_core.calling import Params
 from attribution_core.data import Batch, Column, replaced, take
-from attribution_core.problem import Params
 from attribution_core.processes import sum_all, world
 from attribution_core.stepwise.optimizers import State
 from attribution_core.stepwise.steps import Steps, TrainingState

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.utils._pytree import tree_map
 
+from attribution_core.calling import Params
 from attribution_core.data import Progress, batches, take
 from attribution_core.gradients import forward_mode
 from attribution_core.metagradients.adjoint import Part, Wanted, with_hyper
-from attribution_core.problem import Outputs, Params
+from attribution_core.problem import Outputs
 from attribution_core.processes import sum_all
 from attribution_core.safeguards.soundness import refuse_mixed_outputs
 from attribution_core.stepwise.replay import check, refuse_another_end

@@ -20,22 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from attribution_core.calling import Params, PerExample, call, trainable
 from attribution_core.data import Batch, rows_in, take
 from attribution_core.disk.behaviour import KEPT_BY_TORCH, SCALAR
 from attribution_core.disk.fingerprint import fingerprint
 from attribution_core.layerwise.layers import owners
-from attribution_core.problem import (
-    Outputs,
-    Params,
-    PerExample,
-    Problem,
-    batch_norms,
-    call,
-    normal_like,
-    refuse_random_layers,
-    rounding,
-    trainable,
-)
+from attribution_core.layerwise.vectors import normal_like
+from attribution_core.precision import rounding
+from attribution_core.problem import Outputs, Problem
+from attribution_core.safeguards.refusals import batch_norms, refuse_random_layers
 from attribution_core.safeguards.swapping import refuse_hidden_parameters
 
 TRIED = 8  # rows that are passed through together, and some of them alone

@@ -13,16 +13,10 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from attribution_core.calling import Params, PerExample, call, trainable
 from attribution_core.data import Batch
-from attribution_core.problem import (
-    Params,
-    PerExample,
-    call,
-    normal_like,
-    precision_of,
-    rounding,
-    trainable,
-)
+from attribution_core.layerwise.vectors import normal_like
+from attribution_core.precision import precision_of, rounding
 from attribution_core.stepwise.steps import running_statistics
 
 MOVED = 0.3  # how far parameters are moved, in root mean squares of their own

@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.func import grad, hessian
 from torch.utils._pytree import tree_map
 
+from attribution_core.calling import Params, per_example
 from attribution_core.data import Batch, batches, sample, take, tensors_in
 from attribution_core.gradients import as_batch, mean_gradient, row_by_row
 from attribution_core.layerwise.jacobian import move_parameters, row_jacobians
 from attribution_core.layerwise.opened import open_output
 from attribution_core.layerwise.vectors import vector
-from attribution_core.problem import Params, Problem, per_example
+from attribution_core.problem import Problem
 from attribution_core.second_order.quadratic import (
     BLOCK,
     factored,

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attribution_core.layerwise.opened import Losses
-from attribution_core.problem import widened
+from attribution_core.precision import widened
 
 SMALL = 64  # outputs a row up to which D is formed
 EXACT = 16  # outputs a row up to which all of them are taken instead of draws, by default

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
+from attribution_core.calling import Params, PerExample, per_example
 from attribution_core.data import Progress, Rows, batches, rows_in, take
 from attribution_core.gradients import row_gradients
 from attribution_core.layerwise.coverage import coverage_of, skipped
@@ -39,8 +40,9 @@ from attribution_core.layerwise.layers import (
     watched,
 )
 from attribution_core.layerwise.opened import is_real, open_output, outputs_in
-from attribution_core.problem import Params, PerExample, Problem, per_example, refuse_random_layers
+from attribution_core.problem import Problem
 from attribution_core.processes import from_first, my_rows, sum_all, union, world
+from attribution_core.safeguards.refusals import refuse_random_layers
 from attribution_core.second_order.draws import default_draws, draw
 from attribution_core.second_order.kronecker import EKFAC, Block, Place, weighted_gram
 

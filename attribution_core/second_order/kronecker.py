@@ -14,9 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from attribution_core.calling import Params
 from attribution_core.layerwise.ghost import LAYER_ELEMENTS
 from attribution_core.layerwise.vectors import flatten, size_of, unflatten
-from attribution_core.problem import Params
 from attribution_core.second_order.spectrum import Phi, not_definite
 
 WIDEST = 4096  # a side up to which eigenvectors are found

@@ -19,12 +19,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.func import grad, hessian, jacrev
 
+from attribution_core.calling import Params, per_example
 from attribution_core.curvature import DENSE
 from attribution_core.data import take
 from attribution_core.gradients import as_batch, row_by_row
 from attribution_core.layerwise.opened import open_output
 from attribution_core.layerwise.vectors import flatten
-from attribution_core.problem import Params, Problem, per_example, refuse_random_layers
+from attribution_core.problem import Problem
+from attribution_core.safeguards.refusals import refuse_random_layers
 from attribution_core.stepwise.trained import Trained, trained
 from attribution_core.training import Run
 

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from attribution_core.problem import Params, Problem, decay_of
+from attribution_core.calling import Params
+from attribution_core.problem import Problem, decay_of
 
 State = dict[str, Params]
 Schedule = Literal["linear", "cosine"] | Callable[[int], float]

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 
+from attribution_core.calling import Params
 from attribution_core.gradients import ENGINES
 from attribution_core.layerwise.ghost import any_layer, linear, linear_each, rule_of
 from attribution_core.layerwise.layers import Coverage, Names, edge, watched
-from attribution_core.problem import Params
 from attribution_core.stepwise.steps import Steps
 
 JOINED = 2**22  # bytes of passes that are multiplied together

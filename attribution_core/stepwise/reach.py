@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from attribution_core.problem import Params
+from attribution_core.calling import Params
 from attribution_core.stepwise.optimizers import SGD, State
 from attribution_core.stepwise.passes import Pass
 from attribution_core.stepwise.steps import Steps

@@ -13,7 +13,7 @@ from typing import Literal
 
 from numpy.typing import NDArray
 
-from attribution_core.problem import Params
+from attribution_core.calling import Params
 from attribution_core.stepwise.steps import Steps, TrainingState
 
 States = Literal["auto", "all", "sqrt"] | int

@@ -23,12 +23,16 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from attribution_core.calling import Params, call, trainable
 from attribution_core.data import Batch, Rows, batches, checked_weights, rows_in, take, tensors_in
 from attribution_core.disk.behaviour import settings
 from attribution_core.disk.fingerprint import fingerprint
-from attribution_core.problem import Outputs, Params, Problem, batch_norms, call, trainable
+from attribution_core.problem import Outputs, Problem
+from attribution_core.safeguards.purity import first_gradient
+from attribution_core.safeguards.refusals import batch_norms
+from attribution_core.stepwise.batches import Drop, drawn_order
 from attribution_core.stepwise.optimizers import clipped
-from attribution_core.training import Drop, Recipe, drawn_order, first_gradient, steps_of
+from attribution_core.training import Recipe, steps_of
 
 Cell = tuple[NDArray[np.float64], int]  # (weights [n], seed)
 

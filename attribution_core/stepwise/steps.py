@@ -24,17 +24,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attribution_core.calling import Params, call, check_rows, given_first
 from attribution_core.data import Batch, rows_in, take
-from attribution_core.problem import (
-    Params,
-    Problem,
-    batch_norms,
-    call,
-    check_rows,
-    decay_of,
-    given_first,
-)
+from attribution_core.problem import Problem, decay_of
 from attribution_core.processes import failing_together, sum_all, world
+from attribution_core.safeguards.refusals import batch_norms
 from attribution_core.stepwise.optimizers import Optimizer, State, clipped
 
 Augment = Callable[[Batch, NDArray[np.intp], int], Batch]  # (batch, its rows, step) -> batch

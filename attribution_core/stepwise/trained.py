@@ -19,7 +19,8 @@ from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.layerwise.vectors import vector
 from attribution_core.problem import Problem
 from attribution_core.safeguards.soundness import refuse_unsound
-from attribution_core.training import Drop, Run, check_drop
+from attribution_core.stepwise.batches import Drop, check_drop
+from attribution_core.training import Run
 
 OWN = "a run brings its own weights and exposure; do not give them again"
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from applied.recipe import aligned, paired_interval
 from recipes.debug_model import Flags
-from recipes.debug_report import half, parts_of
-from recipes.debugging import checked, decided, grouped, model_of, study
+from recipes.reports.debugging import half, parts_of
+from recipes.work.debugging import checked, decided, grouped, model_of, study
 
 SPLITS = range(3)
 ASKED = 12  # mistakes, and right decisions

@@ -43,7 +43,7 @@ class Flags:
 def setting(optimizer: str) -> tuple[Any, Any, Any]:
     """The problem, the recipe and the outputs."""
     from attribution_core import SGD, AdamW, Recipe
-    from recipes.tasks import digits_task
+    from recipes.data.tasks import digits_task
 
     task = digits_task()
     optimizers = {

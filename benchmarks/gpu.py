@@ -325,7 +325,7 @@ def stacked(flags: Flags) -> None:
 def small_models(flags: Flags) -> Iterator[tuple[str, Any, Any, Any]]:
     """(name, problem, recipe, outputs): digits MLPs, and a small GPT-2 on text."""
     from attribution_core import SGD, AdamW, Outputs, Recipe
-    from recipes.tasks import digits_task, mlp
+    from recipes.data.tasks import digits_task, mlp
 
     for width in (16, 64, 512):
         task = digits_task(1000)

@@ -40,7 +40,7 @@ class Flags:
 def setting(flags: Flags) -> tuple[Any, dict[str, Any]]:
     """The task, and optimizers that train it."""
     from attribution_core import SGD, AdamW
-    from recipes.tasks import digits_task, text_task
+    from recipes.data.tasks import digits_task, text_task
 
     if flags.model == "mlp":
         optimizers = {"SGD": SGD(0.1), "momentum": SGD(0.02, 0.9), "AdamW": AdamW(3e-3)}

@@ -42,7 +42,7 @@ def setting(model: str, steps: int) -> tuple[Any, Any, Callable[[int], Any]]:
     import torch
 
     from attribution_core import AdamW, Outputs, Problem, Recipe, causal_lm_loss
-    from recipes.tasks import digits_task, gpt2
+    from recipes.data.tasks import digits_task, gpt2
 
     if model == "mlp":
         task = digits_task(targets=200)

@@ -50,7 +50,7 @@ class Flags:
 def setting(flags: Flags) -> tuple[Any, Any, Any]:
     """Problem, recipe and outputs."""
     from attribution_core import SGD, AdamW, Recipe
-    from recipes.tasks import digits_task, text_task
+    from recipes.data.tasks import digits_task, text_task
 
     if flags.task == "text":
         task = text_task(flags.out / "text")

@@ -38,7 +38,7 @@ from attribution_core import (
     train,
 )
 from recipes.embedded import digits
-from recipes.poisoning import loss_or_hit
+from recipes.work.poisoning import loss_or_hit
 
 TARGET, HELD_OUT, ACCURACY = "target loss", "held-out loss", "held-out accuracy"
 FIRST_VICTIM = 1000

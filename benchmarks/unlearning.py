@@ -80,9 +80,9 @@ def prepared(flags: Flags, kind: str, draw: int) -> Setting:
         retrain,
         train,
     )
-    from recipes.classification import network
+    from recipes.data.classification import network
     from recipes.embedded import digits
-    from recipes.unlearning import joined
+    from recipes.work.unlearning import joined
 
     make, n = partial(network, 64, 10, 16), 500
     optimizer = SGD(0.1, momentum=0.9) if flags.optimizer == "sgd" else Adam(0.01)

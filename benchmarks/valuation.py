@@ -52,8 +52,8 @@ def stacked(flags: Flags) -> None:
         random_subsets,
         retrain,
     )
+    from recipes.data.tasks import mlp
     from recipes.embedded import digits
-    from recipes.tasks import mlp
 
     data = digits(1000)
     print(
@@ -101,7 +101,7 @@ def owners(flags: Flags) -> None:
         retrain,
         train,
     )  # fmt: skip
-    from recipes.classification import embedded, problem_of
+    from recipes.data.classification import embedded, problem_of
 
     warnings.simplefilter("ignore")
     data = embedded("digits", 0.0, 10, 0)
@@ -162,9 +162,9 @@ def labels(flags: Flags) -> None:
     """AUC of values for planted wrong labels, as recipes/value_data.py takes them."""
     from sklearn.metrics import roc_auc_score
 
-    from recipes.classification import embedded
+    from recipes.data.classification import embedded
     from recipes.value_data import Flags as Recipe
-    from recipes.valuing import start, value_rows
+    from recipes.work.valuing import start, value_rows
 
     warnings.simplefilter("ignore")
     found: dict[str, list[list[float]]] = {}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from recipes.command import bar
 
 if TYPE_CHECKING:
-    from recipes.tasks import Task
+    from recipes.data.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def prepare(flags: Flags) -> tuple[Task, Any]:
     """The task, and the recipe as the flags have it."""
     from attribution_core import SGD, AdamW, Recipe
     from recipes.command import device_of
-    from recipes.tasks import digits_task, table_task, text_task
+    from recipes.data.tasks import digits_task, table_task, text_task
 
     if flags.task == "digits":
         task = digits_task(1500 if flags.rows is None else flags.rows, flags.targets)
@@ -226,7 +226,7 @@ def _rows(task: Task) -> Any:
 
 def curvature(flags: Flags, task: Task) -> dict[str, Any]:
     """Of an influence function: EK-FAC as it is where the model has no products with its exact curvature."""
-    from recipes.language_model import no_forward_mode
+    from recipes.data.language_model import no_forward_mode
 
     own = flags.task == "text" and flags.model != Flags.model
     if not own or flags.method not in ("influence", "ekfac"):
@@ -363,7 +363,7 @@ def write_report(
 def moving(datamodel: Any, task: Task) -> str:
     """A table of the rows whose weight would lower or raise the mean output most; of none, it says so."""
     from applied import report
-    from recipes.ends import ends
+    from recipes.reports.ends import ends
 
     scores = datamodel.mean().scores[:, 0]
     rows: list[Any] = []
@@ -392,7 +392,7 @@ def worst(datamodel: Any, task: Task, count: int = 3) -> str:
     import numpy as np
 
     from applied import report
-    from recipes.ends import ends
+    from recipes.reports.ends import ends
 
     rows: list[Any] = []
     for j in np.argsort(task.better * datamodel.base, kind="stable")[:count].tolist():

@@ -62,8 +62,8 @@ class Flags:
 def main(flags: Flags) -> None:
     """The steps, in order; decisions that an earlier call has finished are read back."""
     from recipes.command import forget_report
-    from recipes.debug_report import print_table, write_report
-    from recipes.debugging import checked, decided, grouped, model_of, study
+    from recipes.reports.debugging import print_table, write_report
+    from recipes.work.debugging import checked, decided, grouped, model_of, study
 
     data = checked(flags)
     flags.out.mkdir(parents=True, exist_ok=True)

@@ -55,8 +55,8 @@ class Flags:
 
 def main(flags: Flags) -> None:
     """The steps, in order; splits that an earlier call has finished are read back."""
-    from recipes.poison_report import print_table, write_report
-    from recipes.poisoning import checked, study
+    from recipes.reports.poisoning import print_table, write_report
+    from recipes.work.poisoning import checked, study
 
     data = checked(flags)
     flags.out.mkdir(parents=True, exist_ok=True)

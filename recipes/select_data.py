@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from recipes.study import Study
+    from recipes.work.study import Study
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class Flags:
 def main(flags: Flags) -> None:
     """The steps, in order; each reads back what an earlier run has finished."""
     from recipes.command import at_least, at_most
-    from recipes.filters import LONGEST
-    from recipes.proof import prove
-    from recipes.selection import choose, gate, refinement, score, train_proxies, write_subset
-    from recipes.selection_report import write_report
-    from recipes.study import prepare
+    from recipes.data.filters import LONGEST
+    from recipes.reports.selection import write_report
+    from recipes.work.proof import prove
+    from recipes.work.selection import choose, gate, refinement, score, train_proxies, write_subset
+    from recipes.work.study import prepare
 
     at_least(flags, seeds=1, jobs=1, proxies=1, subsets=0, epochs=1e-9, lr=1e-12, batch_size=1)
     at_least(flags, curvature_rows=1, damping=0, gate_order=1)

@@ -65,9 +65,9 @@ def main(flags: Flags) -> None:
     """A forget set at a time; trainings are read back where an earlier call has finished them."""
     import torch
 
-    from recipes.forget_sets import checked, forget_set
-    from recipes.unlearn_report import print_table, write_report
-    from recipes.unlearning import Trainings, affordable, forget_results, study
+    from recipes.data.forget_sets import checked, forget_set
+    from recipes.reports.unlearning import print_table, write_report
+    from recipes.work.unlearning import Trainings, affordable, forget_results, study
 
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
     data, kinds = checked(flags)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recipes.valuing import Valued
+    from recipes.work.valuing import Valued
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ def main(flags: Flags) -> None:
     """The steps, in order; each reads back what an earlier call has finished."""
     import torch
 
-    from recipes.classification import embedded, from_file, warn_of_repeated
     from recipes.command import at_least, shares, some_rows
-    from recipes.value_report import write_report
-    from recipes.valuing import judge, start, value_owners, value_rows
+    from recipes.data.classification import embedded, from_file, warn_of_repeated
+    from recipes.reports.valuation import write_report
+    from recipes.work.valuing import judge, start, value_owners, value_rows
 
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
     at_least(flags, seeds=1, jobs=1, width=0, budget=1e-9, floor=0, cap=0, retrainings=1, points=1)

@@ -12,10 +12,10 @@ from sklearn.datasets import load_wine
 
 from attribution_core import LinearDatamodel
 from recipes.attribute import Flags, curvature, moving, run
-from recipes.classification import from_file
+from recipes.data.classification import from_file
+from recipes.data.language_model import no_forward_mode, pretrained
+from recipes.data.tasks import from_folder, text_task
 from recipes.embedded import text_pool
-from recipes.language_model import no_forward_mode, pretrained
-from recipes.tasks import from_folder, text_task
 
 SMALL = ["--subsets", "6", "--drop", "0.1", "0.5", "--jobs", "1", "--targets", "6"]
 pytestmark = pytest.mark.filterwarnings("ignore::attribution_core.MetagradientWarning")
@@ -220,7 +220,7 @@ def saved(folder, model, tokens):
     """A transformers folder with a byte tokeniser of so many tokens."""
     from transformers import PreTrainedTokenizerFast
 
-    from recipes.language_model import train_bpe
+    from recipes.data.language_model import train_bpe
 
     model.save_pretrained(folder)
     bpe = train_bpe(["some words, and some more of them"], tokens)

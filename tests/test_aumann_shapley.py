@@ -25,7 +25,7 @@ from attribution_core import (
     train,
 )
 from attribution_core.aumann_shapley import placed
-from recipes.tasks import mlp
+from recipes.data.tasks import mlp
 from tests import menagerie
 
 RECIPE = Recipe(SGD(0.05, 0.9), batch_size=4, epochs=3)

@@ -17,7 +17,7 @@ from applied.forgetting.counterparts import Counterparts, say
 from applied.unlearners import Steps, to_unseen
 from attribution_core import AdamW, Outputs, Problem, Recipe, cross_entropy, retrain, train
 from attribution_core.data import as_data
-from recipes.classification import network
+from recipes.data.classification import network
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.datasets import load_wine
 
-from recipes import debugging
-from recipes.classification import embedded
+from recipes.data.classification import embedded
 from recipes.debug_model import Flags, run
-from recipes.debug_report import agreement, lines_of, medians, words_of
-from recipes.debugging import Asked
+from recipes.reports.debugging import agreement, lines_of, medians, words_of
+from recipes.work import debugging
+from recipes.work.debugging import Asked
 
 ROOT = Path(__file__).parents[1]
 QUICK = [

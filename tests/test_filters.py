@@ -11,9 +11,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from recipes import filters
+from recipes.data import filters
+from recipes.data.filters import NgramModel, classifier, ngram_importance
 from recipes.embedded import text_target, text_test
-from recipes.filters import NgramModel, classifier, ngram_importance
 
 SMALL = ["the cat sat on the mat", "a cat, a hat; à la mode", "mat"]
 WORDS = ["data", "model", "loss", "weight", "train", "test", "score", "seed", "order", "batch"]

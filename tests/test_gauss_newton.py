@@ -18,7 +18,7 @@ from applied.forgetting.matching import Goal
 from applied.unlearners import Steps, centred_logits, match
 from attribution_core import SGD, Adam
 from attribution_core.data import Rows, as_data
-from recipes.classification import network
+from recipes.data.classification import network
 
 CLASSES = 4
 

@@ -1,4 +1,4 @@
-"""recipes.persons: who is generated, what outputs mean, and what "knows a fact by heart" means."""
+"""recipes.data.persons: who is generated, what outputs mean, and what "knows a fact by heart" means."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attribution_core import AdamW, Recipe, train
-from recipes import persons as p
+from recipes.data import persons as p
 
 
 def test_persons_are_a_function_of_the_seed_and_bear_names_of_their_own():

@@ -15,11 +15,11 @@ from sklearn.datasets import load_breast_cancer
 
 from applied.pictures import digits
 from applied.recipe import paired_interval
-from recipes import poisoning
-from recipes.classification import embedded
+from recipes.data.classification import embedded
 from recipes.poison import run
-from recipes.poison_report import print_table, rows_of, write_report
-from recipes.poisoning import ATTACKS, Emptied, Outcome, parted
+from recipes.reports.poisoning import print_table, rows_of, write_report
+from recipes.work import poisoning
+from recipes.work.poisoning import ATTACKS, Emptied, Outcome, parted
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--data", "breast_cancer", "--splits", "2", "--jobs", "1", "--budgets", "0.1", "--rounds", "2"]  # fmt: skip
@@ -118,7 +118,7 @@ def outcome_of(split, damage, recovered):
 
 
 def test_what_came_back_is_not_ruled_by_splits_of_hardly_any_damage():
-    from recipes.poison_report import comes_back
+    from recipes.reports.poisoning import comes_back
 
     pairs = [(0.2, 0.8), (0.1, 0.5), (0.15, 0.6), (0.18, 0.9), (0.0001, 2309.96)]
     some = [outcome_of(split, *pair) for split, pair in enumerate(pairs)]
@@ -132,7 +132,7 @@ def test_what_came_back_is_not_ruled_by_splits_of_hardly_any_damage():
 
 
 def test_nothing_is_said_to_come_back_of_damage_that_is_not_told_from_none():
-    from recipes.poison_report import comes_back, spread
+    from recipes.reports.poisoning import comes_back, spread
 
     some = [outcome_of(split, damage, 0.5) for split, damage in enumerate((0.3, -0.2, -0.05))]
     assert comes_back(some, "recovered") == []  # a mean above the limit, whose interval holds 0

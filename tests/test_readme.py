@@ -86,7 +86,7 @@ def test_the_tree_is_the_tree():
             drawn.add(folder / found[1])
     there = {
         file
-        for package in ("attribution_core", "applied")
+        for package in ("attribution_core", "applied", "recipes")
         for file in (ROOT / package).rglob("*.py")
         if file.name != "__init__.py"
     }

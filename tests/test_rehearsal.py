@@ -21,7 +21,7 @@ from attribution_core import (
     train,
 )
 from attribution_core.rehearsal import SEED, Pace, Rehearsal, rehearse
-from recipes.classification import network
+from recipes.data.classification import network
 from recipes.embedded import digits
 
 MOMENTUM = SGD(0.1, momentum=0.9)

@@ -21,14 +21,14 @@ import torch
 from applied.recipe import paired_interval
 from attribution_core import SGD, LinearDatamodel, Recipe
 from recipes import embedded
-from recipes.corpus import Blocks, once, read_documents
-from recipes.language_model import LanguageModel, language_model, refuse_lossy, train_bpe
-from recipes.proof import Length, length
+from recipes.data.corpus import Blocks, once, read_documents
+from recipes.data.language_model import LanguageModel, language_model, refuse_lossy, train_bpe
+from recipes.data.tasks import text_task
+from recipes.reports.selection import against_random, beside, ends_of, quotas_missed, unequal
 from recipes.select_data import run
-from recipes.selection import choose, gate, refinement, write_subset
-from recipes.selection_report import against_random, beside, ends_of, quotas_missed, unequal
-from recipes.study import refuse_small
-from recipes.tasks import text_task
+from recipes.work.proof import Length, length
+from recipes.work.selection import choose, gate, refinement, write_subset
+from recipes.work.study import refuse_small
 from tests.test_attribute import saved
 
 ROOT = Path(__file__).parent.parent

@@ -155,7 +155,9 @@ def test_a_sound_model_passes_and_nothing_else_changes(action, monkeypatch):
         }.get(action, lambda: found.scores)()
 
     looked = numbers()
-    monkeypatch.setattr("attribution_core.safeguards.purity.refuse_hidden_parameters", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "attribution_core.safeguards.purity.refuse_hidden_parameters", lambda *_, **__: None
+    )
     for where in ("gradients", "projection", "trained"):
         monkeypatch.setattr(f"attribution_core.{where}.refuse_unsound", lambda *_: None)
     np.testing.assert_array_equal(looked, numbers())

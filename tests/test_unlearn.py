@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_breast_cancer
 from torch.nn import functional as F
 
-from recipes import unlearning
-from recipes.classification import from_file
-from recipes.forget_sets import cluster
+from recipes.data.classification import from_file
+from recipes.data.forget_sets import cluster
 from recipes.unlearn import run
+from recipes.work import unlearning
 
 QUICK = [
     "--models", "6", "--epochs", "10", "--batch-size", "25", "--width", "8", "--size", "10",

@@ -30,7 +30,7 @@ from attribution_core import (
 )
 from attribution_core.data import Rows, as_data
 from attribution_core.rehearsal import Rehearsal
-from recipes.classification import network
+from recipes.data.classification import network
 from recipes.embedded import digits
 
 BASELINES = ("fine_tune", "gradient_ascent", "gradient_difference", "npo", "scrub")

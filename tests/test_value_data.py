@@ -14,13 +14,15 @@ from sklearn.datasets import load_breast_cancer
 
 from applied.valuation import Values
 from attribution_core import LinearDatamodel
-from recipes import forget_sets, poison, poisoning, unlearn
-from recipes.classification import embedded, facts_of, from_file
-from recipes.tasks import table_task
+from recipes import poison, unlearn
+from recipes.data import forget_sets
+from recipes.data.classification import embedded, facts_of, from_file
+from recipes.data.tasks import table_task
+from recipes.reports.valuation import _ends, payments_of, purchase_of, rows_of, verdict
 from recipes.value_data import Flags, run
 from recipes.value_data import main as value_main
-from recipes.value_report import _ends, payments_of, purchase_of, rows_of, verdict
-from recipes.valuing import Owned, Valued, bought, paid, seeds_of_owners, start, value_owners
+from recipes.work import poisoning
+from recipes.work.valuing import Owned, Valued, bought, paid, seeds_of_owners, start, value_owners
 
 QUICK = [
     "--retrainings",
@@ -522,7 +524,7 @@ def test_held_out_rows_that_are_trained_on_are_told_before_anything_starts(
     _, frame = written(tmp_path)
     path = saved(tmp_path, frame)
     own = {"data": path, "label": "outcome", "test": path, "ignore": ("hospital",), "out": tmp_path}
-    monkeypatch.setattr("recipes.valuing.start", lambda *_: sys.exit())
+    monkeypatch.setattr("recipes.work.valuing.start", lambda *_: sys.exit())
     loaders = (
         lambda: value_main(Flags(**own)),
         lambda: forget_sets.checked(unlearn.Flags(**own)),

@@ -13,10 +13,10 @@ from applied import debugging_pictures as pictures
 from applied import report
 from applied.recipe import aligned
 from attribution_core.disk.files import write_parquet
-from recipes import classification
-from recipes.classification import Classification
 from recipes.command import as_given
-from recipes.debugging import NEAR, Asked, Groups, held_out
+from recipes.data import classification
+from recipes.data.classification import Classification
+from recipes.work.debugging import NEAR, Asked, Groups, held_out
 
 if TYPE_CHECKING:
     from recipes.debug_model import Flags

@@ -112,7 +112,7 @@ def table_task(
     import torch
 
     from attribution_core import Outputs, margin
-    from recipes.classification import facts_of, from_file, problem_of, warn_of_repeated
+    from recipes.data.classification import facts_of, from_file, problem_of, warn_of_repeated
 
     data = from_file(path, label, None, test, seed=0, ignore=ignore)
     warn_of_repeated(data)
@@ -153,7 +153,7 @@ def from_folder(path: str, seed: int) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from recipes.language_model import eager_experts
+    from recipes.data.language_model import eager_experts
 
     config = AutoConfig.from_pretrained(path)
     has_weights = any(Path(path).glob("*.safetensors")) or any(Path(path).glob("*.bin"))
@@ -193,7 +193,7 @@ def text_task(
     from attribution_core import Outputs, Problem, causal_lm_loss
     from attribution_core.data import Rows
     from recipes import embedded
-    from recipes.corpus import in_both, read_documents
+    from recipes.data.corpus import in_both, read_documents
 
     documents = (
         embedded.text_pool(max(60, (ROWS if rows is None else rows) // 2))
@@ -267,8 +267,8 @@ def _blocks(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    from recipes.corpus import Blocks
-    from recipes.language_model import (
+    from recipes.data.corpus import Blocks
+    from recipes.data.language_model import (
         fingerprint_of,
         kept_bpe,
         positions_of,

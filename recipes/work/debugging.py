@@ -27,13 +27,13 @@ from attribution_core import (
     retrain,
     train,
 )
-from recipes.classification import (
+from recipes.command import at_least, bar
+from recipes.data.classification import (
     Classification,
     load,
     problem_of,
     warn_of_repeated,
 )
-from recipes.command import at_least, bar
 
 if TYPE_CHECKING:
     from recipes.debug_model import Flags

@@ -14,10 +14,10 @@ from applied.selection import select
 from attribution_core import LinearDatamodel, Run, influence, train
 from attribution_core.disk.files import write_parquet
 from attribution_core.processes import world
-from recipes import filters
 from recipes.command import bar, forget_report
-from recipes.language_model import no_forward_mode
-from recipes.study import Study, say
+from recipes.data import filters
+from recipes.data.language_model import no_forward_mode
+from recipes.work.study import Study, say
 
 SHARD = 50_000  # documents in a parquet file of the subset
 SCORE_BATCH = 16  # blocks a pass; larger batches leave the processor's caches

@@ -40,13 +40,13 @@ from attribution_core import (
     self_influence,
     train,
 )
-from recipes.classification import (
+from recipes.command import at_least, bar
+from recipes.data.classification import (
     Classification,
     load,
     problem_of,
     warn_of_repeated,
 )
-from recipes.command import at_least, bar
 
 if TYPE_CHECKING:
     from recipes.poison import Flags

@@ -12,9 +12,9 @@ import numpy as np
 from applied import report
 from applied import unlearning_pictures as pictures
 from applied.yardstick import CEILING, FLOOR
-from recipes import classification
 from recipes.command import as_given
-from recipes.unlearning import AUTO, MATCHING, PREDICTED, Study
+from recipes.data import classification
+from recipes.work.unlearning import AUTO, MATCHING, PREDICTED, Study
 
 if TYPE_CHECKING:
     from recipes.unlearn import Flags

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.classification import Classification, from_file, warn_of_repeated
 from recipes.command import at_least
+from recipes.data.classification import Classification, from_file, warn_of_repeated
 
 if TYPE_CHECKING:
     from recipes.unlearn import Flags

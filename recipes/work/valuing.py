@@ -33,8 +33,8 @@ from attribution_core import (
     retrain,
     train,
 )
-from recipes.classification import Classification, problem_of
 from recipes.command import bar, forget_report
+from recipes.data.classification import Classification, problem_of
 
 if TYPE_CHECKING:
     from recipes.value_data import Flags

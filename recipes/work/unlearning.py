@@ -30,9 +30,9 @@ from applied.unlearning import Evaluation, evaluate, read_all, unlearn
 from attribution_core import SGD, Outputs, Recipe, margin, retrain, train
 from attribution_core.data import sample
 from attribution_core.disk.files import write_text
-from recipes.classification import Classification, problem_of
 from recipes.command import bar, forget_report
-from recipes.forget_sets import Forget
+from recipes.data.classification import Classification, problem_of
+from recipes.data.forget_sets import Forget
 
 if TYPE_CHECKING:
     from recipes.unlearn import Flags

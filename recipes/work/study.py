@@ -18,15 +18,15 @@ from attribution_core.data import Rows
 from attribution_core.processes import first_goes_first, world
 from recipes import embedded
 from recipes.command import bar, device_of
-from recipes.corpus import Blocks, in_both, once, read_documents, without_text
-from recipes.embedded import Document
-from recipes.language_model import (
+from recipes.data.corpus import Blocks, in_both, once, read_documents, without_text
+from recipes.data.language_model import (
     LanguageModel,
     bits_per_byte,
     fingerprint_of,
     language_model,
     refuse_lossy,
 )
+from recipes.embedded import Document
 from recipes.select_data import Flags
 
 PARTS = ("score", "settle", "report")  # of the target text

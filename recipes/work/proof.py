@@ -14,10 +14,10 @@ from applied.recipe import Decision, Verified, random_controls, verify
 from attribution_core import LinearDatamodel, Outputs, RetrainingTable, Run
 from attribution_core.processes import world
 from attribution_core.retraining import retrain_pairs
-from recipes import filters
 from recipes.command import bar
-from recipes.selection import SCORE_BATCH, choose, warn_of_missed
-from recipes.study import Study, say
+from recipes.data import filters
+from recipes.work.selection import SCORE_BATCH, choose, warn_of_missed
+from recipes.work.study import Study, say
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from applied.audit.repairing import shares_recovered
 from applied.audit.threat import ThreatModel
 from applied.recipe import Interval, paired_interval
 from attribution_core.disk.files import write_parquet
-from recipes import classification
-from recipes.classification import Classification
 from recipes.command import as_given
-from recipes.poisoning import ACCURACY, HELD_OUT, SURROGATES, TARGET, Emptied, Outcome
+from recipes.data import classification
+from recipes.data.classification import Classification
+from recipes.work.poisoning import ACCURACY, HELD_OUT, SURROGATES, TARGET, Emptied, Outcome
 
 if TYPE_CHECKING:
     from recipes.poison import Flags

@@ -8,9 +8,9 @@ import numpy as np
 
 from applied import report, value_pictures
 from applied.recipe import paired_interval
-from recipes import classification
 from recipes.command import as_given
-from recipes.valuing import Owned, Removed, Study, Valued
+from recipes.data import classification
+from recipes.work.valuing import Owned, Removed, Study, Valued
 
 CONTROL, RANDOM = " (control)", "random (control)"
 INSPECTED = np.linspace(0, 0.5, 51)  # shares of the rows, worst first

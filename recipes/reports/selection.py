@@ -16,10 +16,10 @@ from applied.recipe import Decision, Interval, paired_interval
 from attribution_core import LinearDatamodel
 from attribution_core.processes import world
 from recipes.command import as_given
-from recipes.ends import ends
-from recipes.proof import Evidence, Length
-from recipes.selection import missed
-from recipes.study import PARTS, Study, say
+from recipes.reports.ends import ends
+from recipes.work.proof import Evidence, Length
+from recipes.work.selection import missed
+from recipes.work.study import PARTS, Study, say
 
 UNEQUAL = 0.1  # of random's steps: an arm that differs by more is pointed out
 

@@ -1,0 +1,1 @@
+"""What recipes are run on: text, tables, fictitious persons, small models and cheap filters."""

@@ -132,61 +132,33 @@ def test_text_that_is_both_is_told_and_short_text_is_taken_whole(tmp_path, capsy
     assert "also target text" not in capsys.readouterr().out
 
 
+def wine(folder):
+    """A table of one's own as a file: its flags."""
+    x, y = load_wine(return_X_y=True)
+    frame = pd.DataFrame(x[:, :4], columns=["alcohol", "acid", "ash", "alkali"])
+    frame["kind"] = np.array(["red", "white", "rose"])[y]
+    frame["number"] = np.arange(len(y))[::-1]
+    frame.to_csv(folder / "wine.csv", index=False)
+    file = str(folder / "wine.csv")
+    return ["--task", "table", "--data", file, "--label", "kind", "--ignore", "number"]
+
+
 def test_source_of_few_steps_takes_as_many_segments_as_there_are(tmp_path, capsys):
-    run(
-        [
-            *SMALL,
-            "--rows",
-            "40",
-            "--epochs",
-            "1",
-            "--batch-size",
-            "20",
-            "--method",
-            "source",
-            "--out",
-            str(tmp_path),
-        ]
-    )
+    few = ["--rows", "40", "--epochs", "1", "--batch-size", "20", "--width", "8"]
+    run([*SMALL, *wine(tmp_path), *few, "--method", "source", "--out", str(tmp_path / "out")])
     assert "50% dropped: LDS" in capsys.readouterr().out
 
 
 def test_a_table_of_ones_own(tmp_path, capsys):
     """Rows are called by their places in the file; of each of the worst outputs it is said what moves it."""
-    x, y = load_wine(return_X_y=True)
-    frame = pd.DataFrame(x[:, :4], columns=["alcohol", "acid", "ash", "alkali"])
-    frame["kind"] = np.array(["red", "white", "rose"])[y]
-    frame["number"] = np.arange(len(y))[::-1]
-    frame.to_csv(tmp_path / "wine.csv", index=False)
-    own = [
-        "--task",
-        "table",
-        "--data",
-        str(tmp_path / "wine.csv"),
-        "--label",
-        "kind",
-        "--ignore",
-        "number",
-    ]
-    run(
-        [
-            *SMALL,
-            *own,
-            "--width",
-            "8",
-            "--epochs",
-            "4",
-            "--method",
-            "influence",
-            "--out",
-            str(tmp_path / "out"),
-        ]
-    )
+    own, out = wine(tmp_path), tmp_path / "out"
+    how = ["--width", "8", "--epochs", "4", "--method", "influence"]
+    run([*SMALL, *own, *how, "--out", str(out)])
     assert "10% dropped: LDS" in capsys.readouterr().out
-    f = LinearDatamodel.load(tmp_path / "out" / "datamodel")
+    f = LinearDatamodel.load(out / "datamodel")
     data = from_file(own[3], "kind", None, None, 0, ["number"])
     np.testing.assert_array_equal(f.ids, data.places)
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = (out / "report.html").read_text()
     table = page[page.index("Rows that move the worst outputs most") :]
     lines = re.findall(r"<tr>(.*?)</tr>", table, re.S)[1:]
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in lines if "held out" in line]
@@ -198,7 +170,7 @@ def test_a_table_of_ones_own(tmp_path, capsys):
     for _, _, which, does, row, score, kind in cells:
         assert (which, does) in (("lower", "hurts"), ("raise", "helps"))
         assert (which == "lower") == (score.startswith(("-", "−")))
-        assert frame["kind"][int(row)] == kind
+        assert pd.read_csv(own[3])["kind"][int(row)] == kind
 
 
 def test_a_linear_model_of_a_table_is_called_one_and_shares_keep_their_digits(tmp_path, capsys):

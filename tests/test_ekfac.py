@@ -10,20 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attribution_core import (
-    Outputs,
-    Problem,
-    causal_lm_loss,
-    cross_entropy,
-    influence,
-    kronecker,
-    margin,
-)
+from attribution_core import Outputs, Problem, causal_lm_loss, cross_entropy, influence, margin
 from attribution_core.curvature import DiagonalWarning, fit_curvature, spectrum
 from attribution_core.data import Rows
 from attribution_core.layerwise.coverage import coverage_of
 from attribution_core.precision import precision_of
 from attribution_core.second_order import ekfac as core
+from attribution_core.second_order import kronecker
 from attribution_core.second_order.ekfac import fit_ekfac
 from tests import menagerie
 from tests.menagerie import seeded

@@ -9,17 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attribution_core import (
-    Outputs,
-    Problem,
-    causal_lm_loss,
-    coverage,
-    cross_entropy,
-    ghost,
-    margin,
-)
+from attribution_core import Outputs, Problem, causal_lm_loss, cross_entropy, margin
 from attribution_core import gradients as core
 from attribution_core.gradients import directional, mean_gradient, output_gradients
+from attribution_core.layerwise import coverage, ghost
 from attribution_core.layerwise.vectors import flatten, unflatten
 from tests import menagerie
 

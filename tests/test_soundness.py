@@ -23,7 +23,6 @@ from attribution_core import (
     newton,
     representation_similarity,
     retrain,
-    soundness,
     source,
     tracin,
     train,
@@ -32,6 +31,7 @@ from attribution_core import (
 from attribution_core.curvature import DiagonalWarning
 from attribution_core.gradients import directional
 from attribution_core.groups import group_directional
+from attribution_core.safeguards import soundness
 from attribution_core.safeguards.soundness import _kind, refuse_mixed_outputs, stopped
 from tests import menagerie
 from tests.test_swapping import HandTied

@@ -158,7 +158,7 @@ def test_a_sound_model_passes_and_nothing_else_changes(action, monkeypatch):
     monkeypatch.setattr(
         "attribution_core.safeguards.purity.refuse_hidden_parameters", lambda *_, **__: None
     )
-    for where in ("gradients", "projection", "trained"):
+    for where in ("gradients", "projection", "stepwise.trained"):
         monkeypatch.setattr(f"attribution_core.{where}.refuse_unsound", lambda *_: None)
     np.testing.assert_array_equal(looked, numbers())
 

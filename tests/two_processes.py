@@ -32,12 +32,12 @@ from attribution_core import (
     random_subsets,
     representation_similarity,
     retrain,
-    run_folder,
     source,
     tracin,
     train,
     trak,
 )
+from attribution_core.disk import run_folder
 from attribution_core.processes import (
     collect,
     from_first,

@@ -16,12 +16,14 @@ from attribution_core.groups import AnchorWarning, group_table, kmeans_groups, r
 from attribution_core.in_run import InRun, in_run
 from attribution_core.influence import influence
 from attribution_core.input_influence import gradient_matching, input_influence
+from attribution_core.joining import join_outputs, split_outputs
 from attribution_core.leave_out import leave_one_out
 from attribution_core.magic import magic
 from attribution_core.neighbors import bm25, knn, knn_values, representation_similarity
 from attribution_core.newton import NewtonDatamodel, newton
 from attribution_core.outputs import (
     causal_lm_loss,
+    correct,
     cross_entropy,
     logit_margin,
     margin,
@@ -39,7 +41,7 @@ from attribution_core.regression import (
 )
 from attribution_core.rehearsal import Pace, Rehearsal, rehearse
 from attribution_core.retraining import retrain
-from attribution_core.safeguards.smoothness import MetagradientWarning
+from attribution_core.safeguards.smoothness import MetagradientWarning, describe
 from attribution_core.self_influence import self_influence
 from attribution_core.subsets import (
     all_subsets,
@@ -84,7 +86,9 @@ __all__ = [
     "bm25",
     "causal_lm_loss",
     "compare",
+    "correct",
     "cross_entropy",
+    "describe",
     "fit_certified",
     "fit_curvature",
     "fit_datamodel",
@@ -94,6 +98,7 @@ __all__ = [
     "in_run",
     "influence",
     "input_influence",
+    "join_outputs",
     "kmeans_groups",
     "knn",
     "knn_values",
@@ -117,6 +122,7 @@ __all__ = [
     "retrain",
     "self_influence",
     "source",
+    "split_outputs",
     "squared_error",
     "tracin",
     "train",

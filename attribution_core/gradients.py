@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map
 
 from attribution_core.calling import Params, PerExample, call, per_example, trainable
 from attribution_core.data import Batch, Progress, batches, row_numbers, rows_in, take
+from attribution_core.joining import parts_of
 from attribution_core.layerwise.coverage import coverage_of
 from attribution_core.layerwise.ghost import ghost
 from attribution_core.layerwise.layers import UNTRIED, Coverage, NotCovered
@@ -300,7 +301,7 @@ def mean_gradient(
     problem: Problem, weights: ArrayLike | None = None, batch_size: int = 256
 ) -> Params:
     """(1/n) Σ w_i ∇ℓ_i(θ) + weight_decay θ: the gradient of the trained objective, dict name -> shape."""
-    leaf = {name: value.clone().requires_grad_() for name, value in problem.params.items()}
+    leaf = _leaves(problem.params)
     w = torch.ones(problem.n) if weights is None else torch.as_tensor(np.asarray(weights))
     total = {k: decay_of(problem.weight_decay, k) * value.detach() for k, value in leaf.items()}
     for rows in batches(problem.n, batch_size):
@@ -335,6 +336,7 @@ def valued_gradients(
         return _mean_gradients(model, outputs, batch_size, params)
     if len(outputs) <= SINGLY:  # torch's vmap takes a second to load
         return _single_gradients(model, outputs, params)
+    refuse_steps(model, outputs, params)
     device = next(iter(params.values())).device
     parts = [
         row_gradients(model, outputs.function, params, take(outputs.data, rows, device))
@@ -342,6 +344,11 @@ def valued_gradients(
     ]
     gradients = {name: torch.cat([part[name] for part in parts]) for name in params}
     return outputs.evaluate(model, params, batch_size), gradients
+
+
+def _leaves(params: Params) -> Params:
+    """Copies that gradients are taken by."""
+    return {name: value.clone().requires_grad_() for name, value in params.items()}
 
 
 def _values_at(model: nn.Module, outputs: Outputs, leaf: Params, rows: Any) -> Tensor:
@@ -354,7 +361,7 @@ def _values_at(model: nn.Module, outputs: Outputs, leaf: Params, rows: Any) -> T
 
 def _single_gradients(model: nn.Module, outputs: Outputs, params: Params) -> tuple[Tensor, Params]:
     """`valued_gradients`, a pass for each row."""
-    leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
+    leaf = _leaves(params)
     values, found = [], []
     for row in range(len(outputs)):
         value = _values_at(model, outputs, leaf, [row])
@@ -369,7 +376,7 @@ def _mean_gradients(
 ) -> tuple[Tensor, Params]:
     """`valued_gradients` of averages over rows, a backward pass for each average."""
     assert outputs.matrix is not None
-    leaf = {name: value.clone().requires_grad_() for name, value in params.items()}
+    leaf = _leaves(params)
     total = torch.zeros(len(outputs), dtype=torch.float64)
     slopes = {name: value.new_zeros((len(outputs), *value.shape)) for name, value in leaf.items()}
     for rows in batches(len(outputs.data), batch_size):
@@ -385,6 +392,13 @@ def _mean_gradients(
                 if g is not None:
                     slopes[name][j] += g
     return total, {name: value.detach() for name, value in slopes.items()}
+
+
+def refuse_steps(model: nn.Module, outputs: Outputs, params: Params | None = None) -> None:
+    """Raise for outputs without a derivative by the parameters, where none would pass for one of 0."""
+    leaf = _leaves(trainable(model) if params is None else params)
+    for part in parts_of(outputs):
+        _values_at(model, part, leaf, [0])
 
 
 def _refuse_steps(values: Tensor) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from attribution_core.calling import per_example
 from attribution_core.data import Data, Progress, as_data, batches, take, unlabelled
 from attribution_core.datamodel import LinearDatamodel, average
-from attribution_core.gradients import row_gradients
+from attribution_core.gradients import refuse_steps, row_gradients
 from attribution_core.layerwise.representations import last_layer, representations
 from attribution_core.layerwise.vectors import flatten, size_of
 from attribution_core.outputs import labels_in
@@ -302,6 +302,7 @@ def _counts(texts: list[NDArray[Any]], width: int) -> Any:
 def _signs(problem: Problem, outputs: Outputs) -> NDArray[np.float64]:
     """s_j of every target row, [rows]: one gradient step on a twin moves its output this way."""
     model, params = problem.model, problem.params
+    refuse_steps(model, outputs)
     size = max(1, min(64, HELD // size_of(params)))
     found = []
     for rows in batches(len(outputs.data), size):

@@ -159,6 +159,22 @@ def _own_and_others(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return own[:, 0], logits.scatter(1, labels.long()[:, None], float("-inf"))
 
 
+def correct(model: nn.Module, batch: Batch) -> Tensor:
+    """1 where the largest logit is the label's, else 0, [b]; their mean is the accuracy. It has no derivative.
+
+    >>> x, labels = torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0])
+    >>> correct(nn.Identity(), (x, labels)).tolist()
+    [1.0, 0.0]
+    """
+    logits, labels = logits_and_labels(model, batch)
+    if labels.is_floating_point() or logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"expected logits [b, classes] and whole labels [b], got {tuple(logits.shape)} and {labels.dtype} of shape "
+            f"{tuple(labels.shape)}"
+        )
+    return (logits.argmax(1) == labels).to(logits)
+
+
 def margin(model: nn.Module, batch: Batch) -> Tensor:
     """log p/(1 − p) of the label, [b]: its logit less the logsumexp of the others (Park et al. 2023, eq. 8)."""
     own, others = _own_and_others(model, batch)

@@ -17,6 +17,7 @@ from attribution_core.calling import PerExample
 from attribution_core.data import Progress, batches, take
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.disk.fingerprint import fingerprint
+from attribution_core.gradients import refuse_steps
 from attribution_core.layerwise.vectors import size_of, unflatten
 from attribution_core.outputs import cross_entropy, margin
 from attribution_core.precision import widened
@@ -312,6 +313,7 @@ def _refuse_singular(h: Tensor, n: int) -> None:
 
 def _target_features(projected: Projection, outputs: Outputs, batch_size: int) -> Tensor:
     """Projected gradients of the outputs, [t, k], float64 on the CPU."""
+    refuse_steps(projected.problem.model, outputs)
     t = len(outputs)
     total = torch.zeros(t, projected.dim, dtype=torch.float64)
     start = 0

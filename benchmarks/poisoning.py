@@ -29,16 +29,17 @@ from attribution_core import (
     Outputs,
     Problem,
     Recipe,
+    correct,
     cross_entropy,
     gradient_matching,
     influence,
     input_influence,
+    join_outputs,
     magic,
     retrain,
     train,
 )
 from recipes.embedded import digits
-from recipes.work.poisoning import loss_or_hit
 
 TARGET, HELD_OUT, ACCURACY = "target loss", "held-out loss", "held-out accuracy"
 FIRST_VICTIM = 1000
@@ -140,11 +141,11 @@ def prepared(flags: Flags) -> Setting:
     table = digits(800, seed=flags.split)
     x, others = (torch.tensor(a).float().reshape(-1, 1, 8, 8) for a in (table.x, table.test_x))
     labels = torch.tensor(table.test_y)
-    held = np.arange(TARGETS, len(others))
-    kinds = [TARGET] * TARGETS + [HELD_OUT] * len(held)
-    read = np.r_[: len(others), held]
-    hit = torch.tensor([0.0] * len(others) + [1.0] * len(held))
-    reading = Outputs(loss_or_hit, (others[read], labels[read], hit))
+    target, held = (
+        Outputs(cross_entropy, (others[some], labels[some])).mean()
+        for some in (slice(TARGETS), slice(TARGETS, None))
+    )
+    losses = {TARGET: target, HELD_OUT: held}
     recipes = {
         "mlp": Recipe(SGD(0.05, momentum=0.9), 50, 15, init=mlp),
         "cnn": Recipe(AdamW(3e-3), 50, 15, schedule="cosine", init=cnn),
@@ -152,9 +153,8 @@ def prepared(flags: Flags) -> Setting:
     first: Any = recipes[flags.model].init
     return Setting(
         Problem(first(0), cross_entropy, (x, torch.tensor(table.y))), recipes,
-        reading.mean(by=[*kinds, *[ACCURACY] * len(held)]),
-        Outputs(cross_entropy, (others, labels)).mean(by=kinds),
-        Outputs(cross_entropy, (others[:TARGETS], labels[:TARGETS])).mean(by=[TARGET] * TARGETS),
+        join_outputs({**losses, ACCURACY: replace(held, function=correct)}),
+        join_outputs(losses), join_outputs({TARGET: target}),
         flags.model,
     )  # fmt: skip
 

@@ -242,8 +242,7 @@ def curvature(flags: Flags, task: Task) -> dict[str, Any]:
 
 def attribute(flags: Flags, task: Task, recipe: Any) -> Any:
     """The datamodel of the runs, by the method asked for."""
-    from attribution_core import influence, magic, source, tracin, train, trak
-    from attribution_core.safeguards.smoothness import describe
+    from attribution_core import describe, influence, magic, source, tracin, train, trak
 
     exact = curvature(flags, task)
     steps = len(recipe.draw(_rows(task), flags.exposure))
@@ -299,8 +298,7 @@ def write_report(
 
     from applied import pictures, report
     from applied.recipe import Interval
-    from attribution_core import lds
-    from attribution_core.safeguards.smoothness import describe
+    from attribution_core import describe, lds
     from recipes.command import as_given
 
     datamodel.save(flags.out / "datamodel")

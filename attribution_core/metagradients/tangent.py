@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from attribution_core.calling import Params
 from attribution_core.data import Progress, batches, take
-from attribution_core.gradients import forward_mode
+from attribution_core.gradients import forward_mode, refuse_steps
 from attribution_core.metagradients.adjoint import Part, Wanted, with_hyper
 from attribution_core.problem import Outputs
 from attribution_core.processes import sum_all
@@ -99,6 +99,7 @@ def pushed_outputs(
 ) -> NDArray[np.float64]:
     """Derivatives of a run's outputs along G directions of its weights and hyperparameters, [G, t]."""
     refuse_mixed_outputs(run.model, outputs)
+    refuse_steps(run.model, outputs)
     start = run.since if since is None else since
     steps = run.steps
     end, tangents = push(steps, along, run.digests, start, progress)

@@ -24,6 +24,7 @@ from attribution_core.calling import Params, PerExample, call, trainable
 from attribution_core.data import Batch, rows_in, take
 from attribution_core.disk.behaviour import KEPT_BY_TORCH, SCALAR
 from attribution_core.disk.fingerprint import fingerprint
+from attribution_core.joining import parts_of
 from attribution_core.layerwise.layers import owners
 from attribution_core.layerwise.vectors import normal_like
 from attribution_core.precision import rounding
@@ -97,6 +98,13 @@ def refuse_mixed_outputs(model: nn.Module, outputs: Outputs) -> None:
     kind = _kind(model)
     if _OF_ROWS.get(outputs) == kind:
         return
+    for part in parts_of(outputs):
+        _refuse_mixed(model, part)
+    _OF_ROWS[outputs] = kind
+
+
+def _refuse_mixed(model: nn.Module, outputs: Outputs) -> None:
+    """`refuse_mixed_outputs` for the first rows of one kind."""
     params = trainable(model)
     device = next(iter(params.values())).device
     try:
@@ -115,7 +123,6 @@ def refuse_mixed_outputs(model: nn.Module, outputs: Outputs) -> None:
             f"{together[: len(alone)].tolist()} beside {len(together) - 1} others and {alone.tolist()} alone; compare rows "
             "with constants, or with rows that the function holds itself"
         )
-    _OF_ROWS[outputs] = kind
 
 
 def _kind(model: nn.Module) -> tuple[Any, ...]:

@@ -31,9 +31,11 @@ from attribution_core import (
     Outputs,
     Problem,
     Recipe,
+    correct,
     cross_entropy,
     fit_curvature,
     influence,
+    join_outputs,
     refit,
     refitted,
     retrain,
@@ -225,20 +227,24 @@ def prepared(flags: Flags, split: int) -> Bench:
     half = len(data.target_x) // 2
     trusted = data.target_x[half:], data.target_y[half:]
     target = data.target_x[:half], data.target_y[:half]
-    kinds = [TARGET] * half + [HELD_OUT] * len(data.test_x) + [ACCURACY] * len(data.test_x)
-    x = torch.tensor(np.concatenate([target[0], data.test_x, data.test_x]))
-    y = torch.tensor(np.concatenate([target[1], data.test_y, data.test_y]))
-    hits = torch.tensor([float(kind == ACCURACY) for kind in kinds])
     make = exact if flags.width == 0 else network
-    return make(flags, data, trusted, (x, y, hits), kinds)
+    return make(flags, data, trusted, target)
 
 
-def loss_or_hit(model: Any, batch: Any) -> torch.Tensor:
-    """Cross entropy, or where the third column is 1, whether the largest logit is the label's."""
-    logits = model(batch[0])
-    hit = (logits.argmax(1) == batch[1]).to(logits)
-    loss = torch.nn.functional.cross_entropy(logits, batch[1], reduction="none")
-    return torch.where(batch[2] > 0, hit, loss)
+def readings(data: Classification, target: Any, dtype: torch.dtype) -> dict[str, Outputs]:
+    """Mean losses of the target and of the test rows, and the accuracy of the latter."""
+    test = torch.tensor(data.test_x, dtype=dtype), torch.tensor(data.test_y)
+    target = torch.tensor(target[0], dtype=dtype), torch.tensor(target[1])
+    return {
+        TARGET: Outputs(cross_entropy, target).mean(), HELD_OUT: Outputs(cross_entropy, test).mean(),
+        ACCURACY: Outputs(correct, test).mean(),
+    }  # fmt: skip
+
+
+def read(parts: dict[str, Outputs]) -> tuple[Outputs, Outputs]:
+    """(what is read of victims, what is predicted: all that has a derivative)."""
+    losses = {name: some for name, some in parts.items() if name != ACCURACY}
+    return join_outputs(parts), join_outputs(losses)
 
 
 @contextmanager
@@ -259,17 +265,14 @@ def every_class(data: Classification, table: Problem, weights: Any) -> Iterator[
         raise ClassGone(*gone) from None
 
 
-def exact(flags: Flags, data: Classification, trusted: Any, read: Any, kinds: list[str]) -> Bench:
+def exact(flags: Flags, data: Classification, trusted: Any, target: Any) -> Bench:
     """Logistic regression: surrogate and victims at the optimum."""
     from sklearn.linear_model import LogisticRegression
 
-    x, y, hits = read
     strength = 1.0 / (flags.decay * len(data.x))
     fitted = LogisticRegression(C=strength, tol=1e-6, max_iter=5000).fit(data.x, data.y)
     problem = Problem.from_sklearn(fitted, data.x, data.y)
-    outputs = Outputs(loss_or_hit, (x.double(), y, hits)).mean(by=kinds)
-    smooth = hits == 0
-    losses = Outputs(cross_entropy, (x[smooth].double(), y[smooth])).mean(by=[k for k in kinds if k != ACCURACY])  # fmt: skip
+    outputs, losses = read(readings(data, target, torch.float64))
 
     def surrogate(table: Problem, w: NDArray[np.float64]) -> LinearDatamodel:
         with every_class(data, table, w):
@@ -289,15 +292,12 @@ def exact(flags: Flags, data: Classification, trusted: Any, read: Any, kinds: li
     )
 
 
-def network(flags: Flags, data: Classification, trusted: Any, read: Any, kinds: list[str]) -> Bench:
+def network(flags: Flags, data: Classification, trusted: Any, target: Any) -> Bench:
     """A small network: surrogates and victims trained from fresh seeds."""
-    x, y, hits = read
     problem, make = problem_of(data, flags.width, 0.0)
     size = min(flags.batch_size, problem.n)
     recipe = Recipe(SGD(flags.lr, momentum=0.9), size, flags.epochs, init=make)
-    outputs = Outputs(loss_or_hit, (x, y, hits)).mean(by=kinds)
-    smooth = hits == 0
-    losses = Outputs(cross_entropy, (x[smooth], y[smooth])).mean(by=[k for k in kinds if k != ACCURACY])  # fmt: skip
+    outputs, losses = read(readings(data, target, torch.float32))
     seeds = list(range(FIRST_VICTIM, FIRST_VICTIM + flags.victims))
 
     def runs(table: Problem, w: NDArray[np.float64]) -> Any:

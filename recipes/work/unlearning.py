@@ -27,7 +27,16 @@ from applied.unlearners import (
     scrub,
 )
 from applied.unlearning import Evaluation, evaluate, read_all, unlearn
-from attribution_core import SGD, Outputs, Recipe, margin, retrain, train
+from attribution_core import (
+    SGD,
+    Outputs,
+    Recipe,
+    join_outputs,
+    margin,
+    retrain,
+    split_outputs,
+    train,
+)
 from attribution_core.data import sample
 from attribution_core.disk.files import write_text
 from recipes.command import bar, forget_report
@@ -141,14 +150,12 @@ class Trainings:
     def oracles(self, count: int) -> Splits:
         """Margins [count, z] of trainings without the forget set."""
         name = self.forget.kind
-        together = Outputs(margin, joined([some.data for some in self.outputs.values()]))
         table = retrain(
-            self.problem, self.recipe, together, self.without,
+            self.problem, self.recipe, join_outputs(self.outputs), self.without,
             seeds=range(FIRST_ORACLE, FIRST_ORACLE + count), folder=self.flags.out / "oracles" / name,
             jobs=self.flags.jobs, progress=bar(f"{name}: retraining"),
         )  # fmt: skip
-        ends = np.cumsum([len(some) for some in self.outputs.values()])[:-1]
-        return dict(zip(self.outputs, np.split(table.per_seed[0], ends, axis=1), strict=True))
+        return split_outputs(table.per_seed[0], self.outputs)
 
     def begin(self) -> None:
         """The first model and the first oracle.
@@ -208,11 +215,6 @@ def read_at(forget: Forget, seed: int) -> tuple[dict[str, Outputs], dict[str, ND
         split: (data.held_places if split == "validation" else data.places)[at]
         for split, at in rows.items()
     }
-
-
-def joined(parts: list[Any]) -> tuple[torch.Tensor, ...]:
-    """Several tables of tensors, one below the other."""
-    return tuple(torch.cat(some) for some in zip(*(part.columns for part in parts), strict=True))
 
 
 def unlearners(

@@ -22,15 +22,18 @@ from attribution_core import (
     RetrainingTable,
     all_subsets,
     aumann_shapley,
+    correct,
     cross_entropy,
     fit_datamodel,
     in_run,
     influence,
+    join_outputs,
     knn_values,
     margin,
     permutation_subsets,
     random_subsets,
     retrain,
+    split_outputs,
     train,
 )
 from recipes.command import bar, forget_report
@@ -100,29 +103,23 @@ def start(flags: Flags, data: Classification) -> Study:
     return Study(flags, data, problem, recipe, *held)
 
 
-def margin_or_loss(model: Any, batch: Any) -> Any:
-    """A training row's own margin, a target row's loss: both are read off the same trainings."""
-    x, y, own = batch
-    import torch
-
-    return torch.where(own, margin(model, (x, y)), cross_entropy(model, (x, y)))
-
-
 def readings(study: Study) -> tuple[RetrainingTable, RetrainingTable]:
     """Retrainings on random halves: (margins of the training rows themselves, mean target loss)."""
     import torch
 
     flags, data = study.flags, study.data
-    x = torch.tensor(np.concatenate([data.x, data.target_x]))
-    y = torch.tensor(np.concatenate([data.y, data.target_y]))
-    n = len(data.x)
-    subsets = random_subsets(n, flags.retrainings, keep=0.5, seed=flags.seed)
+    own = Outputs(margin, (torch.tensor(data.x), torch.tensor(data.y)))
+    parts = {"own": own, "target": study.target}
+    subsets = random_subsets(len(own), flags.retrainings, keep=0.5, seed=flags.seed)
     table = study.retrain(
-        subsets, seeds=[0], outputs=Outputs(margin_or_loss, (x, y, torch.arange(len(x)) < n)),
-        folder=flags.out / "halves", progress=bar("random halves"),
-    )  # fmt: skip
-    own = replace(table, per_seed=table.per_seed[:, :, :n])
-    return own, replace(table, per_seed=table.per_seed[:, :, n:].mean(2, keepdims=True))
+        subsets,
+        seeds=[0],
+        outputs=join_outputs(parts),
+        folder=flags.out / "halves",
+        progress=bar("random halves"),
+    )
+    found = split_outputs(table.per_seed, parts)
+    return replace(table, per_seed=found["own"]), replace(table, per_seed=found["target"])
 
 
 def value_rows(study: Study) -> Valued:
@@ -166,21 +163,11 @@ def _unknown(n: int) -> tuple[Any, Any, Any]:
     return np.full(n, np.nan), np.arange(n), np.zeros((n, 1))
 
 
-def loss_or_right(model: Any, batch: Any) -> Any:
-    """Cross entropy, or where the third column says so, whether the largest logit is the label's."""
-    x, y, right = batch
-    import torch
-
-    hit = (model(x).argmax(1) == y).to(x)
-    return torch.where(right, hit, cross_entropy(model, (x, y)))
-
-
 Removed = dict[str, NDArray[np.float64]]  # method -> [seeds, 1 + shares], the whole set first
 
 
 def judge(study: Study, valued: Valued) -> tuple[Removed, Removed]:
     """(Test loss, accuracy) [seeds, 1 + shares] without the worst rows, by method; the first column is the whole set."""
-    import torch
 
     flags, n = study.flags, study.problem.n
     rows = [np.ones(n)]
@@ -190,13 +177,17 @@ def judge(study: Study, valued: Valued) -> tuple[Removed, Removed]:
             weights = np.ones(n)
             weights[order[: round(share * n)]] = 0.0
             rows.append(weights)
-    x, y = (torch.tensor(np.concatenate([a, a])) for a in (study.data.test_x, study.data.test_y))
-    held = len(x) // 2
+    parts = {"loss": study.test, "right": replace(study.test, function=correct)}
     table = study.retrain(
-        rows, seeds=flags.seeds, outputs=Outputs(loss_or_right, (x, y, torch.arange(len(x)) >= held)),
-        folder=flags.out / "without", progress=bar("without the worst"),
-    )  # fmt: skip
-    loss, right = (part.mean(2).T for part in np.split(table.per_seed, 2, axis=2))  # [seeds, rows]
+        rows,
+        seeds=flags.seeds,
+        outputs=join_outputs(parts),
+        folder=flags.out / "without",
+        progress=bar("without the worst"),
+    )
+    loss, right = (
+        part[:, :, 0].T for part in split_outputs(table.per_seed, parts).values()
+    )  # [seeds, rows]
     return _by_method(loss, valued, len(flags.remove)), _by_method(right, valued, len(flags.remove))
 
 

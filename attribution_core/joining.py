@@ -1,0 +1,159 @@
+"""Several outputs read off one model: losses beside accuracies, one set of rows beside another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from attribution_core.calling import PerExample
+from attribution_core.data import Batch, Data, take
+from attribution_core.problem import Outputs
+
+PART = "part_of_outputs"  # the column that says which part a row is of; of a tuple the last
+
+
+def join_outputs(parts: Mapping[str, Outputs]) -> Outputs:
+    """One set of outputs from several, so that each training is done once and read in every way.
+
+        f = (f_1, f_2, ...),    targets in the order of the parts
+
+    A part of one target gives it its name, a part of several "part: target". Where every part has a target for each
+    of its rows, so has the whole, and nothing is named. `split_outputs` takes values apart again.
+
+    Args:
+        parts: name -> outputs, whose batches have the same columns, of the same shapes but for the rows. Where their
+            functions differ, each is computed for all rows of a batch, and has to be finite there.
+
+    Raises:
+        ValueError: no parts; columns that differ.
+
+    >>> rows = torch.eye(2), torch.tensor([0, 1])
+    >>> first = Outputs(lambda model, batch: model(batch[0])[:, 0], rows)
+    >>> total = Outputs(lambda model, batch: model(batch[0]).sum(1), rows)
+    >>> both = join_outputs({"first": first.mean(), "total": total.mean()})
+    >>> both.names, both.evaluate(nn.Linear(2, 2, bias=False).apply(lambda m: nn.init.ones_(m.weight))).tolist()
+    (('first', 'total'), [1.0, 2.0])
+    """
+    if not parts:
+        raise ValueError("expected outputs to join, a name for each, got none")
+    several = list(parts.values())
+    _refuse_other_columns(parts)
+    functions = list({id(some.function): some.function for some in several}.values())
+    which = [next(k for k, f in enumerate(functions) if f is some.function) for some in several]
+    function = _Chosen(tuple(functions), tuple(which))
+    data = _Joined(tuple(some.data for some in several))
+    if all(some.matrix is None for some in several):
+        return Outputs(function, data)
+    names = [name for part, some in parts.items() for name in _names(part, some)]
+    return Outputs(function, data, torch.block_diag(*map(_matrix, several)), tuple(names))
+
+
+def split_outputs(values: NDArray[Any], parts: Mapping[str, Outputs]) -> dict[str, NDArray[Any]]:
+    """Values [..., t] of joined outputs by part, [..., targets of the part] each.
+
+    Raises:
+        ValueError: another number of targets.
+    """
+    sizes = [len(some) for some in parts.values()]
+    if values.shape[-1] != sum(sizes):
+        raise ValueError(
+            f"expected values of {sum(sizes)} targets, those of {dict(zip(parts, sizes, strict=True))}, got {values.shape}"
+        )
+    cut = np.split(values, np.cumsum(sizes)[:-1], axis=-1)
+    return dict(zip(parts, cut, strict=True))
+
+
+def parts_of(outputs: Outputs) -> list[Outputs]:
+    """The outputs that were joined, a target for each row; these, where none were."""
+    function, data = outputs.function, outputs.data
+    if not (isinstance(function, _Chosen) and isinstance(data, _Joined)):
+        return [outputs]
+    return [
+        Outputs(function.functions[k], some)
+        for k, some in zip(function.which, data.parts, strict=True)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Joined:
+    """Rows of several data sets, one after the other, with a column that says which they are of."""
+
+    parts: tuple[Data, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, rows: Sequence[int]) -> Batch:
+        ends = np.cumsum([len(some) for some in self.parts])
+        which = np.searchsorted(ends, rows, side="right")
+        own = np.asarray(rows, dtype=int) - (ends - [len(some) for some in self.parts])[which]
+        there = np.unique(which)
+        batches: list[Any] = [take(self.parts[k], own[which == k]) for k in there]
+        back = np.argsort(np.argsort(which, kind="stable"))  # from part by part to the rows' order
+        part = torch.from_numpy(which)
+        if isinstance(batches[0], dict):
+            columns = {k: torch.cat([batch[k] for batch in batches])[back] for k in batches[0]}
+            return {**columns, PART: part}
+        return (*(torch.cat(column)[back] for column in zip(*batches, strict=True)), part)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """One of several functions for each row, as its last column says."""
+
+    functions: tuple[PerExample, ...]
+    which: tuple[int, ...]  # of each part
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        if isinstance(batch, dict):
+            part: Tensor = batch[PART]
+            own: Any = {k: x for k, x in batch.items() if k != PART}
+        else:
+            *columns, part = batch
+            own = tuple(columns)
+        values = [function(model, own) for function in self.functions]
+        if len({value.requires_grad for value in values}) > 1:
+            raise ValueError(
+                "expected joined outputs that all have a derivative by the parameters, or none, got some of either "
+                "(an accuracy beside a loss); join those that have one by themselves for this, the others for retraining"
+            )
+        chosen = torch.tensor(self.which, device=part.device)[part]
+        found = values[0]
+        for k, value in enumerate(values[1:], 1):
+            found = torch.where(chosen == k, value, found)
+        return found
+
+
+def _matrix(outputs: Outputs) -> Tensor:
+    """What makes targets of rows, [rows, targets]."""
+    return torch.eye(len(outputs)).double() if outputs.matrix is None else outputs.matrix
+
+
+def _names(part: str, outputs: Outputs) -> list[str]:
+    """What the targets of a part are called."""
+    if len(outputs) == 1:
+        return [part]
+    return [f"{part}: {name}" for name in outputs.names or range(len(outputs))]
+
+
+def _refuse_other_columns(parts: Mapping[str, Outputs]) -> None:
+    """Raise where the batches of one part cannot stand beside those of another."""
+
+    def shapes(outputs: Outputs) -> dict[Any, tuple[int, ...]]:
+        batch: Any = take(outputs.data, [0])
+        columns = batch if isinstance(batch, dict) else dict(enumerate(batch))
+        return {name: tuple(x.shape[1:]) for name, x in columns.items()}
+
+    (first, one), *others = parts.items()
+    for name, some in others:
+        if shapes(some) != shapes(one):
+            raise ValueError(
+                f"expected the same columns in all outputs that are joined, got {shapes(one)} in {first!r} and {shapes(some)} in "
+                f"{name!r} (sizes of a row); bring them into one form, or retrain for each"
+            )

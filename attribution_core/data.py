@@ -147,7 +147,11 @@ def tensors_in(batch: Any) -> list[Tensor]:
 
 
 def take(data: Data, rows: ArrayLike, device: torch.device | None = None) -> Batch:
-    """The rows of `data` as a batch of tensors on `device`; columns that are no tensors are left out."""
+    """The rows of `data` as a batch of tensors on `device`; columns of a dict that are no tensors are left out.
+
+    Raises:
+        ValueError: rows of different lengths; something else than tensors in a tuple.
+    """
     batch = data[np.asarray(rows, dtype=int).tolist()]
     if isinstance(batch, Mapping):
         ragged = [k for k, v in batch.items() if isinstance(v, list) and isinstance(v[0], Tensor)]
@@ -157,7 +161,14 @@ def take(data: Data, rows: ArrayLike, device: torch.device | None = None) -> Bat
                 "or remove the columns"
             )
         return {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-    return tuple(v.to(device) for v in tensors_in(batch))
+    found = tensors_in(batch)
+    if isinstance(batch, tuple) and len(found) < len(batch):
+        other = next(k for k, value in enumerate(batch) if not isinstance(value, Tensor))
+        raise ValueError(
+            f"expected tensors in all places of a tuple, got {type(batch[other]).__name__} in place {other}, without which "
+            "those after it would move up; leave it out of the data, or give a dict"
+        )
+    return tuple(v.to(device) for v in found)
 
 
 def replaced(batch: Batch, column: Column, values: Tensor) -> Batch:

@@ -660,3 +660,22 @@ def test_arrays_of_objects_and_sparse_tensors_have_prints():
     sparse = [(k * torch.eye(3)).to_sparse() for k in (1, 1, 2)]
     assert fingerprint(sparse[0]) == fingerprint(sparse[1]) != fingerprint(sparse[2])
     fingerprint(torch.ones(2, device="meta"))
+
+
+def test_what_an_object_keeps_in_slots_counts():
+    class Weighted:
+        __slots__ = ("_factor",)
+
+        def __init__(self, factor):
+            self._factor = factor
+
+        def __call__(self, model, batch):
+            return self._factor * model(batch)
+
+    class Again(Weighted):
+        __slots__ = "more"
+
+    for kind in (Weighted, Again):
+        assert fingerprint(kind(1.0)) == fingerprint(kind(1.0))
+        assert fingerprint(kind(1.0)) != fingerprint(kind(10.0))
+    assert fingerprint(Again(1.0)) != fingerprint(Weighted(1.0))

@@ -441,6 +441,47 @@ def test_what_no_row_reaches_is_tried_where_it_would_be(model, uncovered):
     assert found & {"body.weight", "body.bias", "silent.weight", "silent.bias"} == uncovered
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_a_small_penalty_inside_the_loss_is_no_rounding(size):
+    """A row's penalty on the weights comes through no layer: ghost products would leave it out."""
+
+    def penalised(model, batch):
+        return cross_entropy(model, batch) + size * sum(p.square().sum() for p in model.parameters())  # fmt: skip
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        rows = torch.randn(40, 4, dtype=torch.float64), torch.randint(0, 3, (40,))
+        problem = Problem(model, penalised, rows)
+        along = {name: torch.ones_like(p)[None] for name, p in problem.params.items()}
+        found = directional(problem, along)
+        torch.testing.assert_close(
+            found, directional(problem, along, engine="rows"), rtol=1e-9, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_parameter_that_no_layer_shows_is_missed_in_no_precision(dtype):
+    """Half precision's rounding is larger than some of the gradients that are missed (2 of these 60 in bfloat16)."""
+    for seed in range(60):
+        torch.manual_seed(seed)
+        model = Scale().to(dtype)
+        problem = Problem(model, cross_entropy, (torch.randn(40, 4).to(dtype), torch.randint(0, 3, (40,))))  # fmt: skip
+        assert "scale" in coverage.coverage_of(problem, np.arange(40)).wrong, seed
+
+
+class Scale(nn.Module):
+    """A parameter of the model itself, between layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.scale = nn.Parameter(0.7 * torch.ones(8))
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.inner(x)) * self.scale)
+
+
 @pytest.mark.parametrize("unused", [False, True])
 def test_a_trial_takes_two_passes_a_batch(unused, monkeypatch):
     """Of 40 rows one batch is tried, and not again for a parameter that nothing uses."""

@@ -397,3 +397,18 @@ def test_positions_meet_frequencies_in_float64():
     found = call(model, loss, dict(model.named_parameters()), (x,))
     expected = model(model.frequencies[:, 0] * x).square().sum(1)
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+def test_a_tuple_with_a_place_that_is_no_tensor_is_refused():
+    """Left out, the places after it would move up, and batch[1] be another column."""
+
+    class Named(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, rows):
+            return [f"row {i}" for i in rows], torch.ones(len(rows), 2), torch.zeros(len(rows))
+
+    problem = Problem(nn.Linear(2, 1), lambda model, batch: model(batch[0])[:, 0], Named())
+    with pytest.raises(ValueError, match=r"got list in place 0, .* or give a dict"):
+        take(problem.train, [0, 1])

@@ -29,6 +29,7 @@ from attribution_core import (
     trak,
 )
 from attribution_core.curvature import DiagonalWarning
+from attribution_core.data import as_data
 from attribution_core.gradients import directional
 from attribution_core.groups import group_directional
 from attribution_core.safeguards import soundness
@@ -578,3 +579,50 @@ def test_rounding_by_batch_size_is_no_dependence(dtype, inside):
     for seed in range(5):
         x = torch.randn(40, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
         refuse_mixed_outputs(model, Outputs(rounded, (x,)))
+
+
+class Restless(torch.utils.data.Dataset):
+    """Data that answer the same rows in another way each time."""
+
+    def __init__(self, kind):
+        self.kind, self.generator = kind, torch.Generator().manual_seed(0)
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, rows):
+        rows = torch.as_tensor(rows)
+        if self.kind == "shuffled":
+            rows = rows[torch.randperm(len(rows), generator=self.generator)]
+            return X[rows], Y[rows]
+        return X[rows] + 0.1 * torch.randn(len(rows), 4, generator=self.generator), Y[rows]
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "jittered"])
+def test_data_that_give_other_rows_each_time_are_refused(kind):
+    """By methods as training data, by trainings, and as targets: scores would be those of other rows."""
+    model, recipe = nn.Linear(4, 3), Recipe(SGD(0.1), 4, 1)
+    sound, restless = (Problem(model, cross_entropy, data) for data in ((X, Y), Restless(kind)))
+    targets = Outputs(cross_entropy, Restless(kind))
+    for act in (
+        lambda: influence(restless, OUTPUTS, damping=0.1),
+        lambda: train(restless, recipe),
+        lambda: influence(sound, targets, damping=0.1),
+        lambda: retrain(sound, recipe, targets, np.ones((1, 12)), seeds=1),
+    ):
+        with pytest.raises(ValueError, match="the same rows every time"):
+            act()
+
+
+def test_rows_padded_to_the_longest_of_their_batch_are_the_same_rows():
+    class Padded(torch.utils.data.Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, rows):
+            longest = max(rows) + 1
+            x = torch.stack([torch.arange(longest) * (torch.arange(longest) <= i) for i in rows])
+            return x.float(), torch.zeros(len(rows), dtype=torch.long)
+
+    soundness.refuse_restless(Padded(), np.array([1, 5, 2]))
+    soundness.refuse_restless(as_data((torch.tensor([[torch.nan], [1.0]]),)), np.array([0, 1]))

@@ -19,7 +19,7 @@ from attribution_core import (
     retrain,
     train,
 )
-from attribution_core.outputs import cross_entropy, margin
+from attribution_core.outputs import cross_entropy, margin, squared_error
 from attribution_core.stepwise.stacked import Stack, saved_bytes, stack_size
 from tests import menagerie
 
@@ -361,3 +361,20 @@ def test_losses_of_pairs_of_rows_go_as_they_did():
             for stack in ("auto", 1)
         )
         np.testing.assert_allclose(found, one, rtol=1e-9)
+
+
+def test_a_stack_of_a_given_size_takes_no_augmentation():
+    """It would train on the rows as they are."""
+    problem = Problem(nn.Linear(3, 1), squared_error, (torch.randn(12, 3), torch.randn(12, 1)))
+    recipe = Recipe(
+        SGD(0.02), 4, 2, augment=lambda batch, rows, step: (batch[0] * (1 + step), batch[1])
+    )
+    with pytest.raises(ValueError, match=r"got augmentation, .* use stack=1 or 'auto'"):
+        retrain(
+            problem,
+            recipe,
+            Outputs(squared_error, problem.train),
+            np.ones((3, 12)),
+            seeds=2,
+            stack=4,
+        )

@@ -66,6 +66,14 @@ def of_class(cls: type) -> dict[str, Any]:
     return found
 
 
+def attributes(part: Any) -> dict[str, Any]:
+    """What an object holds by name, in slots as well."""
+    slots = [vars(cls).get("__slots__", ()) for cls in type(part).__mro__]
+    names = [name for some in slots for name in ([some] if isinstance(some, str) else some)]
+    held = {name: getattr(part, name) for name in names if hasattr(part, name)}
+    return {**held, **getattr(part, "__dict__", {})}
+
+
 def settings(part: Any) -> dict[str, Any]:
     """The attributes of an object that say what it does, by name.
 
@@ -86,7 +94,7 @@ def settings(part: Any) -> dict[str, Any]:
             return True
         return not name.startswith("_") and isinstance(value, SETTINGS)
 
-    held = {name: value for name, value in vars(part).items() if name not in KEPT_BY_TORCH}
+    held = {name: x for name, x in attributes(part).items() if name not in KEPT_BY_TORCH}
     return {name: held[name] for name in sorted(held) if tells(name, held[name])}
 
 

@@ -153,7 +153,7 @@ def _content(digest: Any, part: Any) -> None:
         text = repr(part)  # an address is no content, and differs between processes
         unnamed = " at 0x" in text
         digest.update(f"{type(part).__qualname__}:{'' if unnamed else text};".encode())
-        if (unnamed or is_own(type(part).__module__)) and hasattr(part, "__dict__"):
+        if unnamed or is_own(type(part).__module__):
             digest.name(part)
 
 

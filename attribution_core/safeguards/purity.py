@@ -16,7 +16,7 @@ from attribution_core.safeguards.refusals import (
     refuse_embeddings,
     refuse_idle_masks,
 )
-from attribution_core.safeguards.soundness import nothing_else_changes
+from attribution_core.safeguards.soundness import nothing_else_changes, refuse_restless
 from attribution_core.safeguards.swapping import refuse_computed_weights, refuse_hidden_parameters
 from attribution_core.stepwise.steps import Steps, TrainingState
 
@@ -43,6 +43,7 @@ def check_steps(steps: Steps) -> None:
             "accumulate=1 and shard=False, or GroupNorm and no dropout"
         )
     some = steps.order[0][:SOME]
+    refuse_restless(steps.problem.train, some)
     refuse_hidden_parameters(model, steps.problem.loss, partial(steps.batch, 0, some), copied=True)
 
 

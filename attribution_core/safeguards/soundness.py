@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from attribution_core.calling import Params, PerExample, call, trainable
-from attribution_core.data import Batch, rows_in, take
+from attribution_core.data import Batch, Data, rows_in, take, tensors_in
 from attribution_core.disk.behaviour import KEPT_BY_TORCH, SCALAR
 from attribution_core.disk.fingerprint import fingerprint
 from attribution_core.joining import parts_of
@@ -65,6 +65,7 @@ def refuse_unsound(problem: Problem, rows: NDArray[np.intp] | None = None) -> No
         batch = take(problem.train, few, problem.device)
     except Exception:
         return  # whatever it is, the pass that is really needed says it
+    refuse_restless(problem.train, few)
     tried = _Rows(problem.model, problem.loss, batch)
     with nothing_else_changes(problem.model, "call model.eval()"):
         together = tried.at(problem.params)
@@ -79,6 +80,26 @@ def refuse_unsound(problem: Problem, rows: NDArray[np.intp] | None = None) -> No
         problem.model, problem.loss, lambda: take(problem.train, few[:2], problem.device)
     )
     _SOUND[problem] = modes
+
+
+def refuse_restless(data: Data, rows: NDArray[np.intp]) -> None:
+    """Raise where data give other rows the second time, or another first row by itself: shuffled or augmented ones.
+
+    Columns that are padded to the longest row of a batch may have another shape alone.
+    """
+    first, again, alone = (tensors_in(take(data, some)) for some in (rows, rows, rows[:1]))
+    moved = any(not _same(a, b) for a, b in zip(first, again, strict=True))
+    if moved or any(
+        a[:1].shape == b.shape and not _same(a[:1], b) for a, b in zip(first, alone, strict=True)
+    ):
+        raise ValueError(
+            f"expected data[rows] to give the same rows every time, got others for {rows[:5].tolist()} the second time; leave "
+            "shuffling to the recipe, and hand augmentation to Recipe(augment=), a function of batch, rows and step"
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def refuse_mixed_outputs(model: nn.Module, outputs: Outputs) -> None:
@@ -111,6 +132,7 @@ def _refuse_mixed(model: nn.Module, outputs: Outputs) -> None:
         batch = take(outputs.data, np.arange(min(TRIED, len(outputs.data))), device)
     except Exception:
         return  # whatever it is, the pass that is really needed says it
+    refuse_restless(outputs.data, np.arange(rows_in(batch)))
     tried = _Rows(model, outputs.function, batch)
     with torch.random.fork_rng([]), _in_eval_mode(model):
         together, again = tried.at(params), tried.at(params)

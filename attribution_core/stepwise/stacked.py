@@ -126,13 +126,15 @@ class Stack:
         """Outputs [k, t] of the trained models.
 
         Raises:
-            ValueError: weights that `train` refuses; initial models that differ in more than their trainable
+            ValueError: weights that `train` refuses; augmentation; initial models that differ in more than their trainable
                 parameters; a loss or an output that vmap cannot stack, or computes differently from a training by
                 itself; losses that are not finite (names the training and the step).
         """
         length = np.array([len(order) for order in self.orders])
         if (np.diff(length) > 0).any():
             raise ValueError("expected the longest trainings first; sort the cells by kept rows")
+        if self.recipe.augment is not None:
+            raise ValueError("augmentation, which a stack takes no batches for")
         self._check_initial()
         data = take(self.problem.train, np.arange(self.problem.n), self.problem.device)
         with (

@@ -145,15 +145,15 @@ def _names(part: str, outputs: Outputs) -> list[str]:
 def _refuse_other_columns(parts: Mapping[str, Outputs]) -> None:
     """Raise where the batches of one part cannot stand beside those of another."""
 
-    def shapes(outputs: Outputs) -> dict[Any, tuple[int, ...]]:
+    def columns(outputs: Outputs) -> dict[Any, tuple[tuple[int, ...], torch.dtype]]:
         batch: Any = take(outputs.data, [0])
-        columns = batch if isinstance(batch, dict) else dict(enumerate(batch))
-        return {name: tuple(x.shape[1:]) for name, x in columns.items()}
+        found = batch if isinstance(batch, dict) else dict(enumerate(batch))
+        return {name: (tuple(x.shape[1:]), x.dtype) for name, x in found.items()}
 
     (first, one), *others = parts.items()
     for name, some in others:
-        if shapes(some) != shapes(one):
+        if columns(some) != columns(one):
             raise ValueError(
-                f"expected the same columns in all outputs that are joined, got {shapes(one)} in {first!r} and {shapes(some)} in "
-                f"{name!r} (sizes of a row); bring them into one form, or retrain for each"
+                f"expected the same columns in all outputs that are joined, got {columns(one)} in {first!r} and {columns(some)} "
+                f"in {name!r} (size and type of a row); bring them into one form, or retrain for each"
             )

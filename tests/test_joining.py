@@ -133,9 +133,14 @@ def test_an_accuracy_alone_has_no_datamodel(method, count):
 def test_what_cannot_be_joined_or_taken_apart_is_refused(parts):
     with pytest.raises(ValueError, match="a name for each, got none"):
         join_outputs({})
-    wide = Outputs(margin, (torch.randn(3, 5), torch.zeros(3, dtype=torch.long)))
-    with pytest.raises(ValueError, match=r"\{0: \(5,\), 1: \(\)\} in 'wide'"):
-        join_outputs({"own": parts["own"], "wide": wide})
+    x, y = rows(3, 1)
+    for name, other in (
+        ("wide", (torch.cat([x, x], 1), y)),
+        ("single", (x.float(), y)),
+        ("labels", (x, y.double())),  # put together they would all be numbers with a fraction
+    ):
+        with pytest.raises(ValueError, match=f"the same columns .* in {name!r}"):
+            join_outputs({"own": parts["own"], name: Outputs(margin, other)})
     with pytest.raises(ValueError, match="values of 33 targets"):
         split_outputs(np.zeros((2, 32)), parts)
 

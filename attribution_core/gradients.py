@@ -394,6 +394,7 @@ def _mean_gradients(
     return total, {name: value.detach() for name, value in slopes.items()}
 
 
+@torch.enable_grad()  # whatever the caller is in
 def refuse_steps(model: nn.Module, outputs: Outputs, params: Params | None = None) -> None:
     """Raise for outputs without a derivative by the parameters, where none would pass for one of 0."""
     leaf = _leaves(trainable(model) if params is None else params)

@@ -653,3 +653,34 @@ def test_other_losses_need_their_constant():
     assert two.remove([0]).residual <= two.remove([0]).bound
     assert one.loss.centred
     assert not two.loss.centred
+
+
+class Column(nn.Linear):
+    """A linear model that returns [b], its first output alone."""
+
+    def forward(self, x):
+        return super().forward(x)[:, 0]
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.functional.binary_cross_entropy_with_logits, nn.functional.mse_loss]
+)
+def test_outputs_without_a_dimension_of_their_own(loss):
+    """A model that returns [b] has the certificate of its twin that returns [b, 1], digit by digit."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(30, 3)))
+    y = (x[:, 0] + torch.from_numpy(rng.normal(size=30)) > 0).double()
+
+    def losses(model, batch):
+        return loss(model(batch[0]).reshape(len(batch[0])), batch[1], reduction="none")
+
+    def certificate(model):
+        fitted = fit_certified(Problem(model, losses, (x, y), weight_decay=0.1), sigma=0.1)
+        found = fitted.remove([1, 2])
+        plain = remove(fitted.problem, [1, 2])
+        return found.bound, found.residual, plain.bound, *vector(found.params).tolist()
+
+    flat, wide = Column(3, 1).double(), nn.Linear(3, 1).double()
+    flat.load_state_dict(wide.state_dict())
+    # the same sums in another shape; residuals are gradients of 1 that cancel
+    np.testing.assert_allclose(certificate(flat), certificate(wide), rtol=1e-12, atol=1e-14)

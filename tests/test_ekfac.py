@@ -10,7 +10,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attribution_core import Outputs, Problem, causal_lm_loss, cross_entropy, influence, margin
+from attribution_core import (
+    SGD,
+    Outputs,
+    Problem,
+    Recipe,
+    causal_lm_loss,
+    cross_entropy,
+    influence,
+    margin,
+    train,
+    unrolling,
+)
 from attribution_core.curvature import DiagonalWarning, fit_curvature, spectrum
 from attribution_core.data import Rows
 from attribution_core.layerwise.coverage import coverage_of
@@ -1090,3 +1101,44 @@ def test_padding_of_a_decoder_counts_in_no_covariance():
     assert (
         np.abs(one - none).max() < 0.01 * np.abs(none).max()
     )  # 15 % where the mask was the encoder's
+
+
+class OneOutput(nn.Module):
+    """A network whose output is [b, 1], or [b]; with a parameter that no layer's rule covers."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.shape = shape
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.body = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def forward(self, x):
+        return self.scale * self.body(x).reshape(len(x), *self.shape)
+
+
+def logistic(model, batch):
+    z = model(batch[0]).reshape(len(batch[0]))
+    return F.binary_cross_entropy_with_logits(z, batch[1], reduction="none")
+
+
+def huber(model, batch):
+    z = model(batch[0]).reshape(len(batch[0]))
+    return F.huber_loss(z, batch[1], reduction="none", delta=0.5)
+
+
+@pytest.mark.parametrize("loss", [logistic, huber])
+def test_outputs_without_a_dimension_of_their_own(loss):
+    """A model that returns [b] is scored as its twin that returns [b, 1], from a problem and along a run."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 4, generator=generator).double()
+    data = (x, (x[:, 0] > 0).double())
+    wide, flat = (seeded(OneOutput)(*shape).double() for shape in ((1,), ()))
+
+    def scores(model):
+        problem, outputs = Problem(model, loss, data, weight_decay=0.1), Outputs(loss, data)
+        run = train(problem, Recipe(SGD(0.1), 5, 2), checkpoints=3)
+        once = influence(problem, outputs, curvature="ekfac")
+        return once.scores, unrolling.source(run, outputs, curvature="ekfac").scores
+
+    for found, expected in zip(scores(flat), scores(wide), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)  # the same sums in another shape

@@ -157,7 +157,7 @@ def _refuse_mixing(problem: Problem, count: int) -> None:
         return losses([z.reshape(output[0].shape)]).sum()
 
     rng = torch.Generator().manual_seed(0)
-    z = torch.randn(output[0].flatten(1).shape, generator=rng, dtype=torch.float64)
+    z = torch.randn(len(output[0]), output[0][0].numel(), generator=rng, dtype=torch.float64)
     curve = hessian(total)(z.to(output[0])).cpu()  # [b, c, b, c]
     own = float(torch.einsum("bcbd->bcd", curve).square().sum())
     if not abs(float(curve.square().sum()) - own) <= SMALL * (own + 1):
@@ -340,7 +340,7 @@ def _opened(problem: Problem, rows: NDArray[np.intp]) -> tuple[list[Tensor], Any
 
 def _outputs(problem: Problem, rows: NDArray[np.intp]) -> Tensor:
     """[b, c], float64 on the CPU."""
-    return _only(_opened(problem, rows)[0]).flatten(1).double().cpu()
+    return _only(_opened(problem, rows)[0]).reshape(len(rows), -1).double().cpu()
 
 
 def _only(output: list[Tensor]) -> Tensor:

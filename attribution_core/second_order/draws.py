@@ -141,9 +141,9 @@ def _small(
     along: Callable[[Tensor], Tensor], z: Tensor, streams: list[np.random.Generator], draws: int
 ) -> list[Tensor]:
     """D^½ ξ with D formed; as many draws as outputs are the columns of √q D^½ themselves."""
-    b, q = z.flatten(1).shape
+    b, q = len(z), z[0].numel()  # outputs may be [b], without a dimension to flatten
     eye = torch.eye(q, dtype=z.dtype, device=z.device)
-    columns = [along(e.expand(b, q).reshape(z.shape)).flatten(1) for e in eye]
+    columns = [along(e.expand(b, q).reshape(z.shape)).reshape(b, q) for e in eye]
     hessian = torch.stack(columns, dim=2)
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
     root = vectors * values.clamp(min=0).sqrt()[:, None] @ vectors.mT

@@ -339,7 +339,9 @@ def _pulled(loss: PerExample, at: list[int]) -> PerExample:
             batch, pulls = batch[: -len(at)], batch[-len(at) :]
         seen = outputs_in(model, lambda: loss(model, batch))
         output = [z for z in tree_leaves(seen[0]) if is_real(z)]
-        products = [(output[k] * d).flatten(1).sum(1) for k, d in zip(at, pulls, strict=True)]
+        products = [
+            (output[k] * d).reshape(len(d), -1).sum(1) for k, d in zip(at, pulls, strict=True)
+        ]
         return torch.stack(products).sum(0)
 
     return value

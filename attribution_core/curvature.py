@@ -337,19 +337,27 @@ def _refuse_nan(part: Tensor, problem: Problem, rows: NDArray[np.intp], batch: B
 def hessian_product(
     model: nn.Module, loss: PerExample, params: Params, v: Params, batch: Batch, w: Tensor
 ) -> Params:
-    """Σ w_i ∇²ℓ_i v, forward over reverse."""
+    """Σ w_i ∇²ℓ_i v, forward over reverse; reverse over reverse, which is slower, where that is all there is."""
 
     def total(at: Params) -> Tensor:
         return (call(model, loss, at, batch) * w).sum()
 
-    return pushed(grad(total), params, v)[1]
+    try:
+        return pushed(grad(total), params, v)[1]
+    except (
+        NotImplementedError
+    ) as error:  # Huber's loss, say, has no derivative forward over reverse
+        try:
+            return vjp(grad(total), params)[1](v)[0]
+        except RuntimeError as again:
+            raise error from again
 
 
 def pushed(f: Callable[[Params], Any], at: Params, v: Params) -> tuple[Any, Any]:
     """(f(at), its derivative along v).
 
     Raises:
-        NotImplementedError: layers without forward mode.
+        NotImplementedError: layers or a loss without forward mode.
     """
     try:
         return jvp(f, (at,), (v,))  # type: ignore[return-value]
@@ -357,8 +365,8 @@ def pushed(f: Callable[[Params], Any], at: Params, v: Params) -> tuple[Any, Any]
         if type(error) is RuntimeError and "functorch" not in str(error):
             raise
         raise NotImplementedError(
-            f"expected layers with forward-mode derivatives for products with the exact curvature, got: {(str(error).splitlines() or ['none'])[0].rstrip('. ')}; "
-            "take curvature='ekfac' with refine=0, which needs none, or layers that have them (for transformers' experts "
+            f"expected layers and a loss with forward-mode derivatives for products with the exact curvature, got: {(str(error).splitlines() or ['none'])[0].rstrip('. ')}; "
+            "take curvature='ekfac' with refine=0, which needs none, or layers and a loss that have them (for transformers' experts "
             "config._experts_implementation = 'eager')"
         ) from error
 
@@ -378,7 +386,8 @@ def gauss_newton_product(
         return (losses[0](output) * w).sum()
 
     output, tangent = pushed(inner, params, v)
-    curved = jvp(grad(outer), (output,), (tangent,))[1]
+    # D is symmetric: in reverse it costs the same, and losses without forward mode (Huber's) have it
+    curved = vjp(grad(outer), output)[1](tangent)[0]
     return vjp(inner, params)[1](curved)[0]
 
 

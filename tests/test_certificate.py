@@ -253,6 +253,22 @@ def test_losses_of_pieces_are_not_squared_error():
     assert fit_certified(weighed).remove([0]).bound < 1e-9  # rounding of gradients of up to 1e3
 
 
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop"
+)  # torch's, of soft margin under vmap
+def test_soft_margin_is_a_logistic_loss():
+    """log(1 + exp(−y z)), which torch differentiates twice in reverse alone."""
+    problem = drawn(0, c=1)
+
+    def soft_margin(model, batch):
+        return nn.functional.soft_margin_loss(model(batch[0])[:, 0], batch[1], reduction="none")
+
+    same = replace(problem, loss=soft_margin)
+    assert smoothness_of(same) == (LOGISTIC, False)
+    expected, found = (vector(fit_certified(p).remove([0, 1]).params) for p in (problem, same))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)  # fits, to rounding / decay
+
+
 def clamped(model, batch):
     return nn.functional.cross_entropy(model(batch[0]).clamp(-8, 8), batch[1], reduction="none")
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attribution_core import Outputs, Problem, influence
+from attribution_core import Outputs, Problem, influence, leave_one_out
 from attribution_core import curvature as core
 from attribution_core.curvature import fisher_diagonal, fit_curvature, products, spectrum
 from attribution_core.second_order.conjugate import conjugate_gradients
@@ -494,6 +494,58 @@ def test_layers_without_forward_mode_are_told_what_to_do(monkeypatch):
     monkeypatch.setattr("attribution_core.curvature.jvp", none)
     with pytest.raises(NotImplementedError, match=r"ekfac.*refine=0"):
         influence(problem, outputs, curvature="gauss_newton", form="cg", damping=0.1)
+
+
+def one_sided(loss):
+    """Linear regression by a loss that torch differentiates twice in reverse alone; labels ±1, or numbers."""
+
+    def losses(model, batch):
+        return loss(model(batch[0])[:, 0], batch[1], reduction="none")
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x, y = torch.randn(20, 4).double(), 2 * torch.randn(20).double()
+        model = nn.Linear(4, 1).double()
+    return Problem(model, losses, (x, y.sign() if loss is F.soft_margin_loss else y), 0.1)
+
+
+def bends(loss, z, y):
+    """∂²ℓ/∂z², by hand."""
+    if loss is F.soft_margin_loss:
+        return (z.sigmoid() * (-z).sigmoid()).numpy()
+    return ((z - y).abs() < 1).double().numpy()  # Huber's is quadratic within 1
+
+
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop"
+)  # torch's, of soft margin under vmap
+@pytest.mark.parametrize("loss", [F.huber_loss, F.soft_margin_loss])
+def test_losses_without_forward_mode(loss):
+    """Products, solves, leverages of a linear model against the formulas: H = (1/n) Σ w_i D_i x_i x_iᵀ."""
+    problem = one_sided(loss)
+    outputs = Outputs(lambda model, batch: model(batch[0])[:, 0], (problem.train.columns[0][:3],))
+    x, y = problem.train.columns
+    z = problem.model(x)[:, 0].detach().requires_grad_()
+    slope = torch.autograd.grad(loss(z, y, reduction="sum"), z)[0].numpy()
+    one, d = np.hstack([x.numpy(), np.ones((20, 1))]), bends(loss, z.detach(), y)
+    assert d.min() < 0.5 < d.max() or loss is F.soft_margin_loss  # both pieces of Huber's
+
+    w = some_weights(problem)
+    h = one.T @ ((w * d)[:, None] * one) / 20
+    for kind in DENSE:
+        found = products(problem, kind, identity(problem), w)
+        torch.testing.assert_close(found, torch.from_numpy(h), **EXACT)
+
+    h = one.T @ (d[:, None] * one) / 20 + 0.1 * np.eye(5)
+    expected = -(slope[:, None] * one) @ np.linalg.solve(h, one[:3].T) / 20
+    settings = {"damping": 0.0, "tolerance": 1e-12}
+    for form in ("dense", "cg"):
+        for kind in DENSE:
+            found = influence(problem, outputs, curvature=kind, form=form, **settings).scores
+            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10)  # as EXACT
+    leverage = d * np.einsum("ip,pq,iq->i", one, np.linalg.inv(h), one) / 20
+    found = leave_one_out(problem, outputs).scores
+    np.testing.assert_allclose(found, expected / (1 - leverage)[:, None], rtol=1e-9, atol=1e-10)
 
 
 def test_conjugate_steps_end_where_rounding_begins():

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.func import grad, hessian
+from torch.func import grad
 from torch.utils._pytree import tree_map
 
 from attribution_core.calling import Params, per_example
@@ -28,6 +28,7 @@ from attribution_core.problem import Problem
 from attribution_core.second_order.quadratic import (
     BLOCK,
     factored,
+    hessian,
     rows_at_once,
     second_order,
     solved,

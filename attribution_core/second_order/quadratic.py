@@ -9,6 +9,7 @@ Hessian. Rows are kept in coordinates where D_i is diagonal, so a row counts as 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.func import grad, hessian, jacrev
+from torch.func import grad, jacrev
 
 from attribution_core.calling import Params, per_example
 from attribution_core.curvature import DENSE
@@ -55,6 +56,11 @@ class Quadratic:
             x = self.x[some].reshape(-1, p)
             total += x.T @ (x * (w[some, None] * self.curve[some]).reshape(-1, 1))
         return total
+
+
+def hessian(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """∂² loss / ∂z², reverse over reverse: torch's own goes forward, which some losses cannot (soft margin)."""
+    return jacrev(grad(loss))
 
 
 def second_order(problem: Problem, params: Params, rows: NDArray[np.intp]) -> Quadratic:

@@ -626,3 +626,27 @@ def test_rows_padded_to_the_longest_of_their_batch_are_the_same_rows():
 
     soundness.refuse_restless(Padded(), np.array([1, 5, 2]))
     soundness.refuse_restless(as_data((torch.tensor([[torch.nan], [1.0]]),)), np.array([0, 1]))
+
+
+@pytest.mark.parametrize("stack", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_outputs_that_are_no_floating_numbers(dtype, stack):
+    """Right or wrong by row: as the same in float64, digit by digit; and one that compares rows is refused."""
+
+    def right(kind):
+        return Outputs(lambda m, b: (m(b[0]).argmax(1) == b[1]).to(kind), (X, Y)).mean()
+
+    model = menagerie.seeded(nn.Linear)(4, 3)
+    problem, recipe = Problem(model, cross_entropy, (X, Y)), Recipe(SGD(0.5), 4, 2)
+    weights = np.ones((2, 12))
+    weights[1, :6] = 0
+    found, expected = (
+        retrain(problem, recipe, right(kind), weights, seeds=1, stack=stack).outputs
+        for kind in (dtype, torch.float64)
+    )
+    np.testing.assert_array_equal(found, expected)
+    assert 0 < expected.mean() < 1
+
+    mixing = Outputs(lambda m, b: (m(b[0])[:, 0] > m(b[0])[:, 0].mean()).to(dtype), (X, Y))
+    with pytest.raises(ValueError, match="does not depend on the other rows"):
+        retrain(problem, recipe, mixing, weights, seeds=1, stack=stack)

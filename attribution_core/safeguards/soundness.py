@@ -271,13 +271,16 @@ class _Rows:
     batch: Batch
 
     def at(self, params: Params) -> Tensor | None:
-        """[b]; None where they cannot be computed: the pass that is needed then says why."""
+        """[b], real; None where they cannot be computed: the pass that is needed then says why."""
         try:
             with torch.no_grad():
                 found = call(self.model, self.function, params, self.batch)
         except Exception:
             return None
-        return found if found.shape == (rows_in(self.batch),) else None
+        if found.shape != (rows_in(self.batch),):
+            return None
+        # bool has no difference, and that of unsigned numbers wraps
+        return found if found.is_floating_point() else found.double()
 
     def alone(self, params: Params) -> Tensor | None:
         """Of the first rows, each by itself."""

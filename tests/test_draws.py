@@ -269,6 +269,51 @@ def test_models_of_narrow_floats_draw_in_float32(loss):
     torch.testing.assert_close(d @ d.mT / 3, exact, rtol=0, atol=2 * 2**-9 * 3)
 
 
+class Weighing(nn.Linear):
+    """Holds its classes' weights, and a criterion that holds them; exact in any dtype."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.register_buffer("by", torch.tensor([0.5, 1.0, 4.0]))
+        self.criterion = nn.CrossEntropyLoss(weight=self.by.clone(), reduction="none")
+
+
+def by_buffer(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none", weight=model.by)
+
+
+def by_criterion(model, batch):
+    return model.criterion(model(batch[0]), batch[1])
+
+
+def by_column(model, batch):
+    """Of labels that are floats, which are to be of the dtype of the probabilities."""
+    nats = F.binary_cross_entropy(model(batch[0]).sigmoid(), batch[2], reduction="none")
+    return nats.sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", [by_buffer, by_criterion, by_column])
+def test_narrow_class_weights_and_labels_meet_outputs_in_float32(loss, dtype):
+    """Buffers, of the model or of a part of it, and columns, of which torch asks the output's own dtype."""
+    x, y = menagerie.softmax().train.columns
+    model, batch = Weighing().to(dtype), (x[:6].to(dtype), y[:6], F.one_hot(y[:6], 3).to(dtype))
+    output, losses = open_output(model, loss, dict(model.named_parameters()), batch)
+    found = draw(losses, output, np.arange(6), 3)
+
+    z = output[0].detach().double()
+    p = z.softmax(-1)
+    by = model.by.double()[y[:6], None, None]
+    exact = by * (torch.diag_embed(p) - p[:, :, None] * p[:, None])
+    if loss is by_column:
+        exact = torch.diag_embed(z.sigmoid() * (-z).sigmoid())
+    d = torch.stack([one[0].double() for one in found], dim=2)
+    # bf16 rounds d by 2⁻⁹ of itself, and two of them make the product, of numbers up to 4
+    torch.testing.assert_close(d @ d.mT / 3, exact, rtol=0, atol=2 * 2**-9 * 4)
+    assert {value.dtype for value in model.buffers()} == {dtype}  # as they were
+    assert losses(output).dtype == dtype
+
+
 def test_what_stands_in_for_the_model_passes_for_it():
     """A loss may read the model's attributes."""
     model = nn.Linear(3, 2)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from attribution_core.calling import Params, PerExample, call
 from attribution_core.data import Batch
@@ -36,13 +37,34 @@ def open_output(
             f"{type(seen[0]).__name__}; return a dict instead"
         )
 
+    own = [leaf for leaf in leaves if is_real(leaf)]
+
     def losses(output: list[Tensor]) -> Tensor:
         values = iter(output)
         filled = tree_unflatten([next(values) if is_real(x) else x for x in leaves], spec)
+        given = _Given(model, filled)
+        if any(_width(x) > _width(z) for x, z in zip(output, own, strict=True)):
+            return _widely(given, model, loss, batch, max(output, key=_width).dtype)
         with precision_of(params):
-            return loss(_Given(model, filled), batch)
+            return loss(given, batch)
 
-    return [leaf for leaf in leaves if is_real(leaf)], losses
+    return own, losses
+
+
+def _widely(
+    given: nn.Module, model: nn.Module, loss: PerExample, batch: Batch, dtype: torch.dtype
+) -> Tensor:
+    """Losses of outputs wider than the model's: class weights and labels have to be of the same dtype."""
+
+    def wide(x: Any) -> Any:
+        return x.to(dtype) if is_real(x) and _width(x) < dtype.itemsize else x
+
+    buffers = {name: wide(value) for name, value in model.named_buffers()}
+    return call(model, lambda _, rows: loss(given, rows), buffers, tree_map(wide, batch))
+
+
+def _width(x: Tensor) -> int:
+    return x.dtype.itemsize
 
 
 def outputs_in(model: nn.Module, act: Callable[[], Any]) -> list[Any]:

@@ -65,7 +65,8 @@ def conjugate_steps(
         if (curvature[active] <= 0).any():
             raise ValueError(
                 "expected a positive definite curvature, conjugate gradients met a direction of none; "
-                "use curvature='gauss_newton', or raise the damping"
+                "use curvature='gauss_newton', or raise the damping; in half precision rounding alone makes such "
+                "directions where the damping is small: take model.float()"
             )
         step = torch.where(active, square / curvature, 0.0)[:, None]
         x = x + step * direction

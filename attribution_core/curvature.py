@@ -352,9 +352,7 @@ def hessian_product(
 
     try:
         return pushed(grad(total), params, v)[1]
-    except (
-        NotImplementedError
-    ) as error:  # Huber's loss, say, has no derivative forward over reverse
+    except NotImplementedError as error:  # of Huber's loss, for one, forward over reverse
         try:
             return vjp(grad(total), params)[1](v)[0]
         except RuntimeError as again:

@@ -27,7 +27,16 @@ from applied.worth import Values
 from attribution_core.data import named
 from attribution_core.datamodel import LinearDatamodel
 from attribution_core.groups import group_table
-from attribution_core.semivalues import Kind, around, beyond, levelling, semivalues, telling
+from attribution_core.semivalues import (
+    Estimate,
+    Kind,
+    around,
+    beyond,
+    levelling,
+    over_seeds,
+    semivalues,
+    telling,
+)
 from attribution_core.subsets import all_subsets, leave_out_subsets, permutation_subsets
 from attribution_core.table import RetrainingTable
 
@@ -82,6 +91,8 @@ def values(
                 where it is made of `permutation_subsets`; f(everyone) less f(all but one) for
                 "leave_one_out"; else means with and without a player at each subset size (see `_by_size`).
             Several of them (such as one per run): their mean, with its standard error.
+            The error of a table with several seeds is that over its draw of subsets and over seeds; two seeds tell
+            little of the second, three or more are better. With one seed, how far another seed would move the values is not in it.
         kind: "shapley", "banzhaf", "beta", "leave_one_out".
         owners: [n] labels; players are then owners, in the order of np.unique.
         utility: [t], f = outputs @ utility; by default the mean of the outputs.
@@ -230,6 +241,8 @@ def _of_table(
     # column 0 is f itself, the others its outputs one by one
     outputs = np.concatenate([folded.per_seed @ u[:, None], folded.per_seed], axis=2)
     (found, error, freedom), how = semivalues(inside, outputs, kind, beta)
+    if isinstance(freedom, np.ndarray):
+        freedom = np.broadcast_to(freedom, error.shape)[:, 0]
     size = inside.sum(1)
     everyone, nobody = (
         float(outputs[size == s, :, 0].mean()) if (size == s).any() else math.nan for s in (n, 0)
@@ -277,7 +290,8 @@ def held_out(table: RetrainingTable) -> Values:
         value_i = mean over rows with w_i = 0 of output_i
 
     Needs no clean data: where an example's label is wrong, models that did not see it disagree with the
-    label. The outputs are the training examples' own (`Outputs(margin, train)`); of losses, high is suspicious.
+    label. The outputs are the training examples' own (`Outputs(margin, train)`); of losses, high is suspicious. The
+    error is that over rows, of several seeds also that over seeds; of one, the seed is not in it.
 
     Raises:
         ValueError: a table whose outputs are not one for each example; an example that is in every row.
@@ -297,15 +311,21 @@ def held_out(table: RetrainingTable) -> Values:
             f"expected every example to be left out of some row, got {np.flatnonzero(count == 0)[:5].tolist()} "
             "in all; retrain on more subsets"
         )
-    y = np.where(out, table.outputs, 0.0)
-    mean = y.sum(0) / count
-    spread = np.where(out, (table.outputs - mean) ** 2, 0.0).sum(0)
-    error = np.sqrt(spread / np.maximum(count - 1, 1) / count)
-    error = np.where(count > 1, error, math.nan)
-    freedom = int(count[count > 1].min()) - 1 if (count > 1).any() else math.inf
+    mean, error, freedom = over_seeds(lambda y: _mean_of(y, out), table.per_seed)
     return Values(
-        mean, error, np.arange(n), mean[:, None], kind="held out", freedom=freedom, meta={"rows": m}
-    )
+        mean, error, np.arange(n), mean[:, None], kind="held out", freedom=freedom,
+        meta={"rows": m, "seeds": len(table.seeds)},
+    )  # fmt: skip
+
+
+def _mean_of(y: NDArray[Any], out: NDArray[np.bool_]) -> Estimate:
+    """Means [n] of y [m, n] where out, their errors over rows, nan for one row, and degrees of freedom."""
+    count = out.sum(0)
+    mean = np.where(out, y, 0.0).sum(0) / count
+    spread = np.where(out, (y - mean) ** 2, 0.0).sum(0)
+    error = np.sqrt(spread / np.maximum(count - 1, 1) / count)
+    freedom = int(count[count > 1].min()) - 1 if (count > 1).any() else math.inf
+    return mean, np.where(count > 1, error, math.nan), freedom
 
 
 def self_confidence(x: ArrayLike, y: ArrayLike, *, folds: int = 5, seed: int = 0) -> Values:

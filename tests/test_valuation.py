@@ -415,6 +415,92 @@ def test_seeds_give_the_error_of_exact_values():
     np.testing.assert_allclose(found.standard_error, np.std(by_seed, axis=0, ddof=1) / 5**0.5)
 
 
+WORTH = np.linspace(-1.0, 2.0, 6)  # of six players, in a game that adds up
+
+
+def moved_by_seeds(weights, seeds, rng, by):
+    """Retrainings of an additive game: seeds move every player's worth by `by`, rows have noise of .1."""
+    worth = WORTH + by * rng.normal(size=(seeds, 6))
+    outputs = weights @ worth.T + 0.1 * rng.normal(size=(len(weights), seeds))
+    return RetrainingTable(weights, outputs[:, :, None], tuple(range(seeds)))
+
+
+def permutations_drawn(seed):
+    return permutation_subsets(6, 20, seed=seed)
+
+
+def sizes_drawn(seed):
+    some = random_subsets(6, 800, keep=[0.25, 0.5, 0.75], seed=seed)
+    absent = ~(some == [1, 0, 0, 0, 0, 0]).all(1)  # with all 64, values are exact another way
+    return np.concatenate([some[absent], np.ones((1, 6)), np.zeros((1, 6))])
+
+
+@pytest.mark.parametrize(
+    ("drawn", "seeds", "by", "draws"),
+    [
+        (permutations_drawn, 3, 0.3, 300), (permutations_drawn, 5, 0.3, 300),
+        (permutations_drawn, 3, 0.02, 300), (permutations_drawn, 3, 0.0, 300),
+        (sizes_drawn, 3, 3.0, 150), (sizes_drawn, 3, 0.3, 100),
+    ],
+)  # fmt: skip
+def test_intervals_cover_what_seeds_move(drawn, seeds, by, draws):
+    """However many rows there are: of permutations under three seeds they held .18 of the values."""
+    rng = np.random.default_rng(0)
+    hits = []
+    for seed in range(draws):
+        found = values(moved_by_seeds(drawn(seed), seeds, rng, by))
+        hits.append(np.abs(found.values - WORTH) <= found.half)
+    # players of one draw are one trial at worst: .95 of 300 has a standard error of .013. Welch's degrees of freedom of two
+    # or four cost up to .03 more (of many draws)
+    assert np.mean(hits) > 0.95 - 0.03 - 2.5 * (0.95 * 0.05 / draws) ** 0.5
+    if drawn is permutations_drawn:
+        assert np.mean(hits) < 0.99  # noise that both parts hold is not counted twice
+
+
+def test_the_error_over_rows_and_seeds_is_unbiased():
+    """Of noise alone: that of a permutation's marginal contributions, counted once."""
+    rng = np.random.default_rng(0)
+    found = [values(moved_by_seeds(permutations_drawn(s), 5, rng, 0.1)) for s in range(300)]
+    real = np.var([one.values for one in found], axis=0, ddof=1).mean()
+    stated = np.mean([one.standard_error**2 for one in found])
+    # a variance of 300 draws of 6 players is known to 4 %, the stated one (4 degrees of freedom) to 2 %
+    assert stated / real == pytest.approx(1, abs=3 * 0.045)
+
+
+def test_held_out_intervals_cover_what_seeds_move():
+    """Ten rows, each seed has its own bias for each of them, 60 rows of the table: they held .33 of the values."""
+    rng = np.random.default_rng(0)
+    hits = []
+    for seed in range(300):
+        weights = bernoulli_subsets(10, 60, keep=0.6, seed=seed)
+        outputs = 0.3 * rng.normal(size=(1, 3, 10)) + 0.3 * rng.normal(size=(60, 3, 10))
+        found = held_out(RetrainingTable(weights, outputs, (0, 1, 2)))
+        hits.append(np.abs(found.values) <= found.half)
+    # 3,000 independent trials: a standard error of .004. Welch's degrees of freedom of two cost .03 more (of many draws)
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.03 + 2.5 * 0.004)
+
+
+@pytest.mark.parametrize("n", [8, 12, 20])
+@pytest.mark.parametrize(
+    "game",
+    [
+        lambda s, n: (s > n / 2) * 1.0, lambda s, n: 1 - np.exp(-3 * s / n),
+        lambda s, n: 1 / (1 + np.exp(n / 2 - s)),
+    ],
+)  # fmt: skip
+def test_banzhaf_values_of_all_sizes_that_were_drawn_side_by_side_are_exact(n, game):
+    """Games of the size alone: no contrast between players, all is in how the mean rises, as brute force has it."""
+    weights = bernoulli_subsets(n, 3000, keep=0.5, seed=2)
+    if n == 8:  # with all subsets, values are exact another way
+        weights = weights[~(weights == [1, 0, 1, 0, 1, 0, 1, 0]).all(1)]
+    outputs = game(weights.sum(1), n)
+    found = values(RetrainingTable(weights, outputs[:, None, None], (0,)), kind="banzhaf")
+    s = np.arange(n)
+    true = shares("banzhaf", n) @ (game(s + 1.0, n) - game(s * 1.0, n))
+    # sizes that 3,000 rows lack count less than 1e-4; cut at n/2 ± √n, the mean was 1 to 14 % off
+    assert found.values.mean() == pytest.approx(true, rel=2e-4)
+
+
 def test_left_out_one_by_one():
     own = np.array([1.0, -2.0, 0.5])
     found = values(table(leave_out_subsets(3), lambda inside: own @ inside), kind="leave_one_out")

@@ -22,8 +22,12 @@ from attribution_core.data import named
 
 TIGHT = {
     "mip_rel_gap": 0.0, "mip_abs_gap": 0.0, "mip_feasibility_tolerance": 1e-10,
-    "primal_feasibility_tolerance": 1e-10,
-}  # of HiGHS, whose 1e-6 would let another choice pass for the best  # fmt: skip
+    "primal_feasibility_tolerance": 1e-10, "mip_max_nodes": 2000,
+}  # of HiGHS, whose 1e-6 would let another choice pass for the best; no end of nodes, where prices follow values  # fmt: skip
+EVERY = 40  # players, of whom every choice is looked at
+GAP = (
+    1e-4  # of the most that can be gained, beyond which a choice not proved to be the best is told
+)
 
 
 ByPlayer = ArrayLike | Mapping[Any, float]  # in the order of values.players, or by name
@@ -213,6 +217,10 @@ class SignWarning(UserWarning):
     """Values that may be those of a loss, whose sign was not turned."""
 
 
+class GapWarning(UserWarning):
+    """A purchase that may miss some of the best one's gain; the message says how much."""
+
+
 def _someone_is_good(values: Values) -> None:
     """Raise where no value is positive, or their signs say nothing: then there is nothing to buy."""
     _are_values(values)
@@ -273,13 +281,19 @@ def buy(
     Returns:
         A decision over examples (of players that are owners, over their examples; an owner's price is spread
         evenly over them). Its one output is minus the utility, so that it is to become small: the loss
-        itself, for the values of a loss. Predicted from f(nobody), or from 0 where that is unknown.
+        itself, for the values of a loss. Predicted from f(nobody), or from 0 where that is unknown. It is the best
+        choice, and `.meta["gap"]` is 0, but where more than 40 players cost nearly in proportion to their values: of
+        their many choices that are as good as equal, one is taken, and the gap is the share of the most that
+        can be gained by which it may miss the best, usually 1e-6.
 
     Raises:
         ValueError: no player of positive value (a loss, whose sign was not turned); values known up to a common
             constant; prices that do not fit; a budget that is too small for any of them.
-        SignWarning: (a warning) values with a negative sum.
         RuntimeError: the solver found no optimum.
+
+    Warns:
+        SignWarning: values with a negative sum.
+        GapWarning: a gap of more than 1e-4.
 
     >>> one = Values([3.0, 2.0, 2.0], [0.0] * 3, [0, 1, 2], [[3.0], [2.0], [2.0]])
     >>> buy(one, [3, 2, 2], budget=4).ids.tolist()
@@ -299,7 +313,8 @@ def buy(
         )
     if not isinstance(budget, Real):
         raise ValueError(f"expected a budget that is a number, got {budget!r}")
-    if not budget >= price.min():
+    most = budget * (1 + SLACK)  # .1 + .2 is a little above .3
+    if not most >= price.min():
         raise ValueError(
             f"expected a budget for the cheapest player, {price.min():g}, got {budget}"
         )
@@ -312,7 +327,7 @@ def buy(
         raise ValueError(
             f"expected a player of positive value at discount {discount:g}, got none; lower it"
         )
-    if whole and budget < wanted.min():
+    if whole and most < wanted.min():
         raise ValueError(
             f"expected a budget for a player of positive value, got {budget:g}, while the cheapest of "
             f"{len(wanted)} costs {wanted.min():g}"
@@ -320,36 +335,93 @@ def buy(
 
     # optimize
     chosen, open_ = _sure(gain, price, budget) if whole else (np.zeros(len(gain)), gain > 0)
+    proved = True
     if open_.any():
-        chosen[open_] = _best(gain[open_], price[open_], budget - float(price @ chosen), whole)
+        rest = budget - float(price @ chosen)
+        chosen[open_], proved = _best(gain[open_], price[open_], rest, whole)
     if whole:
         _spend_the_rest(chosen, gain, price, budget)
-    return _decision(values, chosen, price, budget)
+    return _decision(values, *_within_gap(chosen, proved, gain, price, budget), price, budget)
 
 
 def _best(
     gain: NDArray[Any], price: NDArray[Any], budget: float, whole: bool
-) -> NDArray[np.float64]:
-    """max gain · x with price · x ≤ budget, x in {0, 1} or in [0, 1]."""
+) -> tuple[NDArray[np.float64], bool]:
+    """(max gain · x with price · x ≤ budget, x in {0, 1} or in [0, 1]; whether it is proved to be the best)."""
     import cvxpy as cp
 
+    if whole and len(gain) <= EVERY:
+        return _of_every_choice(gain, price, budget * (1 + SLACK)), True
     x = cp.Variable(len(gain), boolean=True) if whole else cp.Variable(len(gain), bounds=[0, 1])
     limits = [(price / budget) @ x <= 1]
     while True:
         problem = cp.Problem(cp.Maximize((gain / np.abs(gain).max()) @ x), limits)
-        problem.solve(solver="HIGHS", **TIGHT)
-        if problem.status != cp.OPTIMAL:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Solution may be inaccurate")  # see `_within_gap`
+            problem.solve(solver="HIGHS", **TIGHT)
+        proved = problem.status == cp.OPTIMAL
+        if not proved and problem.status != cp.USER_LIMIT:
             raise RuntimeError(f"expected an optimum, got solver status {problem.status!r}")
+        if x.value is None:  # stopped before it found any
+            return np.zeros(len(gain)), False
         found = np.asarray(x.value)
         chosen = np.round(found) if whole else np.clip(found, 0.0, 1.0)
         spent = float(price @ chosen)
         if not whole:
-            return chosen * (budget / spent) if spent > budget else chosen
+            return chosen * (budget / spent) if spent > budget else chosen, proved
         if spent <= budget * (1 + SLACK):
-            return chosen
+            return chosen, proved
         # a solver keeps to the budget up to a tolerance: not all of these, then
         taken = np.flatnonzero(chosen)
         limits.append(cp.sum(x[taken]) <= len(taken) - 1)
+
+
+def _of_every_choice(gain: NDArray[Any], price: NDArray[Any], most: float) -> NDArray[np.float64]:
+    """max gain · x with price · x ≤ most, x in {0, 1}, of equals the cheapest, in time and memory of 2^(k/2).
+
+    Every choice among the first half of the players is met with the best among the others that the rest buys (Horowitz &
+    Sahni 1974): prices may be as near to proportional to gains as they like.
+    """
+    half = len(gain) // 2
+    (gain_1, price_1), (gain_2, price_2) = (
+        (_sums(gain[part]), _sums(price[part])) for part in (slice(half), slice(half, None))
+    )
+    order = np.argsort(price_2, kind="stable")
+    best = np.maximum.accumulate(gain_2[order])
+    better = np.append(True, best[1:] > best[:-1])
+    at_best = order[np.maximum.accumulate(np.where(better, np.arange(len(order)), 0))]
+    fits = np.searchsorted(price_2[order], most - price_1, side="right") - 1
+    total = np.where(fits >= 0, gain_1 + best[fits], -np.inf)
+    equal = np.flatnonzero(total == total.max())
+    one = int(equal[(price_1[equal] + price_2[at_best[fits[equal]]]).argmin()])
+    other = int(at_best[fits[one]])
+    bits = [one >> k & 1 for k in range(half)] + [other >> k & 1 for k in range(len(gain) - half)]
+    return np.array(bits, dtype=float)
+
+
+def _sums(x: NDArray[Any]) -> NDArray[np.float64]:
+    """The sums [2^k] of all subsets of x [k]; bit i of a place says whether x_i is in it."""
+    sums = np.zeros(1)
+    for one in x:
+        sums = np.concatenate([sums, sums + one])
+    return sums
+
+
+def _at_hand(
+    gain: NDArray[Any], price: NDArray[Any], budget: float
+) -> tuple[NDArray[np.float64], float, float]:
+    """(a choice by gain per price, the gain per price λ at which the budget runs out, what no choice exceeds)."""
+    good = np.flatnonzero(gain > 0)
+    order = good[np.argsort(-gain[good] / price[good], kind="stable")]
+    whole = int(np.searchsorted(np.cumsum(price[order]), budget, side="right"))
+    chosen = np.zeros(len(gain))
+    chosen[order[:whole]] = 1.0
+    if whole == len(order):  # all of them can be had
+        return chosen, 0.0, float(gain @ chosen)
+    rate = gain[order[whole]] / price[order[whole]]
+    bound = float(gain @ chosen) + rate * (budget * (1 + SLACK) - float(price @ chosen))
+    _spend_the_rest(chosen, gain, price, budget)
+    return chosen, float(rate), bound
 
 
 def _sure(
@@ -361,24 +433,38 @@ def _sure(
     gains more than the bound (fractions allowed) less |gain − λ price|; where that is less than a choice at hand,
     it is settled.
     """
-    most = budget * (1 + SLACK)
-    good = np.flatnonzero(gain > 0)
-    order = good[np.argsort(-gain[good] / price[good], kind="stable")]
-    spent = np.cumsum(price[order])
-    whole = int(np.searchsorted(spent, budget, side="right"))
-    chosen = np.zeros(len(gain))
-    if whole == len(order):  # all of them can be had
-        chosen[order] = 1.0
+    chosen, rate, bound = _at_hand(gain, price, budget)
+    if not rate:
         return chosen, np.zeros(len(gain), dtype=bool)
-    rate = gain[order[whole]] / price[order[whole]]
-    chosen[order[:whole]] = 1.0
-    bound = float(gain @ chosen) + rate * (most - float(price @ chosen))
-    _spend_the_rest(chosen, gain, price, budget)
     room = bound - float(gain @ chosen) + SLACK * bound
     apart = gain - rate * price
     chosen = (apart > room).astype(float)
-    rest = most - float(price @ chosen)
+    rest = budget * (1 + SLACK) - float(price @ chosen)
     return chosen, (gain > 0) & (np.abs(apart) <= room) & (price <= rest)
+
+
+def _within_gap(
+    chosen: NDArray[np.float64],
+    proved: bool,
+    gain: NDArray[Any],
+    price: NDArray[Any],
+    budget: float,
+) -> tuple[NDArray[np.float64], float]:
+    """(the choice, by which share of what no choice exceeds it may miss the best), with a warning where that is much."""
+    if proved:
+        return chosen, 0.0
+    simple, _, bound = _at_hand(gain, price, budget)
+    if gain @ simple > gain @ chosen:
+        chosen = simple
+    gap = max(0.0, 1 - float(gain @ chosen) / bound)
+    if gap > GAP:
+        warnings.warn(
+            f"expected a choice within {GAP:.2%} of the best, got one that may miss {gap:.2%} of it: many players cost "
+            "nearly in proportion to their values; buy among fewer players, or in fractions (whole=False)",
+            GapWarning,
+            stacklevel=3,
+        )
+    return chosen, gap
 
 
 def _spend_the_rest(
@@ -393,7 +479,9 @@ def _spend_the_rest(
             spent = float(price @ chosen)
 
 
-def _decision(values: Values, chosen: NDArray[Any], price: NDArray[Any], budget: float) -> Decision:
+def _decision(
+    values: Values, chosen: NDArray[Any], gap: float, price: NDArray[Any], budget: float
+) -> Decision:
     """The choice of players as weights of examples."""
     start = 0.0 if math.isnan(values.empty) else values.empty
     spent = float(price @ chosen)
@@ -413,6 +501,6 @@ def _decision(values: Values, chosen: NDArray[Any], price: NDArray[Any], budget:
         targets=np.array(["minus the utility"]),
         meta={
             "application": "valuation", "budget": float(budget), "spent": spent,
-            "players": players[chosen > 0].tolist(), "kind": values.kind,
+            "players": players[chosen > 0].tolist(), "kind": values.kind, "gap": gap,
         },
     )  # fmt: skip

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.payment import Payments, SignWarning, buy, pay
+from applied.payment import GapWarning, Payments, SignWarning, buy, pay
 from applied.worth import Values
 from attribution_core.data import named
 from attribution_core.datamodel import LinearDatamodel
@@ -41,7 +41,7 @@ from attribution_core.subsets import all_subsets, leave_out_subsets, permutation
 from attribution_core.table import RetrainingTable
 
 __all__ = [
-    "Payments", "SignWarning", "ValuationWarning", "Values", "buy", "held_out", "pay", "self_confidence", "values",
+    "GapWarning", "Payments", "SignWarning", "ValuationWarning", "Values", "buy", "held_out", "pay", "self_confidence", "values",
 ]  # fmt: skip
 
 EXACT = 15  # players whose 2^players predictions are all made

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
-from applied.payment import SignWarning, buy, pay
+from applied import payment
+from applied.payment import GapWarning, SignWarning, buy, pay
 from applied.worth import Values
 
 SOLVED = 1e-6  # relative; Clarabel stops at 1e-8
@@ -187,6 +189,50 @@ def test_a_purchase_is_the_best_to_the_last_digit():
     )
 
 
+@pytest.mark.parametrize("apart", [0.0, 0.01])
+def test_a_choice_at_prices_that_follow_values_is_the_best_of_all(apart):
+    """20 players, a subset-sum problem: to the last digit, in no time (a solver took seconds, and of 100 had no end)."""
+    rng = np.random.default_rng(0)
+    numbers = np.abs(rng.normal(size=20)) + 0.1
+    prices = numbers * np.exp(apart * rng.normal(size=20))
+    budget = prices.sum() / 2
+    inside = (np.arange(2**20)[:, None] >> np.arange(20)) & 1
+    best = (inside @ numbers)[inside @ prices <= budget].max()
+    found = buy(worth(numbers), prices, budget)
+    assert numbers @ found.weights == pytest.approx(best, rel=1e-12)  # twenty sums' rounding
+    assert found.meta["gap"] == 0
+
+
+def test_many_players_at_prices_that_follow_values_are_bought_in_time():
+    """What `pay` gives as prices: choices that are as good as equal have no end; the gap says what may be missed."""
+    numbers = np.abs(np.random.default_rng(0).normal(size=200)) + 0.1
+    values = worth(numbers)
+    start = time.perf_counter()
+    found = buy(values, pay(values, 1000.0).amounts, 500.0)
+    assert time.perf_counter() - start < 60  # some 3 s
+    assert 0 < found.meta["gap"] < 1e-4
+    assert found.cost == pytest.approx(500.0, rel=1e-4)  # gains are proportional to what is spent
+    assert found.cost <= 500 * (1 + 1e-9)
+
+
+def test_a_gap_that_is_much_is_told(monkeypatch):
+    """A solver that stops before it found any leaves what is at hand."""
+    monkeypatch.setattr(payment, "_best", lambda gain, *_: (np.zeros(len(gain)), False))
+    with pytest.warns(GapWarning, match=r"within 0\.01% of the best, got .* miss 20\.00% of it"):
+        found = buy(worth([3.0, 2.0, 2.0]), [3.0, 2.0, 2.0], 3.75)
+    assert found.ids.tolist() == ["owner 0"]  # 3, while fractions would gain 3.75
+    assert found.meta["gap"] == pytest.approx(0.2, rel=1e-6)  # a bound has a slack of 1e-9
+
+
+@pytest.mark.parametrize("price", [0.1 + 0.2, 1.35 + 0.05])
+def test_a_price_that_is_the_budget_but_for_rounding_is_bought(price):
+    """As two players at .1 and .2 are for .3."""
+    values = worth([1.0])
+    assert buy(values, [price], round(price, 2)).ids.tolist() == ["owner 0"]
+    beside = buy(worth([1.0, -0.1]), [price, 0.05], round(price, 2))
+    assert beside.ids.tolist() == ["owner 0"]
+
+
 def test_no_more_is_spent_than_there_is():
     found = buy(worth([1.0, 1.0]), [500_000.4] * 2, 1_000_000.0)
     assert found.cost == 500_000.4
@@ -204,7 +250,12 @@ def test_no_more_is_spent_than_there_is():
             817_559.5,
             [0, 1],
         ),  # half a unit short of the best
-        ([8, 1, 6, 1], [716_463, 565_160, 715_677, 396_817], 1_432_139.5, [0, 1]),
+        (
+            [8, 1, 6, 1],
+            [716_463, 565_160, 715_677, 396_817],
+            1_432_139.5,
+            [0, 3],
+        ),  # of two as good, the cheaper
         ([1e7, 0.3, 0.2, 0.4], [10, 5, 4, 4], 14, [0, 3]),  # far below a solver's tolerance
     ],
 )
@@ -254,8 +305,6 @@ def test_limits_that_are_not_one_a_player(limits):
 @pytest.mark.parametrize("seed", range(4))
 def test_what_is_settled_before_the_program_changes_nothing(seed, monkeypatch):
     """Of many players nearly all are settled by reduced costs; a program of all of them chooses as well."""
-    from applied import payment
-
     rng = np.random.default_rng(seed)
     values, prices = worth(rng.normal(0.2, 1, 500)), rng.uniform(1, 5, 500)
     asked = []

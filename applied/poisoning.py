@@ -99,7 +99,8 @@ def flip_labels(
 
     Raises:
         ValueError: a threat model of another kind or that cannot be met; labels out of range; a goal that is none
-            of the outputs; rounds that are more than the budget; no flip that is predicted to raise the goal.
+            of the outputs; rounds that are more than the budget; a surrogate of other rows than the table's, or around other
+            weights; no flip that is predicted to raise the goal.
 
     Source: Koh & Liang 2017 for the gain of one label; choosing by a datamodel as in Engstrom et al. 2025.
     """
@@ -238,7 +239,7 @@ def _in_rounds(
     changed, first = np.zeros(0, dtype=int), None
     for size in progress(np.diff(np.round(np.linspace(0, k, rounds + 1)).astype(int)).tolist()):
         # plug in: the datamodel around the data poisoned so far
-        f = of_table(surrogate(versions.problem, weights.copy()), len(weights))
+        f = of_table(surrogate(versions.problem, weights.copy()), weights)
         first = f if first is None else first
         value = f.scores @ goal_of(f, goal)
         old = versions.current(weights)[row]  # the version in whose place each one would come
@@ -258,7 +259,8 @@ def _in_rounds(
 
     # plug in, once more: what all of it does, which first order at the clean data misjudges
     if rounds == 1 and len(changed) > 1:
-        f = of_table(surrogate(versions.problem, instead(versions, chosen[::2])), len(weights))
+        half = instead(versions, chosen[::2])
+        f = of_table(surrogate(versions.problem, half.copy()), half)
     before = first.predict(versions.clean)
     said = Said(np.asarray(f.targets).astype(str), before, f.predict(weights) - before)
     return weights, changed, said, {"rounds": rounds, "surrogate": dict(f.meta)}

@@ -522,3 +522,16 @@ def test_victims_that_say_nothing(per_seed, seeds, message):
 
     with pytest.raises(ValueError, match=message):
         budget_to_flip(labelled(), ThreatModel(4, "rows"), there.surrogate, victim, seeds=seeds)
+
+
+def test_a_surrogate_around_other_weights_is_told():
+    """Around every row under every label, say: one that trains without the weights it is given."""
+    problem, truth = labelled(), world("labels")
+
+    def forgetful(table, w):
+        return replace(truth.surrogate(table, w), anchor=np.ones(len(w)))
+
+    with pytest.raises(
+        ValueError, match=f"{N} of {3 * N} versions of rows, got one around {3 * N}"
+    ):
+        budget_to_flip(problem, ThreatModel(3, "labels"), forgetful)

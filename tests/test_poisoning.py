@@ -1011,3 +1011,37 @@ def test_labels_are_beyond_reach_of_a_threat_to_inputs():
             targets=["a"],
             random=lambda _: weights,
         )
+
+
+@pytest.mark.parametrize("attack", ["flips", "rows"])
+def test_a_surrogate_that_forgets_the_weights_is_told(attack):
+    """It trains on every row under every label; its predictions of what flips do were wrong without a word."""
+    problem, how = labelled(12), Recipe(SGD(0.1), batch_size=12, epochs=2)
+    problem = replace(problem, model=problem.model.double())
+    outputs = Outputs(cross_entropy, problem.train).mean()
+
+    def act(surrogate, rounds=1):
+        if attack == "rows":
+            pool, threat = problem.train, ThreatModel(2, "rows")
+            return insert(problem, pool, threat, surrogate, victim, rounds=rounds, seeds=1)
+        return flip_labels(
+            problem, ThreatModel(2, "labels"), surrogate, victim, rounds=rounds, seeds=1
+        )
+
+    def victim(table, weights, seeds):
+        return retrain(table, how, outputs, weights, seeds=seeds)
+
+    many = {"flips": 36, "rows": 24}[attack]
+    with pytest.raises(
+        ValueError, match=f"12 of {many} versions of rows, got one around {many}: pass weights on"
+    ):
+        act(lambda table, w: influence(train(table, how), outputs))
+    first = act(lambda table, w: influence(train(table, how, w, drop="row"), outputs))
+    assert len(first.changed) == 2
+
+    # a regression stands at the mean of its weights, and holds all over the table
+    def regressed(table, w):
+        found = influence(train(table, how, w, drop="row"), outputs)
+        return replace(found, anchor=np.full(many, 0.5), meta={"method": "regression"})
+
+    assert len(act(regressed).changed) == 2

@@ -207,12 +207,20 @@ class Quota:
         return None if self.sources is None else self.sources[row]
 
 
-def of_table(f: LinearDatamodel, n: int) -> LinearDatamodel:
-    """A surrogate's datamodel, if it scores the n rows of the table it was asked about."""
+def of_table(f: LinearDatamodel, weights: NDArray[np.float64]) -> LinearDatamodel:
+    """A surrogate's datamodel, if it scores the rows of the table that it was asked about, around these weights."""
+    n = len(weights)
     if len(f.scores) != n:
         raise ValueError(
             f"expected a surrogate that scores the {n} rows of the problem it is given, versions of rows among "
             f"them, got scores of {len(f.scores)}; score that problem at the weights given, not the original one"
+        )
+    # regressions look at no one place, and stand at their subsets' mean weight
+    if f.meta.get("method") != "regression" and ((f.anchor > 0) != (weights > 0)).any():
+        raise ValueError(
+            f"expected a surrogate around the weights it is given, {int((weights > 0).sum())} of {n} versions of rows, got "
+            f"one around {int((f.anchor > 0).sum())}: pass weights on, as in lambda table, w: "
+            'influence(train(table, how, w, drop="row"), outputs)'
         )
     return f
 

@@ -161,7 +161,7 @@ def budget_to_flip(
     def around(weights: NDArray[np.float64]) -> _Around:
         given = surrogate(versions.problem, weights.copy())
         for one in [given] if isinstance(given, LinearDatamodel) else given:
-            of_table(one, len(weights))
+            of_table(one, weights)
         return _Around.of(given, versions, weights, relabel)
 
     clean = around(versions.clean)

@@ -135,8 +135,10 @@ def aumann_shapley(
     scores = scores + (change - total) * size  # what is left over is everyone's
     remainder = (total - change) / np.maximum(np.abs(change), np.finfo(float).tiny)
     if path == "weight" and np.abs(remainder).max() > TOLD:
+        worst = np.abs(remainder).argmax()
+        found = total[worst] / (change[worst] or np.finfo(float).tiny)
         warnings.warn(
-            f"{points} points find {100 * (1 + remainder[np.abs(remainder).argmax()]):.1f} % of f(1) − f(0); the rest "
+            f"{points} points find {100 * found:.1f} % of f(1) − f(0); the rest "
             "is shared equally: raise points, or smooth the training (smaller learning rate, clipping)",
             RemainderWarning,
             stacklevel=2,

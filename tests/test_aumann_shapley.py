@@ -83,6 +83,20 @@ def test_what_the_points_leave_is_shared_equally():
     assert np.abs(exact.meta["remainder"]).max() < 1e-6
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_share_that_is_found_is_named_of_outputs_that_fall_too(sign):
+    problem, outputs = small()
+    named = Outputs(lambda model, batch: sign * cross_entropy(model, batch), outputs.data).mean()
+    with pytest.warns(RemainderWarning) as told:
+        aumann_shapley(problem, RECIPE, named, points=1)
+    found = derivative(problem, named, RECIPE, 0.5).sum()
+    nobody, everyone = (
+        train(problem, RECIPE, np.full(problem.n, w)).outputs(named).item() for w in (0.0, 1.0)
+    )
+    assert sign * (everyone - nobody) < 0  # the loss falls
+    assert f"1 points find {100 * found / (everyone - nobody):.1f} % of" in str(told[0].message)
+
+
 def test_any_method_that_differentiates():
     problem, outputs = small()
     by_domain = partial(magic, check=False)

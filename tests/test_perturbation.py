@@ -122,3 +122,24 @@ def test_inputs_stay_in_ball_and_box_and_labels_stay():
 def test_what_breaks_the_threat_model_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         moved(**changes)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6])
+@pytest.mark.parametrize("rows", [[1, 4, 7], None])
+def test_what_is_predicted_holds_the_last_step(steps, rows):
+    """Of an output that is linear in the inputs the surrogate is exact, rows that are given up on the way included."""
+    slope = np.random.default_rng(1).normal(size=(10, 4))
+
+    def total(problem):
+        return float((problem.train[list(range(10))][0].numpy() * slope).sum())
+
+    def linear(problem, rows, step):
+        x = problem.train[rows.tolist()][0].numpy()
+        return LinearDatamodel(
+            slope[rows].reshape(-1, 1), [total(problem)], x.ravel(), targets=["loss"]
+        )
+
+    attack = perturb(small(), THREAT, linear, victim, steps=steps, rows=rows, seeds=1)
+    # float64, sums of 40 numbers
+    assert attack.predicted[0] == pytest.approx(total(attack.poisoned) - total(small()), abs=1e-12)
+    assert attack.predicted[0] > 0.1

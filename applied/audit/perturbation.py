@@ -83,8 +83,8 @@ def perturb(
             victim is shown the same inputs.
 
     Returns:
-        An attack whose prediction is what the surrogates say: the mean over the last tenth of the steps, less the
-        first. The random control moves random rows by random signs (directions) as far as the ball allows.
+        An attack whose prediction is what the surrogates say: the mean over the last tenth of the steps of outputs after
+        the step, at first order, less the first outputs. The random control moves random rows by random signs (directions) as far as the ball allows.
 
     Raises:
         ValueError: see `flip_labels`; no rows, or more than the budget; no floating column; steps,
@@ -124,7 +124,10 @@ def perturb(
         x = threat.within(state.x + rate * _direction(mean, threat), start)
         gain = (mean * (x - start)).reshape(len(x), -1).sum(1)
         keep = _strongest(gain, state.rows, left[step], quota.times(max(1, left[step] // k)))
-        levels, names = [*state.levels, f.base], np.asarray(f.targets).astype(str)
+        there = start.copy()  # where rows that are given up lie again
+        there[keep] = x[keep]
+        ahead = f.base + (there - state.x).ravel() @ f.scores
+        levels, names = [*state.levels, (f.base, ahead)], np.asarray(f.targets).astype(str)
         state = _Ascent(state.rows[keep], x[keep], mean[keep], levels, names)
         state.save(kept)
     rows = state.rows
@@ -195,19 +198,24 @@ def _strongest(
 
 @dataclass(frozen=True, eq=False)
 class _Ascent:
-    """Rows on their way: which, where they are, their mean slope, and the surrogates' outputs so far."""
+    """Rows on their way: which, where they are, their mean slope, and what the surrogates said so far.
+
+    Args:
+        levels: outputs by every surrogate, [t] before its step and, at first order, [t] after it.
+    """
 
     rows: NDArray[np.intp]
     x: NDArray[np.float64]
     mean: NDArray[np.float64]
-    levels: list[NDArray[np.float64]]
+    levels: list[tuple[NDArray[np.float64], NDArray[np.float64]]]
     targets: NDArray[Any] = field(default_factory=lambda: np.zeros(0, dtype=str))
 
     @property
     def said(self) -> Said:
-        """The mean over the last tenth of the surrogates, less the first, which saw no change."""
-        tail = max(1, len(self.levels) // 10)
-        return Said(self.targets, self.levels[0], np.mean(self.levels[-tail:], axis=0) - self.levels[0])  # fmt: skip
+        """The mean over the last tenth of the surrogates, after their steps, less the first, which saw no change."""
+        before, after = (np.stack(some) for some in zip(*self.levels, strict=True))
+        tail = max(1, len(after) // 10)
+        return Said(self.targets, before[0], after[-tail:].mean(axis=0) - before[0])
 
     def save(self, path: Path | None) -> None:
         """Keep them where a folder is given."""
@@ -224,7 +232,7 @@ class _Ascent:
         if path is None or not path.exists():
             return cls(rows, original, np.zeros_like(original), [])
         with np.load(path) as held:
-            levels = list(held["levels"])
+            levels = [(before, after) for before, after in held["levels"]]
             return cls(held["rows"], held["x"], held["mean"], levels, held["targets"])
 
 
@@ -232,7 +240,8 @@ def _kept(folder: str | Path | None, *made_of: Any) -> Path | None:
     """The file that steps are kept in."""
     if folder is None:
         return None
-    return claim(folder, "perturb.json", "steps", fingerprint(*made_of)) / "perturb.npz"
+    of = fingerprint("levels before and after", *made_of)
+    return claim(folder, "perturb.json", "steps", of) / "perturb.npz"
 
 
 def _furthest(

@@ -36,6 +36,7 @@ from attribution_core.refitting import refit, refitted
 from attribution_core.regression import (
     NotConverged,
     PairDatamodel,
+    PriorWarning,
     Underdetermined,
     fit_datamodel,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "Outputs",
     "Pace",
     "PairDatamodel",
+    "PriorWarning",
     "Problem",
     "Recipe",
     "Rehearsal",

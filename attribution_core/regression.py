@@ -19,19 +19,24 @@ from attribution_core.data import Progress
 from attribution_core.datamodel import LinearDatamodel, columns
 from attribution_core.fits.lasso import NotConverged, centred, lasso
 from attribution_core.fits.pairs import PairDatamodel, Pairs
-from attribution_core.fits.ridge import Ridge, choose
+from attribution_core.fits.ridge import Ridge, away, choose
 from attribution_core.table import RetrainingTable
 
-__all__ = ["NotConverged", "PairDatamodel", "Underdetermined", "fit_datamodel"]
+__all__ = ["NotConverged", "PairDatamodel", "PriorWarning", "Underdetermined", "fit_datamodel"]
 
 Array = NDArray[np.float64]
 Kind = Literal["ridge", "lasso", "empirical", "least_squares", "shapley"]
 Prior: TypeAlias = LinearDatamodel | ArrayLike | None
 KINDS = ("ridge", "lasso", "empirical", "least_squares", "shapley")
+TURNED = 1e-4  # chance that a useless prior has so negative a scale, from which on it is told
 
 
 class Underdetermined(UserWarning):
     """Fewer directions of the weights were tried than there are scores to find."""
+
+
+class PriorWarning(UserWarning):
+    """A prior that says the opposite of what retrainings do; the message says by how much."""
 
 
 @overload
@@ -101,6 +106,7 @@ def fit_datamodel(
     Warns:
         Underdetermined: λ = 0 and the rows do not determine all scores (the smallest are returned, for
             "shapley" the most equal); `at` so far from `drawn` that few rows count.
+        PriorWarning: a prior's scale that is clearly negative: scores of margins beside outputs that are losses, say.
         NotConverged: the lasso stopped early.
 
     >>> table = RetrainingTable(np.array([[0., 0], [0, 1], [1, 0], [1, 1]]),
@@ -264,6 +270,8 @@ def _regress(
     progress: Progress,
 ) -> Array:
     """Coefficients [d, t] by ridge, lasso or least squares; fills meta."""
+    from scipy.stats import t as student
+
     xs, ys, _, _ = centred(x, y, rows)
     penalty = 0.0 if kind == "least_squares" else penalty
     if kind == "lasso" and prior is None:
@@ -277,6 +285,15 @@ def _regress(
     start = np.zeros((x.shape[1], y.shape[1])) if prior is None else best.scale * prior
     if prior is not None:
         meta["prior_scale"] = best.scale.tolist()
+        beyond = away(ridge, ys, xs @ prior)
+        if beyond < student.ppf(TURNED, len(x) - 2):
+            warnings.warn(
+                f"the prior says the opposite of what retrainings do: expected a scale above 0, got one {-beyond:.3g} standard "
+                "errors below; the fit turns it around. Are its scores of margins and the table's outputs losses, or "
+                "the other way round? Give the prior of the table's own outputs",
+                PriorWarning,
+                stacklevel=3,
+            )
     if kind == "lasso":
         scores, found = lasso(x, y - x @ start, rows, penalty, progress)
         meta.update(found)

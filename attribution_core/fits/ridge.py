@@ -8,6 +8,7 @@ product a λ: the residual of a row that the fit has not seen is its residual ov
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,20 +130,36 @@ def choose(
     return min(known, key=lambda choice: choice.error) if known else found[-1]
 
 
+def away(ridge: Ridge, y: Array, along: Array) -> float:
+    """How many standard errors the one scale of a prior for all targets lies from 0, where nothing else explains y.
+
+    With b = 0: where b fits nearly every row, left-out errors go together, and their scatter is no error.
+    """
+    variance = np.maximum((y * y).mean(0), np.finfo(float).tiny)
+    left, of_prior = (ridge.left_out(x, np.inf, ridge.outside(x)) for x in (y, along))
+    common, error = _common(np.nan_to_num(left), np.nan_to_num(of_prior), variance)
+    return common / error if error > 0 else math.copysign(math.inf, common) if common else 0.0
+
+
+def _common(left: Array, of_prior: Array, variance: Array) -> tuple[float, float]:
+    """(one scale of the prior for all targets, its error over rows: the targets of one row err together)."""
+    weighed = of_prior / variance
+    power = float((of_prior * weighed).sum())
+    if not power > 0:
+        return 0.0, 0.0
+    common = float((left * weighed).sum()) / power
+    error = (((left - common * of_prior) * weighed).sum(1) ** 2).sum() / power**2
+    return common, math.sqrt(error)
+
+
 def _scales(left: Array, of_prior: Array, variance: Array) -> Array:
     """The prior's scale for every target [t]: its own, drawn towards that of all, and that towards 0.
 
     Each is drawn as far as it is uncertain (empirical Bayes; the positive part of James and Stein): with
-    error e of an estimate s of 0, s (1 − CAUTION e²/s²)₊, which is all there is to one target. The error of
-    the common scale is taken over rows, since the targets of one row err together.
+    error e of an estimate s of 0, s (1 − CAUTION e²/s²)₊, which is all there is to one target.
     """
-    weighed = of_prior / variance
-    power = (of_prior * weighed).sum()
-    if not power > 0:
-        return np.zeros(len(variance))
-    common = (left * weighed).sum() / power
-    error = (((left - common * of_prior) * weighed).sum(1) ** 2).sum() / power**2
-    pooled = common * max(0.0, 1 - CAUTION * error / common**2) if common != 0 else 0.0
+    common, error = _common(left, of_prior, variance)
+    pooled = common * max(0.0, 1 - CAUTION * error**2 / common**2) if common != 0 else 0.0
     each = (of_prior * of_prior).sum(0)
     each = np.where(each > 0, each, np.inf)
     own = (left * of_prior).sum(0) / each

@@ -61,17 +61,27 @@ class Detection:
         """Chance that a planted row looks more suspicious than one that is not; ties count half.
 
         Raises:
-            ValueError: it is not known what was planted.
+            ValueError: it is not known what was planted, or nothing, or everything, was.
         """
         from sklearn.metrics import roc_auc_score
 
         if self.planted is None:
             raise ValueError("expected planted=[n] to judge a detector by, got none")
+        if not self._judged:
+            raise ValueError(
+                f"expected planted rows and others to judge a detector by, got {int(self.planted.sum())} planted of "
+                f"{len(self.planted)}"
+            )
         return float(roc_auc_score(self.planted, self.scores[name]))
 
+    @property
+    def _judged(self) -> bool:
+        """Whether there are planted rows and others."""
+        return self.planted is not None and bool(0 < self.planted.sum() < len(self.planted))
+
     def table(self, rows: int = 20) -> str:
-        """One line a detector, the best first; where it is unknown what was planted, the most suspicious rows."""
-        if self.planted is None:
+        """One line a detector, the best first; where no planted rows are known, the most suspicious rows."""
+        if not self._judged:
             return self._rows(rows)
         ranked = sorted(self.scores, key=self.auc, reverse=True)
         width = max(map(len, ranked))
@@ -147,11 +157,12 @@ def detect(
             raise ValueError(
                 f"expected trusted features [m, {x.shape[1]}] and labels [m], got {clean_x.shape} and {clean_y.shape}"
             )
-        known = clean_y.dtype.kind in "biuf" and np.isfinite(clean_y).all()
-        if not len(clean_x) or not np.isfinite(clean_x).all() or not known:
+        _refuse_text("trusted labels", clean_y)
+        known = np.isfinite(clean_x).all(axis=1) & np.isfinite(clean_y)
+        if not known.all() or not len(clean_x):
             raise ValueError(
-                f"expected finite trusted features and labels, got NaN or infinity in {len(clean_x)} rows, or none; mend them, or "
-                "leave trusted out"
+                f"expected finite trusted features and labels, got NaN or infinity in {int((~known).sum())} of "
+                f"{len(clean_x)} rows; mend them, or leave trusted out"
             )
         middle = x.mean(0)  # distances lose their digits far from 0
         vote = _Vote.of(x - middle, y, clean_x - middle, clean_y)
@@ -168,17 +179,21 @@ def _check(given: Mapping[str, NDArray[Any]], n: int, x: Any, y: Any, planted: A
     shapes = {**given, **({} if y is None else {"labels": y})}
     shapes |= {} if planted is None else {"planted": np.asarray(planted)}
     for name, values in shapes.items():
-        if values.dtype.kind not in "biuf":
-            raise ValueError(
-                f"expected numbers for {name}, got {values.dtype}; number the classes "
-                "(np.unique(labels, return_inverse=True)[1])"
-            )
+        _refuse_text(name, values)
         if values.shape != (n,) or not np.isfinite(values).all():
             raise ValueError(f"expected finite {name} [n={n}], got shape {values.shape}")
     if x is not None and not np.isfinite(x).all():
         raise ValueError("expected finite features, got NaN or infinity; mend those rows")
     if x is not None and y is not None and len(np.unique(y)) < 2:
         raise ValueError(f"expected labels of two classes or more, got one in {n} rows")
+
+
+def _refuse_text(name: str, values: NDArray[Any]) -> None:
+    if values.dtype.kind not in "biuf":
+        raise ValueError(
+            f"expected numbers for {name}, got {values.dtype}; number the classes "
+            "(np.unique(labels, return_inverse=True)[1])"
+        )
 
 
 def _flat(features: ArrayLike) -> NDArray[np.float64]:
@@ -239,13 +254,15 @@ class _Vote:
         from sklearn.metrics import pairwise_distances
 
         both = np.concatenate([clean_x, x])
-        few = both[np.random.default_rng(0).permutation(len(both))[:LANDMARKS]]
+        # landmarks are drawn by place: in an order that the rows' values give, that of the file is nothing
+        ordered = both[np.lexsort(both.T)]
+        few = ordered[np.random.default_rng(0).permutation(len(both))[:LANDMARKS]]
         distance = pairwise_distances(few, metric="sqeuclidean")
         middle = float(np.median(distance[np.triu_indices(len(few), 1)])) or 1.0
         kernel = Nystroem(
             gamma=1.0 / middle, n_components=min(len(both), LANDMARKS), random_state=0
         )
-        phi = kernel.fit_transform(both)
+        phi = kernel.fit(ordered).transform(both)
         classes = np.unique(np.concatenate([clean_y, y]))
         own = (np.concatenate([clean_y, y])[:, None] == classes).astype(float)
         m = len(clean_x)

@@ -22,7 +22,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.payment import GapWarning, Payments, SignWarning, buy, pay
+from applied.payment import Payments, SignWarning, pay
+from applied.purchase import GapWarning, buy
 from applied.worth import Values
 from attribution_core.data import named
 from attribution_core.datamodel import LinearDatamodel

@@ -22,8 +22,14 @@ from applied.recipe import paired_interval
 from attribution_core import SGD, LinearDatamodel, Recipe
 from recipes import embedded
 from recipes.data.corpus import Blocks, once, read_documents
-from recipes.data.language_model import LanguageModel, language_model, refuse_lossy, train_bpe
-from recipes.data.tasks import text_task
+from recipes.data.language_model import (
+    LanguageModel,
+    language_model,
+    pretrained,
+    refuse_lossy,
+    train_bpe,
+)
+from recipes.data.tasks import from_folder, text_task
 from recipes.reports.selection import against_random, beside, ends_of, quotas_missed, unequal
 from recipes.select_data import run
 from recipes.work.proof import Length, length
@@ -442,6 +448,37 @@ def test_a_model_whose_tokeniser_loses_text_is_refused_before_it_trains(texts, t
     said = refused(texts, tmp_path / "out", "--model", str(tmp_path / "lossy"))
     assert "expected a tokeniser that gives text back" in said
     assert not (tmp_path / "out" / "tokens").exists()
+
+
+def test_a_model_that_lacks_weights_is_refused_before_it_trains(texts, tmp_path):
+    """A folder without a head got one at random, another at every command: equal commands chose differently."""
+    from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = LlamaConfig(vocab_size=300, **small)
+    model = saved(tmp_path / "headless", LlamaModel(config), 270)
+    said = refused(texts, tmp_path / "out", "--model", model)
+    assert (
+        f"all weights of a LlamaForCausalLM in {model!r}, got none of the right size for lm_head.weight;"
+        in said
+    )
+    assert not (tmp_path / "out" / "tokens").exists()
+    with pytest.raises(ValueError, match="all weights of a LlamaForCausalLM"):
+        text_task(tmp_path / "text", 20, 4, model=model)
+    other = saved(tmp_path / "other", LlamaForCausalLM(config), 270)
+    LlamaConfig(vocab_size=310, **small).save_pretrained(other)
+    with pytest.raises(ValueError, match=r"for lm_head.weight, model.embed_tokens.weight; save"):
+        pretrained(other, 0)
+    tied = GPT2Model(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2))
+    tied = saved(tmp_path / "tied", tied, 270)  # whose head is the embeddings
+    one, two = (pretrained(tied, seed).state_dict() for seed in (0, 1))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert from_folder(tied, 0)
 
 
 def test_as_few_subsets_as_there_are(texts, finished, tmp_path):

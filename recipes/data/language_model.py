@@ -165,11 +165,35 @@ def llama(preset: Preset, seed: int) -> Any:
 
 def pretrained(name: str, seed: int) -> Any:
     """The stored weights in float32, dropout off; the seed only orders the data."""
+    return eager_experts(stored(name)).eval()
+
+
+def stored(name: str, **settings: Any) -> Any:
+    """A causal language model with the weights that a folder or hub name holds, in float32.
+
+    Raises:
+        ValueError: it does not hold all of them: the others would be drawn anew at every call.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    return eager_experts(model).eval()
+    # other sizes are told below, with what lacks: by itself transformers raises a line about a report above it
+    model, found = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **settings,
+    )
+    lacking = [*sorted(found["missing_keys"]), *sorted(key for key, *_ in found["mismatched_keys"])]
+    if lacking:
+        kind = type(model).__name__
+        more = f" and {len(lacking) - 3} more" * (len(lacking) > 3)
+        raise ValueError(
+            f"expected all weights of a {kind} in {name!r}, got none of the right size for {', '.join(lacking[:3])}{more}; "
+            f"save the whole model there, as a {kind}: model.save_pretrained(folder)"
+        )
+    return model
 
 
 def eager_experts(model: Any) -> Any:

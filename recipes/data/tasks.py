@@ -149,20 +149,22 @@ def gpt2(seed: int, vocabulary: int = VOCABULARY, length: int = LENGTH) -> Any:
 
 
 def from_folder(path: str, seed: int) -> Any:
-    """A transformers model from a folder: its weights, or fresh ones where it holds only a config."""
+    """A transformers model from a folder: its weights, or fresh ones where it holds only a config.
+
+    Raises:
+        ValueError: a part of the weights.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from recipes.data.language_model import eager_experts
+    from recipes.data.language_model import eager_experts, stored
 
     config = AutoConfig.from_pretrained(path)
     has_weights = any(Path(path).glob("*.safetensors")) or any(Path(path).glob("*.bin"))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if has_weights:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, attn_implementation="eager"
-            )
+            model = stored(path, attn_implementation="eager")
         else:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager"

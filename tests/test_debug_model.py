@@ -45,6 +45,7 @@ def test_logistic_regression_from_start_to_report_and_again(tmp_path, capsys, mo
     table = pq.read_table(tmp_path / "decisions.parquet").to_pandas()
     for x, (_, kept) in zip(found["decisions"], table.iterrows(), strict=True):
         assert kept["id"] == x["id"]
+        assert kept["rows"].tolist() == x["rows"]
         assert x["margin"] > 0
         assert x["most"] == 20
         assert f" {x['margin']:.2f} " in said
@@ -76,7 +77,7 @@ def check_it_turns(data, x):
         left = np.setdiff1d(np.arange(len(data.x)), rows)
         fitted = LogisticRegression(C=1 / (0.001 * len(data.x)), tol=1e-6, max_iter=5000)
         fitted.fit(data.x[left], data.y[left])
-        said = data.classes[fitted.predict(held[[x["place"]]])[0]]
+        said = data.classes[fitted.predict(held[[x["id"]]])[0]]
         assert (said != x["said"]) == turned
 
 
@@ -218,6 +219,30 @@ def asked(place, actual, near, said="1", predicted=None):
     }
     rows = list(range(int(actual))) if np.isfinite(actual) else []
     return Asked(place, place, "0", said, 1.0, **numbers, random=np.inf, most=30, rows=rows)
+
+
+def test_rows_in_metrics_are_those_of_the_file(tmp_path, capsys):
+    """They were places after the split, beside ids and a table of rows of the file."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(150, 2))
+    kind = np.where(x[:, 0] + rng.normal(size=150) > 0, "yes", "no")
+    frame = pd.DataFrame({"a": x[:, 0], "b": x[:, 1], "kind": kind})
+    frame.to_csv(tmp_path / "mine.csv", index=False)
+    mine = ["--data", str(tmp_path / "mine.csv"), "--label", "kind", "--jobs", "1"]
+    run([*mine, "--mistakes", "2", "--right", "1", "--most", "20", "--out", str(tmp_path / "out")])
+    said, found = capsys.readouterr().out, read(tmp_path / "out")
+    table = pq.read_table(tmp_path / "out" / "decisions.parquet").to_pandas()
+    assert [x["rows"] for x in found["decisions"]] == [some.tolist() for some in table.rows]
+    assert found["decisions"][0].keys() == set(table.columns)
+    for x in found["decisions"]:
+        shown = ", ".join(f"{i} ({kind[i]})" for i in x["rows"][:4])
+        assert shown in said
+    groups, page = found["groups"], (tmp_path / "out" / "report.html").read_text()
+    assert all(", ".join(f"{i} ({kind[i]})" for i in some[:4]) in page for some in groups["rows"])
+    trained = set(debugging.data_of(Flags(data=mine[1], label="kind")).places.tolist())
+    assert len(groups["ids"]) == len(groups["group"])
+    assert trained.isdisjoint(groups["ids"])
+    assert {x["id"] for x in found["decisions"] if x["said"] != x["label"]} <= set(groups["ids"])
 
 
 def test_words_count_what_is_in_the_table():

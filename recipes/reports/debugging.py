@@ -145,12 +145,25 @@ def write_report(
     report.write_metrics(
         flags.out / "metrics.json",
         {
-            "decisions": [asdict(x) for x in found], "words": words, "facts": facts, "flags": as_given(flags),
-            "groups": None if groups is None else asdict(groups.found),
+            "decisions": [written(data, x) for x in found], "words": words, "facts": facts, "flags": as_given(flags),
+            "groups": None if groups is None else written_groups(data, groups),
         },
     )  # fmt: skip
     write_decisions(flags, data, found)
     print(f"\nwritten to {flags.out}/report.html")
+
+
+def written(data: Classification, asked: Asked) -> dict[str, Any]:
+    """A decision as files hold it: rows are called what they are called in the data's own file."""
+    kept = {name: value for name, value in asdict(asked).items() if name != "place"}
+    return {**kept, "rows": data.places[asked.rows].tolist()}
+
+
+def written_groups(data: Classification, groups: Groups) -> dict[str, Any]:
+    """Groups as files hold them: the mistakes (`ids`, with the `group` of each) and the groups' rows by the same names."""
+    rows = [data.places[some].tolist() for some in groups.found.rows]
+    ids = data.held_places[groups.places].tolist()
+    return {**asdict(groups.found), "rows": rows, "ids": ids}
 
 
 METHOD = (
@@ -241,10 +254,8 @@ def write_decisions(flags: Flags, data: Classification, found: Sequence[Asked]) 
     import pyarrow
 
     def plain(x: Asked) -> dict[str, Any]:
-        kept = {k: v for k, v in asdict(x).items() if k != "place"}
-        numbers = ("predicted", "actual", "nearest", "random")
-        counts = {k: int(kept[k]) if np.isfinite(kept[k]) else None for k in numbers}
-        return {**kept, **counts, "rows": [int(data.places[i]) for i in x.rows]}
+        kept, numbers = written(data, x), ("predicted", "actual", "nearest", "random")
+        return {**kept, **{k: int(kept[k]) if np.isfinite(kept[k]) else None for k in numbers}}
 
     lines = pyarrow.Table.from_pylist([plain(x) for x in found])
     write_parquet(flags.out / "decisions.parquet", lines)

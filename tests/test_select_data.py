@@ -34,7 +34,7 @@ from recipes.reports.selection import against_random, beside, ends_of, quotas_mi
 from recipes.select_data import run
 from recipes.work.proof import Length, length
 from recipes.work.selection import choose, gate, refinement, write_subset
-from recipes.work.study import refuse_small
+from recipes.work.study import parse_quotas, refuse_small
 from tests.test_attribute import saved
 
 ROOT = Path(__file__).parent.parent
@@ -587,6 +587,31 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_text("Käse", encoding="utf-8-sig")
     (tmp_path / "b.jsonl").write_text('{"text": "Käse"}', encoding="utf-8-sig")
     assert [d.text for d in read_documents(str(tmp_path / "[ab].*"))] == ["Käse", "Käse"]
+
+
+def test_files_of_one_name_in_several_folders_are_several_domains(tmp_path, monkeypatch):
+    """They were one domain, without a word, and a quota held for all of them together."""
+    for name in ("a/train", "b/c/train", "b/rest"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"text": f"words {k} of {name}"}) for k in range(2)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        folder = tmp_path / name  # one of text files beside it
+        folder.mkdir()
+        (folder / "1.txt").write_text(f"text of {name}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for start in (f"{tmp_path}/", "./", ""):
+        rows = read_documents(f"{start}**/*.jsonl")
+        assert [d.domain for d in rows] == ["a/train"] * 2 + ["b/c/train"] * 2 + ["rest"] * 2
+        assert [d.domain for d in read_documents(f"{start}**/*.txt")] == [
+            "a/train",
+            "b/c/train",
+            "rest",
+        ]
+    assert {d.domain for d in read_documents("b/**/*.jsonl")} == {"rest", "train"}
+    (tmp_path / "b" / "rest.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}'))
+    domains = [d.domain for d in read_documents("b/rest.jsonl*")]
+    assert domains == ["rest.jsonl"] * 2 + ["rest.jsonl.gz"]
+    assert parse_quotas(["b/c/train:0:0.5"]) == {"b/c/train": (0.0, 0.5)}
 
 
 def test_a_file_with_brackets_in_its_name_is_no_pattern(tmp_path):

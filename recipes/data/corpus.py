@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,8 +33,9 @@ def read_documents(
 ) -> list[Document]:
     """Documents from a glob of .parquet, .jsonl (also .jsonl.gz, .json.gz) or .txt files, a saved dataset, or a hub name.
 
-    A .txt file is one document a file. Without a domain column a document's domain is the name of
-    its file (or "all" in a saved dataset); without an id column its id is file and row.
+    A .txt file is one document a file. Without a domain column a document's domain is the name of its file, of a .txt
+    file that of its folder (or "all" in a saved dataset), and where files or folders of one name lie in several folders
+    their path below the folder that they share; without an id column its id is file and row.
 
     Raises:
         FileNotFoundError: no file matches.
@@ -44,7 +47,10 @@ def read_documents(
     if len(files) == 1 and Path(files[0]).is_dir():
         documents = _from_table(_saved(files[0]), Path(files[0]).name, text, domain, id, "all")
     elif files:
-        documents = [doc for file in files for doc in _from_file(file, text, domain, id)]
+        named = zip(files, _domains_of(files), strict=True)
+        documents = [
+            doc for file, name in named for doc in _from_file(file, text, domain, id, name)
+        ]
     elif any(sign in where for sign in "*?[.") or where.startswith(("/", "~")):
         raise FileNotFoundError(
             f"no file matches {where!r}; give a path or glob of {', '.join(KINDS)} files, a saved dataset or 'embedded'"
@@ -60,13 +66,45 @@ def read_documents(
     return documents
 
 
-def _from_file(file: str, text: str, domain: str | None, id: str | None) -> list[Document]:
-    name = Path(file).name
-    suffix = next((kind for kind in JSON if name.lower().endswith(kind)), Path(file).suffix.lower())
-    if suffix not in (*KINDS, *JSON):
+def _ending(file: str) -> str:
+    """What tells how a file is read, in lower case.
+
+    Raises:
+        ValueError: nothing that is read here.
+    """
+    ends = [kind for kind in (*JSON, *KINDS) if Path(file).name.lower().endswith(kind)]
+    if not ends:
         raise ValueError(f"expected {', '.join(KINDS)}, got {file!r}; convert it first")
+    return ends[0]
+
+
+def _domains_of(files: Sequence[str]) -> list[str]:
+    """The default domain of each file; two sources of one name are two domains."""
+    endings = {file: _ending(file) for file in files}
+    tables = [file for file in files if endings[file] != ".txt"]
+    places = {file: Path(file).parent for file in files}
+    places |= {file: Path(file[: -len(endings[file])]) for file in tables}
+    count = Counter(places[file] for file in tables)
+    # train.jsonl beside train.parquet
+    places |= {file: Path(file) for file in tables if count[places[file]] > 1}
+    same: dict[str, set[Path]] = {}
+    for place in places.values():
+        same.setdefault(place.name, set()).add(place)
+    shared = {name: os.path.commonpath([p.parent for p in some]) for name, some in same.items()}
+
+    def domain(place: Path) -> str:
+        alone = len(same[place.name]) == 1
+        return (place.name if alone else place.relative_to(shared[place.name]).as_posix()) or "all"
+
+    return [domain(places[file]) for file in files]
+
+
+def _from_file(
+    file: str, text: str, domain: str | None, id: str | None, default: str
+) -> list[Document]:
+    suffix = _ending(file)
     if suffix == ".txt":
-        return [Document(file, _words(file), Path(file).parent.name or "all", file)]
+        return [Document(file, _words(file), default, file)]
     import pyarrow
 
     try:
@@ -80,7 +118,7 @@ def _from_file(file: str, text: str, domain: str | None, id: str | None) -> list
         table.select(asked).validate(full=True)  # that words are UTF-8
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file!r} cannot be read as {suffix[1:]}: {error}") from None
-    return _from_table(table, file, text, domain, id, name[: -len(suffix)])
+    return _from_table(table, file, text, domain, id, default)
 
 
 def _words(file: str) -> str:

@@ -31,8 +31,7 @@ class Flags:
     text: str = "text"
     """Column that holds the text."""
     domain: str | None = None
-    """Column that holds a document's domain, for quotas and the report; by default the name of its file, for .txt of its folder,
-    with the path to it where several have that name."""
+    """Column that holds a document's domain, for quotas and the report; by default the name of its file, for .txt of its folder."""
     id: str | None = None
     """Column that holds unique ids; by default file and row."""
     documents: int = 2500

@@ -184,7 +184,7 @@ def test_the_report_is_one_file_with_every_section(finished):
 
 def test_the_same_command_again_trains_and_scores_nothing(finished, texts, capsys):
     def stamps():
-        kept = [*finished.glob("retraining/*.npy"), *finished.glob("scores/*/run0/*.npy")]
+        kept = [*finished.glob("retraining/*/*.npy"), *finished.glob("scores/*/run0/*.npy")]
         return {path: path.stat().st_mtime_ns for path in kept}
 
     before = stamps()
@@ -205,6 +205,22 @@ def test_another_damping_in_the_same_folder_keeps_the_proxies(finished, texts, t
     run(flags(texts, out, "--quota", "code:0:0.3", "prose:0.05:1", "--damping", "0.02"))
     assert {path: path.stat().st_mtime_ns for path in out.glob("proxies/**/*")} == before
     assert len(list(out.glob("scores/*/run0/done.npy"))) == 2
+
+
+def test_other_test_text_in_the_same_folder_keeps_the_scores(finished, texts, tmp_path):
+    """No score depends on it, yet the folder was refused; trainings are judged on it, and are done again."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    kept = [path for part in ("proxies", "scores") for path in out.glob(f"{part}/**/*.*")]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    without = flags(texts, out, "--quota", "code:0:0.3", "prose:0.05:1")
+    at = without.index("--test")
+    run(without[:at] + without[at + 2 :])
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    assert len(list(out.glob("scores/*/*/done.npy"))) == 1
+    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (finished, out))
+    assert one["chosen"] == two["chosen"]
+    assert len(list(out.glob("retraining/*"))) == 2
 
 
 def refused(texts, tmp_path, *more):
@@ -320,7 +336,7 @@ def test_help_is_quick_and_imports_no_torch():
     assert "--budget" in done.stdout
 
 
-@pytest.mark.parametrize("stage", ["scores/*/run0/done.npy", "retraining/*.npy"])
+@pytest.mark.parametrize("stage", ["scores/*/run0/done.npy", "retraining/*/*.npy"])
 def test_a_killed_run_resumes_to_the_same_choice(stage, texts, finished, tmp_path):
     """kill -9 in the middle; the same command computes what is missing and chooses the same ids."""
     command = [*SCRIPT, *flags(texts, tmp_path, "--quota", "code:0:0.3", "prose:0.05:1")]
@@ -335,7 +351,7 @@ def test_a_killed_run_resumes_to_the_same_choice(stage, texts, finished, tmp_pat
     first.send_signal(signal.SIGKILL)
     first.wait()
     done = {
-        p: p.stat().st_mtime_ns for p in tmp_path.glob("retraining/*.npy") if "part" not in p.name
+        p: p.stat().st_mtime_ns for p in tmp_path.glob("retraining/*/*.npy") if "part" not in p.name
     }
     assert not (tmp_path / "metrics.json").exists()
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)

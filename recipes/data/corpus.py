@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attribution_core.data import Rows
 from attribution_core.disk.files import write_array, write_text
 from recipes.embedded import Document
 
@@ -387,3 +388,14 @@ class Blocks:
                 write_array(folder / f"{name}.npy", np.array(numbers, dtype=np.int32))
             write_text(mark, digest.hexdigest())
         return cls(folder)
+
+
+@dataclass(frozen=True, eq=False)
+class SomeBlocks(Rows):
+    """Some blocks, named by what they hold alone: of others beside them nothing here is made."""
+
+    data: Blocks
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return hashlib.sha256(self.data.tokens[self.rows].tobytes()).hexdigest()

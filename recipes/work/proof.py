@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from applied.recipe import Decision, Verified, random_controls, verify
 from attribution_core import LinearDatamodel, Outputs, RetrainingTable, Run
+from attribution_core.disk.fingerprint import fingerprint
 from attribution_core.processes import world
 from attribution_core.retraining import retrain_pairs
 from recipes.command import bar
@@ -63,7 +64,8 @@ def prove(
 
     retrain = partial(
         retrain_pairs, study.problem, study.recipe, outputs,
-        folder=study.flags.out / "retraining", jobs=study.flags.jobs if study.problem.device.type == "cpu" and world()[1] == 1 else 1,
+        folder=study.flags.out / "retraining" / fingerprint(outputs)[:8],  # with --test and without it
+        jobs=study.flags.jobs if study.problem.device.type == "cpu" and world()[1] == 1 else 1,
     )  # fmt: skip
     everything = [
         *[pair for w in (decision.weights, *arms.values()) for pair in pairs(w, seeds)],

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from applied.recipe import SLACK
 from applied.selection import relaxed
 from attribution_core import AdamW, Outputs, Problem, Recipe, causal_lm_loss
-from attribution_core.data import Rows
 from attribution_core.processes import first_goes_first, world
 from recipes import embedded
 from recipes.command import bar, device_of
-from recipes.data.corpus import Blocks, in_both, once, read_documents, without_text
+from recipes.data.corpus import Blocks, SomeBlocks, in_both, once, read_documents, without_text
 from recipes.data.language_model import (
     LanguageModel,
     bits_per_byte,
@@ -63,7 +62,7 @@ class Study:
         """Mean loss of the held-out documents of each part, nats per block position."""
         rows = np.flatnonzero(np.isin(self.part[self.held_out_blocks.document], parts))
         labels = self.part[self.held_out_blocks.document][rows]
-        return Outputs(self.problem.loss, Rows(self.held_out_blocks, rows)).mean(by=labels)
+        return Outputs(self.problem.loss, SomeBlocks(self.held_out_blocks, rows)).mean(by=labels)
 
     def bits(self, outputs: Outputs) -> NDArray[np.float64]:
         """Factors [t] that turn these outputs into bits per byte of text."""

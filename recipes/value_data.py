@@ -11,7 +11,7 @@ shares a budget between owners and buys the best for half of the price of all. T
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,7 @@ def main(flags: Flags) -> None:
     torch.set_num_threads(1)  # small tensors: threads wait more than they work
     at_least(flags, seeds=1, jobs=1, width=0, budget=1e-9, floor=0, cap=0, retrainings=1, points=1)
     shares(flags, "remove")
+    flags = replace(flags, remove=tuple(sorted(set(flags.remove))))  # curves go from left to right
     if flags.data in ("digits", "breast_cancer"):
         data = embedded(flags.data, flags.mislabel, flags.owners, flags.seed)
     else:

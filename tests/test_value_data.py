@@ -21,7 +21,7 @@ from recipes.data.tasks import table_task
 from recipes.reports.valuation import _ends, payments_of, purchase_of, rows_of, verdict
 from recipes.value_data import Flags, run
 from recipes.value_data import main as value_main
-from recipes.work import poisoning
+from recipes.work import poisoning, valuing
 from recipes.work.valuing import Owned, Valued, bought, paid, seeds_of_owners, start, value_owners
 
 QUICK = [
@@ -214,6 +214,15 @@ def test_wrong_input_is_said_in_one_line(tmp_path, flags, words):
     with pytest.raises(SystemExit) as stopped:
         run(["--out", str(tmp_path / "out"), *(files.get(flag, flag) for flag in flags)])
     assert words in str(stopped.value)
+
+
+def test_shares_are_taken_in_order_and_once(tmp_path, monkeypatch):
+    """In another order the picture went back and forth, and its caption and the verdict named another share."""
+    given = []
+    monkeypatch.setattr(valuing, "start", lambda flags, data: given.append(flags.remove) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run([*QUICK, "--out", str(tmp_path), "--remove", "0.3", "0.05", "0.3"])
+    assert given == [(0.05, 0.3)]
 
 
 def saved(tmp_path, frame, name="own.csv"):

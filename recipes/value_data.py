@@ -93,6 +93,7 @@ def main(flags: Flags) -> None:
     some_rows(flags, "remove", len(data.x))
     payable(flags, data)
     told(data)
+    enough(flags, data)
     warn_of_repeated(data)
     flags.out.mkdir(parents=True, exist_ok=True)
     study = start(flags, data)
@@ -128,6 +129,23 @@ def told(data: Any) -> None:
         raise ValueError(
             f"expected two training rows or more of every class, got one of {alone[:5]}; leave these classes out or join "
             "them to others, or take another --seed, which splits differently"
+        )
+
+
+def enough(flags: Flags, data: Any) -> None:
+    """Raise where a row is in every random half, so that no model says anything of it as a held-out row.
+
+    Raises:
+        ValueError: one is.
+    """
+    from recipes.work.valuing import halves
+
+    always: Any = halves(flags, len(data.x)).all(axis=0)
+    if always.any():
+        raise ValueError(
+            f"expected --retrainings on so many random halves that each training row is left out of one, got {flags.retrainings}, "
+            f"all of them with {int(always.sum())} of the {len(always)} rows, such as {data.places[always][:5].tolist()}; raise it "
+            f"({Flags.retrainings} by default)"
         )
 
 

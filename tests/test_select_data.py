@@ -34,7 +34,7 @@ from recipes.reports.selection import against_random, beside, ends_of, quotas_mi
 from recipes.select_data import run
 from recipes.work.proof import Length, length
 from recipes.work.selection import choose, gate, refinement, write_subset
-from recipes.work.study import parse_quotas, refuse_small
+from recipes.work.study import parse_quotas, refuse_small, refuse_unspent
 from tests.test_attribute import saved
 
 ROOT = Path(__file__).parent.parent
@@ -271,6 +271,19 @@ def test_budgets_and_quotas_that_cannot_be_met(texts, tmp_path):
     assert "got ['wen']" in refused(texts, tmp_path, "--quota", "wen:0:1")
     said = refused(texts, tmp_path, "--quota", "code:0.7:1", "prose:0.6:1")
     assert "'code'" in said or "'prose'" in said
+    kinds = set(parquet.read_table(texts / "pool.parquet")["kind"].to_pylist())
+    said = refused(texts, tmp_path, "--quota", *(f"{kind}:0:0.1" for kind in kinds))
+    assert "expected --quota that leaves room for the budget of" in said
+    assert "raise the high quotas" in said
+    assert "fill=" not in said  # no flag of the command
+
+
+def test_quotas_that_leave_a_part_of_the_budget_are_refused():
+    tokens, domains = np.array([30, 40, 50]), ["a", "b", "b"]
+    refuse_unspent(120.0, tokens, domains, {})
+    refuse_unspent(100.0, tokens, domains, {"b": (0.0, 0.7)})
+    with pytest.raises(ValueError, match=r"got room for 90: 'b' 60, 'a' 30; raise the high quotas"):
+        refuse_unspent(100.0, tokens, domains, {"b": (0.0, 0.6)})
 
 
 def test_target_text_in_the_pool_is_reported_and_left_out(texts, tmp_path, capsys):

@@ -194,6 +194,10 @@ def test_embedded_owners_are_unequal_and_spoiled():
         (["--seeds", "0"], "expected --seeds of at least 1, got 0"),
         (["--width", "-1"], "expected --width of at least 0, got -1"),
         (["--budget", "0"], "expected --budget of at least"),
+        (
+            ["--data", "MINE", "--label", "outcome", "--retrainings", "2"],
+            "expected --retrainings on so many random halves that each training row is left out of one, got 2,",
+        ),
         (["--floor", "101"], "that 10 owners can be paid with, got a floor of 101"),
         (["--cap", "99"], "and a cap of 99 each"),
         (["--out", "MINE"], "File exists"),

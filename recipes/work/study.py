@@ -122,7 +122,8 @@ def prepare(flags: Flags) -> Study:
     quotas = parse_quotas(flags.quota)
     domains = [doc.domain for doc in pool]
     # a budget and quotas that clash say so now, not after hours of scoring
-    relaxed(np.zeros(len(pool)), tokens, budget, domains=domains, quotas=quotas or None)
+    relaxed(np.zeros(len(pool)), tokens, budget, domains=domains, quotas=quotas or None, fill=False)
+    refuse_unspent(budget, tokens, domains, quotas)
     refuse_small(budget, tokens, domains, quotas)
     problem = Problem(
         model.make(0).to(device), partial(causal_lm_loss, tokens=preset.length), blocks
@@ -207,6 +208,32 @@ def _three_parts(target: Sequence[Document]) -> list[list[Document]]:
         parts = embedded.split_by_source(renamed, (0.5, 0.25, 0.25))
         return [[target[int(doc.file)] for doc in part] for part in parts]
     return embedded.split_by_source(target, (0.5, 0.25, 0.25))
+
+
+def refuse_unspent(
+    budget: float,
+    tokens: NDArray[np.int64],
+    domains: Sequence[str],
+    quotas: Mapping[str, tuple[float, float]],
+) -> None:
+    """Raise where the high quotas, and what domains hold, leave a part of the budget.
+
+    Raises:
+        ValueError: they do; says what each domain may have.
+    """
+    names, index = np.unique(np.asarray(domains), return_inverse=True)
+    held = np.bincount(index, tokens)
+    room = {
+        str(name): min(float(holds), quotas.get(str(name), (0.0, 1.0))[1] * budget)
+        for name, holds in zip(names, held, strict=True)
+    }
+    if sum(room.values()) < budget * (1 - SLACK):
+        most = sorted(room.items(), key=lambda item: -item[1])[:10]
+        told = ", ".join(f"{name!r} {tokens:,.0f}" for name, tokens in most)
+        raise ValueError(
+            f"expected --quota that leaves room for the budget of {budget:,.0f} tokens, got room for "
+            f"{sum(room.values()):,.0f}: {told}; raise the high quotas, or where domains hold no more, lower --budget"
+        )
 
 
 def refuse_small(

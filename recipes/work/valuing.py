@@ -103,6 +103,11 @@ def start(flags: Flags, data: Classification) -> Study:
     return Study(flags, data, problem, recipe, *held)
 
 
+def halves(flags: Flags, n: int) -> NDArray[np.float64]:
+    """Weights [retrainings, n] of the random halves that held-out readings are made of."""
+    return random_subsets(n, flags.retrainings, keep=0.5, seed=flags.seed)
+
+
 def readings(study: Study) -> tuple[RetrainingTable, RetrainingTable]:
     """Retrainings on random halves: (margins of the training rows themselves, mean target loss)."""
     import torch
@@ -110,9 +115,8 @@ def readings(study: Study) -> tuple[RetrainingTable, RetrainingTable]:
     flags, data = study.flags, study.data
     own = Outputs(margin, (torch.tensor(data.x), torch.tensor(data.y)))
     parts = {"own": own, "target": study.target}
-    subsets = random_subsets(len(own), flags.retrainings, keep=0.5, seed=flags.seed)
     table = study.retrain(
-        subsets,
+        halves(flags, len(own)),
         seeds=[0],
         outputs=join_outputs(parts),
         folder=flags.out / "halves",

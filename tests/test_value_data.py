@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.datasets import load_breast_cancer
 
+from applied import value_pictures
 from applied.valuation import Values
 from attribution_core import LinearDatamodel
 from recipes import poison, unlearn
 from recipes.data import forget_sets
 from recipes.data.classification import embedded, facts_of, from_file
 from recipes.data.tasks import table_task
-from recipes.reports.valuation import _ends, payments_of, purchase_of, rows_of, verdict
+from recipes.reports.valuation import _ends, payments_of, purchase_of, removal, rows_of, verdict
 from recipes.value_data import Flags, run
 from recipes.value_data import main as value_main
 from recipes.work import poisoning, valuing
@@ -375,10 +376,12 @@ def test_shares_and_small_payments_keep_their_digits(tmp_path, capsys):
     one = {"influence": Values([1.0, 2.0], [0.0] * 2, [0, 1], np.zeros((2, 1)))}
     valued = Valued(one, {"influence": ""}, None, 0.0)
     losses, right = np.array([[1.0, 1.1], [1.0, 1.2]]), np.array([[0.9, 0.88], [0.9, 0.86]])
-    sections, _ = rows_of(study, valued, {"influence": losses}, {"influence": right})
-    assert "accuracy, points, change" in sections["What each method finds"][0]
-    assert ">-3.0" in sections["What each method finds"][0].replace("−", "-")
-    assert "without the worst 12.5%, change" in sections["What each method finds"][0]
+    removed = {"influence": losses, "random (control)": losses}
+    sections, _ = rows_of(study, valued, removed, {"influence": right})
+    _, table, _ = sections["What each method finds"]
+    assert "accuracy, points, change" in table
+    assert ">-3.0" in table.replace("−", "-")
+    assert "without the worst 12.5%, change" in table
 
 
 @pytest.mark.parametrize(
@@ -528,6 +531,26 @@ def test_the_report_says_whether_rows_should_go():
     assert "not significantly lower than with all rows, so nothing says" in said(influence=0.89)
     one = {name: np.array([[0.9, 0.8]]) for name in ("influence", "random (control)")}
     assert "use more --seeds" in verdict(one, 1, 0.1)
+
+
+def test_removal_is_drawn_against_random_rows_by_seed(monkeypatch):
+    """Two seeds that scatter drew bands over one another from -0.3 to 1.2 nats."""
+    drawn = []
+    curves = value_pictures.curves
+    monkeypatch.setattr(
+        value_pictures,
+        "curves",
+        lambda x, lines, **kw: drawn.append(lines) or curves(x, lines, **kw),
+    )
+    random = np.array([[0.2, 0.3, 0.5], [0.6, 0.7, 0.7]])
+    losses = {"influence": random - [0.0, 0.1, 0.3], "random (control)": random}
+    html = removal(losses, [0.1, 0.2])
+    np.testing.assert_allclose(drawn[0]["influence"], [[0.0, -0.1, -0.3]] * 2)
+    assert not drawn[0]["random (control)"].any()
+    assert "influence from 0 to -0.3; random (control) from 0 to 0." in html
+    assert "0.4 with all rows, 0.6 without 20 % at random. Means of 2 seeds, bands: 95 %" in html
+    once = removal({name: some[:1] for name, some in losses.items()}, [0.1, 0.2])
+    assert "One training each.</figcaption>" in once
 
 
 def test_held_out_rows_that_are_trained_on_are_told_before_anything_starts(

@@ -13,7 +13,7 @@ from sklearn.datasets import load_wine
 from attribution_core import LinearDatamodel
 from recipes.attribute import Flags, curvature, moving, run
 from recipes.data.classification import from_file
-from recipes.data.language_model import no_forward_mode, pretrained
+from recipes.data.language_model import language_model, no_forward_mode, pretrained
 from recipes.data.tasks import from_folder, text_task
 from recipes.embedded import text_pool
 
@@ -211,6 +211,26 @@ def test_models_that_do_not_fit_are_told(tmp_path):
     with pytest.raises(ValueError, match="got 100 embeddings"):
         text_task(tmp_path / "b", 20, 4, model=saved(tmp_path / "gpt2", few, 270))
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+def test_adapters_are_to_be_merged_first(tmp_path):
+    """They were called models without trainable parameters, or of an unknown kind."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2))
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    folder = saved(tmp_path / "lora", adapted, 270)
+    words = r"got a LoRA adapter in .*lora'; merge it first: model.merge_and_unload\(\)"
+    for load in (
+        lambda: text_task(tmp_path / "a", 20, 4, model=folder),
+        lambda: language_model(folder, text_pool(60), tmp_path / "b"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load()
+    merged = saved(tmp_path / "merged", adapted.merge_and_unload(), 270)
+    assert text_task(tmp_path / "a", 20, 4, model=merged).problem.n == 20
 
 
 def test_experts_are_plain_and_models_need_not_name_their_positions(tmp_path):

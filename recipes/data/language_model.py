@@ -227,12 +227,17 @@ def no_forward_mode(problem: Any) -> str:
 
 
 def refuse_missing(model: str) -> None:
-    """Raise for a path to nothing, which transformers takes for a name on the hub.
+    """Raise for a path to nothing, which transformers takes for a name on the hub, and for an adapter alone.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: no such folder; one that holds a LoRA adapter, of which no parameter would be trained.
     """
     path = Path(model).expanduser()
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"expected a folder of a whole transformers model, got a LoRA adapter in {model!r}; merge it first: "
+            "model.merge_and_unload().save_pretrained(folder), with its tokeniser beside it"
+        )
     is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     if is_path and not path.is_dir():
         raise ValueError(f"expected a folder of a transformers model, got no folder {model!r}")

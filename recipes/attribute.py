@@ -29,10 +29,10 @@ class Flags:
     """Train a small model, compute a datamodel, retrain on subsets, report LDS by fraction dropped."""
 
     task: Literal["digits", "text", "table"] = "digits"
-    """'digits': an MLP on scikit-learn's digits; 'text': a language model; 'table': an MLP on your own file."""
+    """'digits': an MLP on scikit-learn's digits; 'text': a language model; 'table': an MLP on a table, such as your own file."""
     data: str = "embedded"
-    """Text to train on: 'embedded', a glob of .parquet/.jsonl/.txt files, a saved dataset, or a hub name; of a table, a
-    .parquet or .csv file of features with a label column."""
+    """Text to train on: 'embedded', a glob of .parquet/.jsonl/.txt files, a saved dataset, or a hub name; of a table, 'digits',
+    or 'breast_cancer', or a .parquet or .csv file of features with a label column."""
     label: str = "label"
     """Column of a table that holds the label."""
     ignore: tuple[str, ...] = ()
@@ -132,7 +132,9 @@ def refuse_unused(flags: Flags) -> None:
             "it retrainings are of the first run's; got no --fresh"
         )
     if flags.task == "table" and flags.data == "embedded":
-        raise ValueError("expected --data with --task table: a .parquet or .csv file; got none")
+        raise ValueError(
+            "expected --data with --task table: 'digits', 'breast_cancer', or a .parquet or .csv file; got none"
+        )
 
 
 def prepare(flags: Flags) -> tuple[Task, Any]:

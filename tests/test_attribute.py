@@ -11,7 +11,7 @@ import pytest
 from sklearn.datasets import load_wine
 
 from attribution_core import LinearDatamodel
-from recipes.attribute import Flags, curvature, moving, run
+from recipes.attribute import Flags, curvature, moving, prepare, run
 from recipes.data.classification import from_file
 from recipes.data.language_model import language_model, no_forward_mode, pretrained
 from recipes.data.tasks import from_folder, text_task
@@ -96,7 +96,7 @@ def test_text_with_a_model_from_a_config(tmp_path, capsys):
         (["--task", "text", "--data", "missing/*.parquet"], "missing"),
         (["--data", "mine.jsonl"], "expected --task text with --data, got --task digits"),
         (["--task", "text", "--label", "y"], "expected --task table with --label, got --task text"),
-        (["--task", "table"], "expected --data with --task table: a .parquet or .csv file; got none"),
+        (["--task", "table"], "expected --data with --task table: 'digits', 'breast_cancer', or a .parquet or .csv"),
         (["--task", "table", "--data", "missing.csv"], "no file missing.csv"),
         (["--task", "digits", "--drop", "1.0"], "expected --drop of shares between 0 and 1, got"),
         (["--task", "digits", "--lr", "0"], "expected --lr of at least 1e-12, got 0"),
@@ -171,6 +171,14 @@ def test_a_table_of_ones_own(tmp_path, capsys):
         assert (which, does) in (("lower", "hurts"), ("raise", "helps"))
         assert (which == "lower") == (score.startswith(("-", "−")))
         assert pd.read_csv(own[3])["kind"][int(row)] == kind
+
+
+@pytest.mark.parametrize(("name", "rows"), [("digits", 1000), ("breast_cancer", 300)])
+def test_embedded_tables_are_taken_as_by_the_other_recipes(name, rows):
+    task, _ = prepare(Flags(task="table", data=name, width=0, targets=5))
+    assert task.problem.n == rows
+    assert task.name == f"logistic regression on {name}"
+    assert len(task.outputs) == 5
 
 
 def test_a_linear_model_of_a_table_is_called_one_and_shares_keep_their_digits(tmp_path, capsys):

@@ -106,15 +106,18 @@ def table_task(
 ) -> Task:
     """The margins of held-out rows of a table under an MLP of one hidden layer (none: width 0).
 
+    Args:
+        path: a .parquet or .csv file, or an embedded table by its name.
+
     Raises:
         ValueError: fewer rows or held-out rows than asked for; see also `classification.from_file`.
     """
     import torch
 
     from attribution_core import Outputs, margin
-    from recipes.data.classification import facts_of, from_file, problem_of, warn_of_repeated
+    from recipes.data.classification import facts_of, load, problem_of, warn_of_repeated
 
-    data = from_file(path, label, None, test, seed=0, ignore=ignore)
+    data = load(path, label, ignore, test, seed=0)
     warn_of_repeated(data)
     if len(data.target_x) < targets or len(data.x) < (rows or 0):
         raise ValueError(

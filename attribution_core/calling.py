@@ -208,3 +208,16 @@ def check_rows(values: Tensor, b: int, rows: ArrayLike | None = None, what: str 
             "look at these examples, or at the learning rate that led here"
         )
     return values
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module, as trained models are asked for outputs."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

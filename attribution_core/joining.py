@@ -15,6 +15,7 @@ from attribution_core.calling import PerExample
 from attribution_core.data import Batch, Data, take
 from attribution_core.problem import Outputs
 
+LARGEST = 2**27  # rows · targets of joined averages: 1 GiB
 PART = "part_of_outputs"  # the column that says which part a row is of; of a tuple the last
 
 
@@ -31,7 +32,7 @@ def join_outputs(parts: Mapping[str, Outputs]) -> Outputs:
             functions differ, each is computed for all rows of a batch, and has to be finite there.
 
     Raises:
-        ValueError: no parts; columns that differ.
+        ValueError: no parts; columns that differ; averages beside a target for each of thousands of rows.
 
     >>> rows = torch.eye(2), torch.tensor([0, 1])
     >>> first = Outputs(lambda model, batch: model(batch[0])[:, 0], rows)
@@ -43,13 +44,18 @@ def join_outputs(parts: Mapping[str, Outputs]) -> Outputs:
     if not parts:
         raise ValueError("expected outputs to join, a name for each, got none")
     several = list(parts.values())
-    _refuse_other_columns(parts)
-    functions = list({id(some.function): some.function for some in several}.values())
-    which = [next(k for k, f in enumerate(functions) if f is some.function) for some in several]
-    function = _Chosen(tuple(functions), tuple(which))
-    data = _Joined(tuple(some.data for some in several))
+    alone = {name: parts_of(some) for name, some in parts.items()}  # of what was joined before
+    _refuse_other_columns({name: one for name, inner in alone.items() for one in inner})
+    inner = [one for some in alone.values() for one in some]
+    functions: list[PerExample] = []
+    for one in inner:
+        if one.function not in functions:
+            functions.append(one.function)
+    function = _Chosen(tuple(functions), tuple(functions.index(one.function) for one in inner))
+    data = _Joined(tuple(one.data for one in inner))
     if all(some.matrix is None for some in several):
         return Outputs(function, data)
+    _refuse_large(several)
     names = [name for part, some in parts.items() for name in _names(part, some)]
     return Outputs(function, data, torch.block_diag(*map(_matrix, several)), tuple(names))
 
@@ -70,14 +76,12 @@ def split_outputs(values: NDArray[Any], parts: Mapping[str, Outputs]) -> dict[st
 
 
 def parts_of(outputs: Outputs) -> list[Outputs]:
-    """The outputs that were joined, a target for each row; these, where none were."""
+    """The outputs that were joined, without their averages; these as they are, where none were."""
     function, data = outputs.function, outputs.data
     if not (isinstance(function, _Chosen) and isinstance(data, _Joined)):
         return [outputs]
-    return [
-        Outputs(function.functions[k], some)
-        for k, some in zip(function.which, data.parts, strict=True)
-    ]
+    pairs = zip(function.which, data.parts, strict=True)
+    return [Outputs(function.functions[k], some) for k, some in pairs]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +102,9 @@ class _Joined:
         back = np.argsort(np.argsort(which, kind="stable"))  # from part by part to the rows' order
         part = torch.from_numpy(which)
         if isinstance(batches[0], dict):
-            columns = {k: torch.cat([batch[k] for batch in batches])[back] for k in batches[0]}
+            columns = {k: _stacked([batch[k] for batch in batches])[back] for k in batches[0]}
             return {**columns, PART: part}
-        return (*(torch.cat(column)[back] for column in zip(*batches, strict=True)), part)
+        return (*(_stacked(column)[back] for column in zip(*batches, strict=True)), part)
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,26 @@ class _Chosen:
         for k, value in enumerate(values[1:], 1):
             found = torch.where(chosen == k, value, found)
         return found
+
+
+def _stacked(column: Sequence[Tensor]) -> Tensor:
+    """A column of several batches, one below the other."""
+    if len({x.shape[1:] for x in column}) > 1:
+        raise ValueError(
+            f"expected rows of one size, got {[tuple(x.shape[1:]) for x in column]} in parts of joined outputs; pad the rows of "
+            "all parts to one length"
+        )
+    return torch.cat(list(column))
+
+
+def _refuse_large(several: Sequence[Outputs]) -> None:
+    """Raise where the matrix that makes targets of rows would be mostly zeros, and large."""
+    rows, targets = (sum(map(len, some)) for some in ([x.data for x in several], several))
+    if rows * targets > LARGEST:
+        raise ValueError(
+            f"expected joined outputs of few targets where some are averages, got {targets:,} of {rows:,} rows: join what has "
+            "a target for each of its rows by itself"
+        )
 
 
 def _matrix(outputs: Outputs) -> Tensor:

@@ -22,6 +22,7 @@ from attribution_core.calling import per_example
 from attribution_core.data import Data, Progress, as_data, batches, take, unlabelled
 from attribution_core.datamodel import LinearDatamodel, average
 from attribution_core.gradients import refuse_steps, row_gradients
+from attribution_core.joining import parts_of
 from attribution_core.layerwise.representations import last_layer, representations
 from attribution_core.layerwise.vectors import flatten, size_of
 from attribution_core.outputs import labels_in
@@ -61,7 +62,7 @@ def representation_similarity(
     Source: Hanawa et al. 2021 (cosine of the last layer's input).
     """
 
-    def similar(problem: Problem) -> NDArray[Any]:
+    def similar(problem: Problem, outputs: Outputs) -> NDArray[Any]:
         train, target = _represented(problem, outputs, layer, batch_size, progress)
         similarity = _unit(train) @ _unit(target).T
         own, theirs = class_labels(problem.train), class_labels(outputs.data)
@@ -99,7 +100,7 @@ def knn(
     """
     _whole(k)
 
-    def similar(problem: Problem) -> NDArray[Any]:
+    def similar(problem: Problem, outputs: Outputs) -> NDArray[Any]:
         own, theirs = class_labels(problem.train), class_labels(outputs.data)
         if own is None or theirs is None:
             raise ValueError(
@@ -229,7 +230,7 @@ def bm25(
     Source: Robertson & Zaragoza 2009, eq. 3.15, with the 1 inside idf, which keeps it from being negative.
     """
 
-    def similar(problem: Problem) -> NDArray[Any]:
+    def similar(problem: Problem, outputs: Outputs) -> NDArray[Any]:
         documents, queries = (_tokens(d, batch_size) for d in (problem.train, outputs.data))
         width = 1 + max(int(t.max(initial=0)) for t in (*documents, *queries))
         tf, asked = _counts(documents, width), _counts(queries, width)
@@ -324,7 +325,7 @@ def _signs(problem: Problem, outputs: Outputs) -> NDArray[np.float64]:
 def _floor(
     source: Source,
     outputs: Outputs,
-    similar: Callable[[Problem], NDArray[Any]],
+    similar: Callable[[Problem, Outputs], NDArray[Any]],
     meta: dict[str, Any],
 ) -> LinearDatamodel:
     """Similarities to all target rows as a datamodel: signed, combined into targets, at the anchor."""
@@ -334,7 +335,8 @@ def _floor(
     assert isinstance(source, (Problem, Run))
     at = trained(source, window=True)  # whatever weights do, similarities are the same
     refuse_random_layers(at.problem.model)
-    scores = similar(at.problem) * _signs(at.problem, outputs)
+    parts = [similar(at.problem, x) * _signs(at.problem, x) for x in parts_of(outputs)]
+    scores = np.concatenate(parts, axis=1)
     if outputs.matrix is not None:
         scores = scores @ outputs.matrix.numpy()
     base = outputs.evaluate(at.problem.model).numpy()

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from attribution_core.calling import Params, PerExample, per_example, trainable
+from attribution_core.calling import Params, PerExample, in_eval_mode, per_example, trainable
 from attribution_core.data import as_data, batches, named, take
 
 
@@ -151,10 +151,10 @@ class Outputs:
     def evaluate(
         self, model: nn.Module, params: Params | None = None, batch_size: int = 32
     ) -> Tensor:
-        """The outputs [t] of a model, float64 on the CPU."""
+        """The outputs [t] of a model in eval mode, float64 on the CPU."""
         values = []
         device = next(model.parameters()).device
-        with torch.no_grad():
+        with torch.no_grad(), in_eval_mode(model):
             for rows in batches(len(self.data), batch_size):
                 batch = take(self.data, rows, device)
                 values.append(per_example(model, self.function, batch, params, rows, what="output"))

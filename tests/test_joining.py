@@ -18,6 +18,7 @@ from attribution_core import (
     logit_margin,
     magic,
     margin,
+    representation_similarity,
     retrain,
     split_outputs,
     train,
@@ -143,6 +144,46 @@ def test_what_cannot_be_joined_or_taken_apart_is_refused(parts):
             join_outputs({"own": parts["own"], name: Outputs(margin, other)})
     with pytest.raises(ValueError, match="values of 33 targets"):
         split_outputs(np.zeros((2, 32)), parts)
+
+
+def test_similarities_are_those_of_the_parts():
+    """Their class labels are the parts' own, not the numbers of the parts; a join of joins is taken apart."""
+
+    def own_loss(model, batch):
+        return cross_entropy(model, (batch[0], batch[1]))
+
+    data = Problem(problem().model, own_loss, rows(30, 0))
+    parts = {"a": Outputs(own_loss, rows(5, 1)), "b": Outputs(own_loss, rows(7, 2)).mean()}
+    for method in (knn, representation_similarity):
+        expected = np.concatenate([method(data, some).scores for some in parts.values()], axis=1)
+        again = {"all": join_outputs(parts), "a": parts["a"]}
+        for joined in (parts, again):
+            found = method(data, join_outputs(joined)).scores[:, :6]
+            np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+class Bound:
+    """A method is another object each time it is named."""
+
+    calls = 0
+
+    def loss(self, model, batch):
+        Bound.calls += 1
+        return cross_entropy(model, batch)
+
+
+def test_one_function_is_called_once_a_batch():
+    some = Bound()
+    parts = {str(k): Outputs(some.loss, rows(3, k)) for k in range(4)}
+    join_outputs(parts).evaluate(problem().model)
+    assert Bound.calls == 1
+
+
+def test_an_average_beside_many_rows_is_refused(monkeypatch):
+    monkeypatch.setattr("attribution_core.joining.LARGEST", 30 * 31)
+    parts = {"rows": Outputs(margin, rows(30, 0)), "mean": Outputs(margin, rows(1, 1)).mean()}
+    with pytest.raises(ValueError, match=r"got 31 of 31 rows: join what has a target for each"):
+        join_outputs(parts)
 
 
 def test_a_part_that_mixes_rows_is_refused():

@@ -412,3 +412,19 @@ def test_a_tuple_with_a_place_that_is_no_tensor_is_refused():
     problem = Problem(nn.Linear(2, 1), lambda model, batch: model(batch[0])[:, 0], Named())
     with pytest.raises(ValueError, match=r"got list in place 0, .* or give a dict"):
         take(problem.train, [0, 1])
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(3)])
+def test_outputs_are_read_in_eval_mode_and_leave_the_model_as_it_was(layer):
+    """Left in training mode by a loop of one's own they would be random, or hang on the size of a batch."""
+    model = nn.Sequential(nn.Linear(4, 3), layer).train()
+    data = torch.randn(12, 4), torch.arange(12) % 3
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = [Outputs(margin, data).evaluate(model, batch_size=size) for size in (5, 12)]
+    assert model.training
+    assert layer.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    expected = Outputs(margin, data).evaluate(model.eval())
+    for one in found:
+        torch.testing.assert_close(one, expected, rtol=1e-6, atol=1e-6)  # float32, other batches

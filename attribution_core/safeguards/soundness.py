@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from attribution_core.calling import Params, PerExample, call, trainable
+from attribution_core.calling import Params, PerExample, call, in_eval_mode, trainable
 from attribution_core.data import Batch, Data, rows_in, take, tensors_in
 from attribution_core.disk.behaviour import KEPT_BY_TORCH, SCALAR
 from attribution_core.disk.fingerprint import fingerprint
@@ -110,7 +110,7 @@ def refuse_mixed_outputs(model: nn.Module, outputs: Outputs) -> None:
         ValueError: batch norm without running statistics; outputs of one of the first rows alone that are others
             than beside more rows.
     """
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         for name, _ in batch_norms(model):
             raise ValueError(
                 f"expected an output for each row, got batch norm without running statistics in {name!r}, which "
@@ -134,7 +134,7 @@ def _refuse_mixed(model: nn.Module, outputs: Outputs) -> None:
         return  # whatever it is, the pass that is really needed says it
     refuse_restless(outputs.data, np.arange(rows_in(batch)))
     tried = _Rows(model, outputs.function, batch)
-    with torch.random.fork_rng([]), _in_eval_mode(model):
+    with torch.random.fork_rng([]), in_eval_mode(model):
         together, again = tried.at(params), tried.at(params)
         if together is None or again is None or not torch.equal(together, again):
             return  # they draw random numbers
@@ -181,19 +181,6 @@ def _alike(value: Any, depth: int = 0) -> Any:
     if isinstance(value, functools.partial):
         return value.func, _alike(value.args, depth), _alike(value.keywords, depth)
     return type(value)
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module, as trained models are asked for outputs."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def stopped(problem: Problem) -> bool:

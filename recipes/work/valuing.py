@@ -114,7 +114,7 @@ def readings(study: Study) -> tuple[RetrainingTable, RetrainingTable]:
 
     flags, data = study.flags, study.data
     own = Outputs(margin, (torch.tensor(data.x), torch.tensor(data.y)))
-    parts = {"own": own, "target": study.target}
+    parts = {"own": own, "target": replace(study.target, matrix=None, names=())}
     table = study.retrain(
         halves(flags, len(own)),
         seeds=[0],
@@ -123,7 +123,8 @@ def readings(study: Study) -> tuple[RetrainingTable, RetrainingTable]:
         progress=bar("random halves"),
     )
     found = split_outputs(table.per_seed, parts)
-    return replace(table, per_seed=found["own"]), replace(table, per_seed=found["target"])
+    target = found["target"].mean(2, keepdims=True)
+    return replace(table, per_seed=found["own"]), replace(table, per_seed=target)
 
 
 def value_rows(study: Study) -> Valued:

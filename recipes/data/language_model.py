@@ -185,11 +185,9 @@ def stored(name: str, **settings: Any) -> Any:
         ignore_mismatched_sizes=True,
         **settings,
     )
+    # older transformers list names, newer ones sizes, too
     others = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
-    lacking = sorted(
-        [*found["missing_keys"], *others]
-    )  # older transformers list names, newer ones sizes, too
-    if lacking:
+    if lacking := sorted([*found["missing_keys"], *others]):
         kind = type(model).__name__
         more = f" and {len(lacking) - 3} more" * (len(lacking) > 3)
         raise ValueError(

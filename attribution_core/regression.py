@@ -230,9 +230,12 @@ def _row_weights(w: Array, at: float | None, drawn: float | None) -> tuple[Array
     rows = np.exp(log - log.max())
     rows = rows / rows.mean()
     worth = float(m**2 / (rows**2).sum())
-    few = worth < m / 10 if drawn is not None else worth < 2 < m
+    if drawn is None:
+        every = m >= 2**n and len(np.unique(w, axis=0)) == 2**n  # however they count, they say all
+        few, whence = worth < 2 < m and not every, f"{m} rows"
+    else:
+        few, whence = worth < m / 10, f"Bernoulli({drawn}) rows"
     if few:
-        whence = "all subsets" if drawn is None else f"Bernoulli({drawn}) rows"
         warnings.warn(
             f"reweighting {whence} to at={at} leaves {worth:.1f} of {m} rows' worth; "
             + (

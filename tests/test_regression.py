@@ -16,6 +16,7 @@ from attribution_core.fits.lasso import NotConverged, held_rows
 from attribution_core.fits.pairs import PairDatamodel
 from attribution_core.fits.ridge import _scales
 from attribution_core.regression import PriorWarning, Underdetermined, fit_datamodel
+from attribution_core.subsets import all_subsets
 
 # a few thousand float64 operations on numbers near 1
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -662,6 +663,23 @@ def test_weights_that_never_vary_have_no_effects():
     for settings in ({}, {"penalty": 0.1}):
         found = fit_datamodel(table_of(np.ones((10, 4)), y), kind="lasso", **settings)
         assert not found.scores.any()
+
+
+@pytest.mark.parametrize("p", [0.02, 0.5, 0.98])
+def test_of_all_subsets_none_is_too_few(p):
+    """Near the ends one set counts nearly all: still the slope of the multilinear extension, without a warning."""
+    n, step = 8, 1e-4
+    w = all_subsets(n)
+    y = np.random.default_rng(0).normal(size=(2**n, 1))
+    found = fit_datamodel(table_of(w, y), kind="least_squares", at=p).scores[:, 0]
+
+    def extension(i, value):
+        probability = np.full(n, p)
+        probability[i] = value
+        return np.prod(np.where(w > 0, probability, 1 - probability), axis=1) @ y[:, 0]
+
+    slope = [(extension(i, p + step) - extension(i, p - step)) / (2 * step) for i in range(n)]
+    np.testing.assert_allclose(found, slope, atol=1e-8)  # linear in one p: rounding over the step
 
 
 def test_one_row_that_counts_is_named_where_nobody_said_how_rows_were_drawn():

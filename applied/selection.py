@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.recipe import SLACK, Decision
+from applied.recipe import SLACK, Decision, random_subset
 from attribution_core.datamodel import LinearDatamodel, average
 
 SNAP = 1e-6  # of a weight and of the budget; what is smaller is rounding, in a solver or a long sum
 LARGEST = 20_000  # examples; beyond this a general solver takes minutes
+# random choices of unequal costs, for a baseline: so many, and fewer of so many examples that they would take seconds
+DRAWS, DRAWN, SEED = 200, 4_000_000, 0xBA5E
 
 Quotas = Mapping[Any, tuple[float, float]]
 
@@ -135,13 +137,12 @@ def select(
 
     spent, chosen = limits.spent(weights), weights > 0
     missing = limits.low - spent
-    share = np.full(len(best), limits.costs @ weights / limits.costs.sum())
     alike = _of_cost(limits, float(spent.sum()))
     return Decision(
         weights=weights,
         ids=np.asarray(f.ids)[chosen],
         predicted=f.predict(weights),
-        baseline=f.predict(_expected(alike) if quotas else share),
+        baseline=f.predict(_expected(alike, quotas=bool(quotas), whole=whole)),
         targets=np.asarray(f.targets),
         costs=limits.costs,
         meta={
@@ -270,7 +271,13 @@ def _whole(best: NDArray[Any], gains: NDArray[Any], limits: _Limits, linear: boo
     ]
     for mending in (True, False):
         left = limits.budget - spent.sum() + slack
-        for i in queue[(limits.costs[queue] <= left) & (weights[queue] == 0)]:
+        rows = queue[(limits.costs[queue] <= left) & (weights[queue] == 0)]
+        if mending:
+            rows = rows[(spent < limits.low - slack)[limits.domain[rows]]]
+        cheapest = limits.costs[rows].min(initial=math.inf)
+        for i in rows:
+            if left < cheapest:
+                break
             k, cost = limits.domain[i], limits.costs[i]
             wanted = not mending or spent[k] < limits.low[k] - slack
             if wanted and cost <= left and spent[k] + cost <= limits.high[k] + slack:
@@ -298,8 +305,21 @@ def _random(limits: _Limits, whole: bool, rng: np.random.Generator) -> NDArray[A
     return _whole(best, gains, limits, linear=True) if whole else best
 
 
-def _expected(limits: _Limits) -> NDArray[Any]:
-    """Weights [n] of random choices on average: one share τ of every domain, within its quota.
+def _expected(limits: _Limits, *, quotas: bool, whole: bool) -> NDArray[Any]:
+    """Weights [n] of random choices on average."""
+    costs, n = limits.costs, len(limits.costs)
+    if np.ptp(costs) <= SLACK * costs.max():
+        return _shares(limits) if quotas else np.full(n, limits.budget / costs.sum())
+    rng, many = np.random.default_rng(SEED), max(10, min(DRAWS, DRAWN // n))
+    total = np.zeros(n)
+    for _ in range(many):
+        # as `random_controls` draws them
+        total += _random(limits, whole, rng) if quotas else random_subset(costs, limits.budget, rng)
+    return total / many
+
+
+def _shares(limits: _Limits) -> NDArray[Any]:
+    """Weights [n] at one share τ of every domain, within its quota: random choices among equal costs.
 
     Of many examples in random order domain k spends clip(τ held_k, low_k, high_k), with τ such that the budget is spent.
     """

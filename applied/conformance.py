@@ -122,6 +122,10 @@ def conformance(
     through parts of the model, by its `forward` itself, or through a model built anew, are not seen; where no row was,
     the cost counts as not checked.
 
+    Parameters that all stay are a no-op, unless the outputs on the forget rows differ (pruning by masks, a gate, batch
+    norm's statistics taken anew). Statistics that moved while rows passed with gradients do not excuse them: that is
+    what training leaves behind whose optimizer holds another model's parameters.
+
     Args:
         unlearner: (model, forget, retain) -> new model.
         model: to unlearn; it must come out as it went in.
@@ -161,14 +165,16 @@ def conformance(
                 "return the new model"
             )
         count.made.append(made)
-    reasons["no-op"] = _no_op(before, model, made) or _same_function(said, _Said.by(made, forget))
+    now, again = _Said.by(made, forget), _Said.by(model, forget)
+    moved = _moved(said, now, again) and not (count.rows and _statistics_moved(before, made))
+    reasons["no-op"] = _no_op(before, model, made, moved) or _same_function(said, now)
     changed = data is not None and _print(forget, retain) != data
     edited = "the rows to forget or retain changed" if changed else ""
     reasons["edits its input"] = (
         before.edits(model)
         or _shares(model, made)
         or edited
-        or (_says_else(said, model, forget) if data is not None else "")
+        or (_says_else(said, again) if data is not None else "")
     )
     reasons["not finite"] = _not_finite(made)
     steps = count.steps(batch_size)
@@ -243,8 +249,8 @@ def _same(a: Any, b: Any) -> bool:
     return torch.equal(one, two)
 
 
-def _no_op(before: _Snapshot, model: nn.Module, made: nn.Module) -> str:
-    """Why nothing was unlearnt; empty if something was."""
+def _no_op(before: _Snapshot, model: nn.Module, made: nn.Module, moved: bool) -> str:
+    """Why nothing was unlearnt; empty if something was. Outputs that moved need no parameter that did."""
     if made is model:
         return "the input itself came back, not a new model"
     now = [p.detach().cpu() for p in made.parameters()]
@@ -252,9 +258,21 @@ def _no_op(before: _Snapshot, model: nn.Module, made: nn.Module) -> str:
     # where all are frozen, any may be unlearned
     kept: list[Any] = [before.state[name] for name in moves or before.trainable]
     wrapped = len(now) > len(before.trainable)  # such as adapters around parameters that stay
-    if not wrapped and all(any(_same_values(old, new) for new in now) for old in kept):
+    if (
+        not moved
+        and not wrapped
+        and all(any(_same_values(old, new) for new in now) for old in kept)
+    ):
         return f"none of {len(kept)} trainable parameters differs from the input's"
     return ""
+
+
+def _statistics_moved(before: _Snapshot, made: nn.Module) -> bool:
+    """Whether buffers of the input have other values, and there are no more of them (masks, say) than it has."""
+    old = [x for name, x in before.state.items() if name not in before.trainable and x is not None]
+    new = [x.detach().cpu() for x in made.buffers()]
+    alike = [x.shape for x in old] == [x.shape for x in new]
+    return alike and not all(map(_same_values, old, new))
 
 
 @dataclass(frozen=True)
@@ -282,15 +300,16 @@ class _Said:
         except Exception:  # data of another kind, or a model that is called in another way
             return None
 
-    def same(self, other: _Said) -> bool:
-        """Whether differences are rounding, or a shift that softmax does not see."""
+    def same(self, other: _Said, eps: float | None = None) -> bool:
+        """Whether differences are rounding (of these outputs' dtype unless given), or a shift that softmax does not see."""
         if self.z.shape != other.z.shape or not self.z.is_floating_point():
             return False
         one, two = self.z.double(), other.z.double()
         masked = one < one.max() - MASKED  # logits that a mask took out
         if not torch.equal(masked, two < two.max() - MASKED):
             return False
-        rounding = 64 * torch.finfo(self.z.dtype).eps * float(one[~masked].abs().max())
+        eps = torch.finfo(self.z.dtype).eps if eps is None else eps
+        rounding = 64 * eps * float(one[~masked].abs().max())
         one, two = (x.masked_fill(masked, torch.nan) for x in (one, two))
         if self.classes:
             one, two = (x - x.nanmean(-1, keepdim=True) for x in (one, two))
@@ -298,12 +317,22 @@ class _Said:
         return float((two - one)[~masked].abs().max()) <= SAME * spread + rounding
 
 
-def _says_else(was: _Said | None, model: nn.Module, forget: Any) -> str:
+def _says_else(was: _Said | None, now: _Said | None) -> str:
     """Why an input with its tensors as they were is another function now (a rate, its forward); empty if it is not."""
-    now = _Said.by(model, forget)
     if was is None or (now is not None and was.same(now)):
         return ""
     return "its parameters are unchanged, but its outputs on the forget rows are not"
+
+
+def _moved(was: _Said | None, now: _Said | None, again: _Said | None) -> bool:
+    """Whether outputs on the forget rows are others than the input's, which itself says the same once more."""
+    if was is None or now is None or again is None:
+        return False
+    if not now.z.is_floating_point() or not was.same(again):
+        return False
+    # a copy in half precision rounds by that precision
+    eps = max(torch.finfo(said.z.dtype).eps for said in (was, now))
+    return not was.same(now, eps)
 
 
 def _same_function(was: _Said | None, now: _Said | None) -> str:

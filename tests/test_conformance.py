@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from applied.conformance import ADVICE, conformance
 from applied.forgetting.counting import counted
@@ -94,6 +95,54 @@ def scrub_as_published(model, forget, retain):
 @pytest.mark.parametrize("broken", [returns_the_input, returns_a_copy, scrub_as_published])
 def test_no_op(broken):
     assert run(broken).failures == ("no-op",)
+
+
+def prunes(model, forget, retain):
+    made = copy.deepcopy(model)
+    prune.l1_unstructured(made[0], "weight", 0.5)
+    return made
+
+
+class Gated(nn.Module):
+    """Says nothing about the rows to forget."""
+
+    def __init__(self, model, forget):
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        self.register_buffer("seen", forget[0].clone())
+
+    def forward(self, x):
+        z = self.model(x)
+        known = (x[:, None] == self.seen).all(-1).any(-1)
+        return z.masked_fill(known[:, None], 0.0)
+
+
+def gates(model, forget, retain):
+    return Gated(model, forget)
+
+
+def takes_statistics_anew(model, forget, retain):
+    made = copy.deepcopy(model).train()
+    made[1].reset_running_stats()
+    with torch.no_grad():
+        made(retain[0])
+    return made
+
+
+@pytest.mark.parametrize("unlearner", [prunes, gates, takes_statistics_anew])
+def test_other_outputs_by_the_same_parameters_are_no_no_op(unlearner):
+    assert run(unlearner).ok
+
+
+class Noisy(nn.Module):
+    def forward(self, z):
+        return z + torch.randn_like(z)
+
+
+def test_outputs_that_differ_each_time_excuse_no_copy():
+    noisy = nn.Sequential(network(), Noisy())
+    found = conformance(returns_a_copy, noisy, FORGET, RETAIN, batch_size=BATCH, training_steps=40)
+    assert "no-op" in found.failures
 
 
 def in_place(model, forget, retain):
@@ -383,7 +432,17 @@ def cast(model, forget, retain):
     return copy.deepcopy(model).double()
 
 
-@pytest.mark.parametrize("unlearner", [wrapped, cast])
+def wrapped_and_trained_in_vain(model, forget, retain):
+    return nn.Sequential(scrub_as_published(model, forget, retain))
+
+
+def rounded(model, forget, retain):
+    made = copy.deepcopy(model).half()
+    made.register_forward_pre_hook(lambda _, args: (args[0].half(),))
+    return made
+
+
+@pytest.mark.parametrize("unlearner", [wrapped, cast, wrapped_and_trained_in_vain, rounded])
 def test_a_copy_under_other_names_or_in_another_precision_is_a_no_op(unlearner):
     assert "no-op" in run(unlearner).failures
 

@@ -1,13 +1,14 @@
 """Unlearners, each `(model, forget, retain) -> new model`: matching to predicted outputs, and the usual baselines.
 
 None touches its input; all take the same keywords. In formulas ℓ is the loss, F the forget set, R a batch of
-retained rows, π the model and π₀ the model as it came.
+retained rows, π the model, in the mode it came in, and π₀ the model as it came, in eval mode.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,8 @@ class Steps:
         momentum: of SGD; None takes Adam.
         batch_size: retained rows of a step; as many of the forget set, or all of it where it is smaller.
         clip: largest gradient norm; of `match`, in norms of the first gradient.
-        seed: of the batches.
+        seed: of the batches and of torch's draws, such as dropout masks, whose global state is left alone. Equal seeds
+            give equal models.
     """
 
     steps: int = 40
@@ -103,7 +105,7 @@ def npo(
 
     log π of a row is −ℓ. Unlike ascent its gradient fades once a row is unlikely.
     """
-    before = copy.deepcopy(model)
+    before = copy.deepcopy(model).eval()
 
     def goal(new: nn.Module, f: Any, r: Any) -> Tensor:
         batch = f()
@@ -130,7 +132,7 @@ def scrub(
     The first share `away` of the steps alternates max E_F KL(π₀ ‖ π) with min E_R [KL(π₀ ‖ π) + weight · ℓ];
     the others descend only.
     """
-    teacher, taken = copy.deepcopy(model), iter(range(how.steps))
+    teacher, taken = copy.deepcopy(model).eval(), iter(range(how.steps))
 
     def apart(new: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -185,7 +187,8 @@ def to_unseen(
     Source: this project's; a model's words on generic rows as the goal: Eldan & Russinovich 2023 (arXiv 2310.02238).
     """
     same = Counterparts(as_data(forget), as_data(like))
-    teacher, theirs = copy.deepcopy(model), same.typical(copy.deepcopy(model).eval())
+    teacher = copy.deepcopy(model).eval()
+    theirs = same.typical(teacher)
     device, rng = next(model.parameters()).device, np.random.default_rng(how.seed)
     few = _few(share, how.batch_size, len(theirs))
     draw = _draw(as_data(retain), how.batch_size - few, rng, device)
@@ -215,8 +218,8 @@ def match(
     forget: Any,
     retain: Any,
     *,
-    forget_logits: Tensor,
-    retain_logits: Tensor,
+    forget_logits: Tensor | NDArray[Any],
+    retain_logits: Tensor | NDArray[Any],
     share: float = 0.5,
     how: Steps = Steps(momentum=0.9, lr=0.03, decay=True),
 ) -> nn.Module:
@@ -228,7 +231,7 @@ def match(
     (Georgiev et al. 2024).
 
     Args:
-        forget_logits, retain_logits: z*, [rows, ..., c], in the rows' order; positions whose label is −100
+        forget_logits, retain_logits: z*, [rows, ..., c], tensors or arrays, in the rows' order; positions whose label is −100
             do not count.
         share: of a batch that the forget set takes, at most.
 
@@ -236,7 +239,8 @@ def match(
         ValueError: targets that do not fit the rows or the model's logits; a share or batches that leave no room for
             retained rows; a loss that is not finite.
     """
-    sets = [(as_data(forget), forget_logits), (as_data(retain), retain_logits)]
+    wanted_of = [torch.as_tensor(z) for z in (forget_logits, retain_logits)]
+    sets = list(zip(map(as_data, (forget, retain)), wanted_of, strict=True))
     for name, (data, wanted) in zip(("forget", "retain"), sets, strict=True):
         if len(data) != len(wanted):
             raise ValueError(
@@ -318,6 +322,10 @@ def _descend(
     rng = np.random.default_rng([how.seed, 1])
     draws = [_draw(as_data(data), how.batch_size, rng, device) for data in (forget, retain)]
     free = [p for p in new.parameters() if p.requires_grad]
+    if not free:
+        raise ValueError(
+            "expected a model with parameters to train, got none that requires_grad; call .requires_grad_() on those that may move"
+        )
     for p in free:
         p.grad = None
     optimizer: torch.optim.Optimizer = (
@@ -329,7 +337,7 @@ def _descend(
     for step in range(how.steps):
         for group in optimizer.param_groups:
             group["lr"] = how.lr * (min(1.0, 2 * (1 - step / how.steps)) if how.decay else 1.0)
-        with torch.enable_grad():
+        with torch.enable_grad(), _drawn_by([how.seed, 2, step], device), _precise(new):
             loss = goal(new, lambda: next(draws[0]), lambda: next(draws[1]))
             if not torch.isfinite(loss):
                 raise ValueError(
@@ -345,6 +353,32 @@ def _descend(
     for p in free:
         p.grad = None
     return new
+
+
+@contextmanager
+def _drawn_by(seed: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Random layers draw from the seed, and the global generators are left as they were."""
+    cuda, own = device.type == "cuda", int(np.random.SeedSequence(seed).generate_state(1)[0])
+    with torch.random.fork_rng([device] if cuda else []):
+        torch.default_generator.manual_seed(own)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(own)
+        yield
+
+
+@contextmanager
+def _precise(model: nn.Module) -> Iterator[None]:
+    """Says which precision a model has that was given data of another."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("same dtype", "expected scalar type")):
+            raise
+        held = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+        raise ValueError(
+            f"expected data in the model's precision, {' and '.join(held)}, got {error}; convert either"
+        ) from error
 
 
 def _few(share: float, batch: int, rows: int) -> int:

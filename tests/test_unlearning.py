@@ -582,3 +582,95 @@ def test_runs_at_other_weights_are_refused():
     other = train(problem, recipe, np.r_[np.ones(100), np.zeros(60)], states=0)
     with pytest.raises(ValueError, match="run 1 at other weights"):
         unlearning.unlearn([runs[0], other], range(12))
+
+
+# --- models that draw -----------------------------------------------------------------------------------
+
+
+def with_dropout(seed=0):
+    torch.manual_seed(seed)
+    middle = [torch.nn.ReLU(), torch.nn.Dropout(0.5)]
+    return torch.nn.Sequential(torch.nn.Linear(5, 16), *middle, torch.nn.Linear(16, 3)).double()
+
+
+def rows_of_classes(n, seed):
+    drawn = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, generator=drawn, dtype=torch.float64)
+    return x, torch.randint(3, (n,), generator=drawn)
+
+
+DRAWING = {
+    "fine_tune": unlearners.fine_tune,
+    "npo": unlearners.npo,
+    "scrub": unlearners.scrub,
+    "to_unseen": partial(
+        unlearners.to_unseen, like=(rows_of_classes(8, 3)[0], rows_of_classes(8, 1)[1])
+    ),
+    "match": partial(match, forget_logits=torch.zeros(8, 3), retain_logits=torch.ones(30, 3)),
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_dropout_is_drawn_by_the_seed_of_the_steps(name):
+    model, forget, retain = with_dropout().train(), rows_of_classes(8, 1), rows_of_classes(30, 2)
+    made = []
+    for own, outer in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(outer)
+        before = torch.get_rng_state()
+        how = Steps(3, 0.01, batch_size=100 if name != "to_unseen" else 24, seed=own)
+        made.append(DRAWING[name](model, forget, retain, how=how))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert made[0].training
+    assert (moved(made[0], made[1]) == 0).all()  # the same masks, to the bit
+    assert moved(made[0], made[2]).abs().max() > 0
+
+
+def test_a_teacher_answers_without_dropout():
+    """A student that draws masks follows what is said without any, not another draw."""
+    model, retain = with_dropout().train(), rows_of_classes(30, 2)
+    stay = partial(unlearners.scrub, away=0.0, weight=0.0, how=ONE)
+    seen = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, z):
+            seen.append(self.training)
+            return z
+
+    watched = torch.nn.Sequential(Watched(), model).train()
+    for unlearner in (stay, partial(unlearners.npo, how=ONE)):
+        seen.clear()
+        unlearner(watched, retain, retain)
+        assert seen[0] is False  # the teacher, asked first
+        assert seen[1] is True
+    seen.clear()
+    like = (rows_of_classes(30, 3)[0], retain[1])
+    unlearners.to_unseen(watched, retain, retain, like=like, how=ONE)
+    assert seen[:3] == [
+        False,
+        False,
+        True,
+    ]  # which counterparts are typical, the teacher, the student
+    # where the student does not draw either, it has nothing to follow
+    still = model.eval()
+    # float64: softmax of equal logits differs by its rounding
+    assert moved(still, stay(still, retain, retain)).abs().max() < 1e-12
+
+
+# --- errors in words ------------------------------------------------------------------------------------
+
+
+def test_what_cannot_descend_says_so():
+    model, forget, retain = with_dropout(), rows_of_classes(8, 1), rows_of_classes(30, 2)
+    frozen = with_dropout().requires_grad_(False)
+    with pytest.raises(ValueError, match="none that requires_grad"):
+        unlearners.fine_tune(frozen, forget, retain)
+    with pytest.raises(ValueError, match=r"the model's precision, float32, got .*; convert either"):
+        unlearners.fine_tune(model.float(), forget, retain)
+
+
+def test_logits_to_match_may_be_arrays():
+    model, forget, retain = with_dropout(), rows_of_classes(8, 1), rows_of_classes(30, 2)
+    wanted = {"forget_logits": np.zeros((8, 3)), "retain_logits": np.ones((30, 3))}
+    tensors = {name: torch.from_numpy(z) for name, z in wanted.items()}
+    made = [match(model, forget, retain, **z, how=ONE) for z in (wanted, tensors)]
+    assert (moved(*made) == 0).all()

@@ -9,7 +9,7 @@ distance between two sets of such models (`evaluate`). No oracle is needed to un
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -86,9 +86,12 @@ class Unlearned:
 
 
 def read_all(
-    models: Sequence[Any], outputs: Outputs | Mapping[str, Outputs]
+    models: Any, outputs: Outputs | Mapping[str, Outputs]
 ) -> dict[str, NDArray[np.float64]]:
-    """Outputs [models, z] of models or runs, by name ("outputs" for a single one)."""
+    """Outputs [models, z] of models or runs, or of a single one, by name ("outputs" for a single kind)."""
+    module = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
+    if module or hasattr(models, "problem"):  # a module may be a sequence, of its layers
+        models = [models]
     named = outputs if isinstance(outputs, Mapping) else {"outputs": outputs}
     several = [
         getattr(model, "model", model) if not isinstance(model, nn.Module) else model

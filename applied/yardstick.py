@@ -55,6 +55,11 @@ class Evaluation:
     bins: int = 20
     direction: str = DIRECTION
 
+    def __repr__(self) -> str:
+        """A line: a generated one prints every output."""
+        methods, splits = ", ".join(self.methods), ", ".join(self.splits)
+        return f"Evaluation({methods} on {splits}, {self.kind}, {self.k} models of each)"
+
     @property
     def methods(self) -> tuple[str, ...]:
         """The unlearners, without floor and ceiling."""
@@ -214,7 +219,8 @@ class Evaluation:
             rows: split -> [z] the points' names in their source, for a column of that name.
 
         Raises:
-            ValueError: another ending; rows that are not one for every point of every split.
+            ValueError: another ending; rows that are not one for every point of every split, or text in some and
+                numbers in others.
         """
         import pyarrow as pa
         from pyarrow import csv, parquet
@@ -236,11 +242,19 @@ class Evaluation:
     def _named(self, rows: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
         """The names of every split's points, checked."""
         named = {split: np.asarray(names) for split, names in rows.items()}
+        named = {k: np.asarray(x.tolist()) if x.dtype == object else x for k, x in named.items()}
         found = {split: names.shape for split, names in named.items()}
         if found != {split: (len(self.floor[split]),) for split in self.splits}:
             many = {split: len(self.floor[split]) for split in self.splits}
             raise ValueError(f"expected rows for every point, {many}, got {found}")
-        return named
+        text = [split for split, names in named.items() if names.dtype.kind == "U"]
+        if 0 < len(text) < len(named):
+            others = [split for split in named if split not in text]
+            raise ValueError(
+                f"expected rows all text or all numbers, got text in {text} and numbers in {others}; convert either"
+            )
+        common = np.result_type(*named.values())  # a column of a file has one type
+        return {split: names.astype(common) for split, names in named.items()}
 
 
 def _error(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:

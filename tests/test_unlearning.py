@@ -668,6 +668,15 @@ def test_what_cannot_descend_says_so():
         unlearners.fine_tune(model.float(), forget, retain)
 
 
+def test_a_single_model_or_run_is_read_as_one(trained):
+    _, _, runs, _, outputs = trained
+    several = unlearning.read_all(runs[:1], outputs["retain"])["outputs"]
+    model = torch.nn.Sequential(runs[0].model)  # which has a length
+    for one in (runs[0], model, [model], torch.nn.ModuleList([model])):
+        found = unlearning.read_all(one, outputs["retain"])["outputs"]
+        np.testing.assert_array_equal(found, several)
+
+
 def test_logits_to_match_may_be_arrays():
     model, forget, retain = with_dropout(), rows_of_classes(8, 1), rows_of_classes(30, 2)
     wanted = {"forget_logits": np.zeros((8, 3)), "retain_logits": np.ones((30, 3))}

@@ -318,6 +318,12 @@ def test_the_table_has_every_floor():
     assert lines[-1] == "KL(unlearned || oracle), nats, binned, 100 models of each"
 
 
+def test_an_evaluation_prints_as_a_line():
+    draw = world(0)
+    found = evaluate({"a": draw(20, 1), "b": draw(20, 0.5)}, draw(40, 1), draw(20, 0))
+    assert repr(found) == f"Evaluation(a, b on {', '.join(SIZES)}, gaussian, 20 models of each)"
+
+
 def test_files_and_json(tmp_path):
     import pyarrow.parquet as pq
 
@@ -339,6 +345,11 @@ def test_files_and_json(tmp_path):
     assert named["row"] == [100 + place for place in named["point"]]
     with pytest.raises(ValueError, match="expected rows for every point"):
         found.save(tmp_path / "rows.parquet", {**rows, "retain": rows["retain"][1:]})
+    # a column has one type: whole numbers and others are both numbers, text is not
+    found.save(tmp_path / "rows.parquet", {**rows, "retain": rows["retain"] + 0.5})
+    assert pq.read_table(tmp_path / "rows.parquet")["row"].type == "double"
+    with pytest.raises(ValueError, match=r"got text in \['retain'\] and numbers in"):
+        found.save(tmp_path / "rows.parquet", {**rows, "retain": rows["retain"].astype(str)})
     told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert told["methods"]["b"]["forget"] == found.mean("b")
     assert told["direction"] == "KL(unlearned || oracle)"

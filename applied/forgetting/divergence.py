@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+EDGE = 1e-5  # of a bin: outputs so little below an edge lie on it, but for rounding, in float32 too
 NARROW = 1e-3  # a normal fit is no narrower than this share of both samples' common spread
 
 
@@ -24,7 +25,7 @@ def klom(
     """Divergence of the outputs of unlearned models from oracles', from histograms, nats per output.
 
     KL(unlearned ‖ oracle) = Σ_b p_b log(p_b / q_b) over equal bins between the least and the greatest
-    value of both samples, that value included; p_b is (count_b / N + ε) / (1 + bins · ε), q_b likewise.
+    value of both samples, that value included, and an edge belongs to the bin above it; p_b is (count_b / N + ε) / (1 + bins · ε), q_b likewise.
     0 for equal samples, log(1/ε) = 11.5 for point masses apart. For two samples of one distribution it is
     not 0: .35 in the mean for 100 models of each, .89 for 50, 3.0 for 20; compare with other oracles.
 
@@ -67,6 +68,7 @@ def _shares(
     z = x.shape[1]
     place = (x - low) / wide
     place *= bins
+    place += EDGE
     flat = place.astype(np.intp)
     np.minimum(flat, bins - 1, out=flat)  # the greatest value belongs to the last bin
     flat += bins * np.arange(z)

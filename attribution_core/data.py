@@ -162,11 +162,11 @@ def take(data: Data, rows: ArrayLike, device: torch.device | None = None) -> Bat
             )
         return {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
     found = tensors_in(batch)
-    if isinstance(batch, tuple) and len(found) < len(batch):
+    if isinstance(batch, (tuple, list)) and len(found) < len(batch):
         other = next(k for k, value in enumerate(batch) if not isinstance(value, Tensor))
         raise ValueError(
-            f"expected tensors in all places of a tuple, got {type(batch[other]).__name__} in place {other}, without which "
-            "those after it would move up; leave it out of the data, or give a dict"
+            f"expected tensors in all {len(batch)} places of a batch, got {type(batch[other]).__name__} in place {other}; leave "
+            "it out of the data, for places are counted, or give a dict"
         )
     return tuple(v.to(device) for v in found)
 

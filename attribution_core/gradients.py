@@ -394,12 +394,13 @@ def _mean_gradients(
     return total, {name: value.detach() for name, value in slopes.items()}
 
 
-@torch.enable_grad()  # whatever the caller is in
 def refuse_steps(model: nn.Module, outputs: Outputs, params: Params | None = None) -> None:
     """Raise for outputs without a derivative by the parameters, where none would pass for one of 0."""
-    leaf = _leaves(trainable(model) if params is None else params)
-    for part in parts_of(outputs):
-        _values_at(model, part, leaf, [0])
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        values = trainable(model) if params is None else params
+        leaf = {name: value.detach().requires_grad_() for name, value in values.items()}
+        for part in parts_of(outputs):
+            _values_at(model, part, leaf, [0])
 
 
 def _refuse_steps(values: Tensor) -> None:

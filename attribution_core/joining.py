@@ -29,7 +29,7 @@ def join_outputs(parts: Mapping[str, Outputs]) -> Outputs:
 
     Args:
         parts: name -> outputs, whose batches have the same columns, of the same shapes but for the rows. Where their
-            functions differ, each is computed for all rows of a batch, and has to be finite there.
+            functions differ, each is computed for all rows of a batch, and has to be finite there, too.
 
     Raises:
         ValueError: no parts; columns that differ; averages beside a target for each of thousands of rows.

@@ -32,7 +32,7 @@ class Flags:
     """'digits': an MLP on scikit-learn's digits; 'text': a language model; 'table': an MLP on a table, such as your own file."""
     data: str = "embedded"
     """Text to train on: 'embedded', a glob of .parquet/.jsonl/.txt files, a saved dataset, or a hub name; of a table, 'digits',
-    or 'breast_cancer', or a .parquet or .csv file of features with a label column."""
+    'breast_cancer', or a .parquet or .csv file of features with a label column."""
     label: str = "label"
     """Column of a table that holds the label."""
     ignore: tuple[str, ...] = ()

@@ -253,9 +253,8 @@ def test_losses_of_pieces_are_not_squared_error():
     assert fit_certified(weighed).remove([0]).bound < 1e-9  # rounding of gradients of up to 1e3
 
 
-@pytest.mark.filterwarnings(
-    "ignore:There is a performance drop"
-)  # torch's, of soft margin under vmap
+# torch's, of soft margin under vmap
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_soft_margin_is_a_logistic_loss():
     """log(1 + exp(−y z)), which torch differentiates twice in reverse alone."""
     problem = drawn(0, c=1)

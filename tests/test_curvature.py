@@ -516,9 +516,8 @@ def bends(loss, z, y):
     return ((z - y).abs() < 1).double().numpy()  # Huber's is quadratic within 1
 
 
-@pytest.mark.filterwarnings(
-    "ignore:There is a performance drop"
-)  # torch's, of soft margin under vmap
+# torch's, of soft margin under vmap
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("loss", [F.huber_loss, F.soft_margin_loss])
 def test_losses_without_forward_mode(loss):
     """Products, solves, leverages of a linear model against the formulas: H = (1/n) Σ w_i D_i x_i x_iᵀ."""

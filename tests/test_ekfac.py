@@ -1142,3 +1142,25 @@ def test_outputs_without_a_dimension_of_their_own(loss):
 
     for found, expected in zip(scores(flat), scores(wide), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-12)  # the same sums in another shape
+
+
+def test_a_half_precision_model_beside_others_in_its_loss():
+    """A teacher in bfloat16 takes rows of its own dtype, however wide the model's outputs are."""
+    torch.manual_seed(0)
+    model, teacher = (nn.Linear(6, 3).bfloat16() for _ in range(2))
+
+    def distilled(model, batch):
+        with torch.no_grad():
+            wanted = teacher(batch[0]).float().softmax(1)
+        return -(wanted * model(batch[0]).float().log_softmax(1)).sum(1)
+
+    problem = Problem(model, distilled, (torch.randn(20, 6).bfloat16(),))
+    found = influence(problem, Outputs(distilled, problem.train), curvature="ekfac", damping=0.1)
+    wide = Problem(
+        copy.deepcopy(model).float(),
+        lambda model, batch: -(teacher(batch[0].bfloat16()).float().softmax(1).detach() * model(batch[0]).log_softmax(1)).sum(1),
+        (problem.train.columns[0].float(),),
+    )  # fmt: skip
+    expected = influence(wide, Outputs(wide.loss, wide.train), curvature="ekfac", damping=0.1)
+    size = np.abs(expected.scores).max()
+    np.testing.assert_allclose(found.scores, expected.scores, atol=0.05 * size)  # bfloat16's digits

@@ -210,7 +210,7 @@ def test_many_players_at_prices_that_follow_values_are_bought_in_time():
     values = worth(numbers)
     start = time.perf_counter()
     found = buy(values, pay(values, 1000.0).amounts, 500.0)
-    assert time.perf_counter() - start < 60  # some 3 s
+    assert time.perf_counter() - start < 60  # some 3 s, alone on two cores
     assert 0 < found.meta["gap"] < 1e-4
     assert found.cost == pytest.approx(500.0, rel=1e-4)  # gains are proportional to what is spent
     assert found.cost <= 500 * (1 + 1e-9)

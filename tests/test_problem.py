@@ -410,7 +410,7 @@ def test_a_tuple_with_a_place_that_is_no_tensor_is_refused():
             return [f"row {i}" for i in rows], torch.ones(len(rows), 2), torch.zeros(len(rows))
 
     problem = Problem(nn.Linear(2, 1), lambda model, batch: model(batch[0])[:, 0], Named())
-    with pytest.raises(ValueError, match=r"got list in place 0, .* or give a dict"):
+    with pytest.raises(ValueError, match=r"got list in place 0; .* or give a dict"):
         take(problem.train, [0, 1])
 
 

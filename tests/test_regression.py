@@ -400,9 +400,8 @@ def test_the_scale_of_one_target_is_drawn_as_far_as_it_is_uncertain():
             np.testing.assert_allclose(_scales(*many), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::attribution_core.PriorWarning"
-)  # by chance a few are opposite to the truth
+# by chance a few are opposite to the truth
+@pytest.mark.filterwarnings("ignore::attribution_core.PriorWarning")
 def test_useless_priors_of_one_target_are_trusted_no_more_often_than_chance_has_it():
     """200 fits: beyond √2 standard errors are 16 %, some more for the choice of penalty; .23 before."""
     found = []
@@ -424,6 +423,16 @@ def test_a_prior_of_the_wrong_sign_is_told(kind):
         turned = fit_datamodel(table, kind=kind, prior=-truth)
     right = fit_datamodel(table, kind=kind, prior=truth)  # warnings are errors
     np.testing.assert_allclose(turned.scores, right.scores, atol=1e-9)  # of numbers near 1
+
+
+def test_an_output_that_never_changes_says_nothing_of_a_prior():
+    """An accuracy of 1 in every retraining, beside others: warnings are errors here."""
+    truth, table = linear_world(40, t=3, noise=1.0)
+    still = replace(table, per_seed=np.concatenate([table.per_seed, np.ones((40, 1, 1))], axis=2))
+    prior = np.concatenate([truth, np.ones((30, 1))], axis=1)
+    found = fit_datamodel(still, prior=prior)
+    assert found.meta["prior_scale"][3] == 0
+    assert min(found.meta["prior_scale"][:3]) > 0.5
 
 
 def test_a_useless_prior_is_not_called_turned():

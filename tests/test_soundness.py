@@ -650,3 +650,37 @@ def test_outputs_that_are_no_floating_numbers(dtype, stack):
     mixing = Outputs(lambda m, b: (m(b[0])[:, 0] > m(b[0])[:, 0].mean()).to(dtype), (X, Y))
     with pytest.raises(ValueError, match="does not depend on the other rows"):
         retrain(problem, recipe, mixing, weights, seeds=1, stack=stack)
+
+
+def test_columns_that_are_no_rows_are_not_compared():
+    """A temperature for the whole batch, and a sparse column."""
+
+    class Warm(torch.utils.data.Dataset):
+        def __init__(self, make):
+            self.make = make
+
+        def __len__(self):
+            return len(X)
+
+        def __getitem__(self, rows):
+            return X[rows], self.make(rows), Y[rows]
+
+    for make in (lambda rows: torch.tensor(2.0), lambda rows: X[rows].to_sparse()):
+        soundness.refuse_restless(Warm(make), np.arange(4))
+    centred = Warm(lambda rows: X[rows] - X[rows].mean(0))
+    with pytest.raises(ValueError, match="row 0 alone other than beside 3 more in column 1"):
+        soundness.refuse_restless(centred, np.arange(4))
+
+
+@pytest.mark.parametrize("method", ["influence", "trak"])
+def test_inference_mode_changes_nothing(method):
+    """More than 32 outputs, which are differentiated together."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = Outputs(
+        cross_entropy, (torch.randn(40, 4, generator=generator), torch.arange(40) % 3)
+    )
+    problem = Problem(menagerie.seeded(nn.Linear)(4, 3), cross_entropy, (X, Y))
+    expected = METHODS[method](problem, outputs)
+    with torch.inference_mode():
+        found = METHODS[method](problem, outputs)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)  # float32

@@ -220,7 +220,7 @@ def of_table(f: LinearDatamodel, weights: NDArray[np.float64]) -> LinearDatamode
         raise ValueError(
             f"expected a surrogate around the weights it is given, {int((weights > 0).sum())} of {n} versions of rows, got "
             f"one around {int((f.anchor > 0).sum())}: pass weights on, as in lambda table, w: "
-            'influence(train(table, how, w, drop="row"), outputs)'
+            'influence(train(table, how, w, drop="row"), outputs); of a model trained at w in another way say replace(f, anchor=w)'
         )
     return f
 

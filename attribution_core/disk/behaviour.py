@@ -68,8 +68,12 @@ def of_class(cls: type) -> dict[str, Any]:
 
 def attributes(part: Any) -> dict[str, Any]:
     """What an object holds by name, in slots as well."""
-    slots = [vars(cls).get("__slots__", ()) for cls in type(part).__mro__]
-    names = [name for some in slots for name in ([some] if isinstance(some, str) else some)]
+    slots = [(cls.__name__, vars(cls).get("__slots__", ())) for cls in type(part).__mro__]
+    names = [
+        f"_{cls.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
+        for cls, some in slots
+        for name in ([some] if isinstance(some, str) else some)
+    ]
     held = {name: getattr(part, name) for name in names if hasattr(part, name)}
     return {**held, **getattr(part, "__dict__", {})}
 

@@ -135,7 +135,8 @@ def away(ridge: Ridge, y: Array, along: Array) -> float:
 
     With b = 0: where b fits nearly every row, left-out errors go together, and their scatter is no error.
     """
-    variance = np.maximum((y * y).mean(0), np.finfo(float).tiny)
+    variance = (y * y).mean(0)
+    variance[variance == 0] = 1.0  # outputs that never change
     left, of_prior = (ridge.left_out(x, np.inf, ridge.outside(x)) for x in (y, along))
     common, error = _common(np.nan_to_num(left), np.nan_to_num(of_prior), variance)
     return common / error if error > 0 else math.copysign(math.inf, common) if common else 0.0

@@ -29,10 +29,10 @@ TRIED, TRIALS = 8, 4  # rows of a batch on which ghost products are tried, and s
 SHARE = 8  # of this many rows one is tried
 NOISE = 0.1  # of a parameter's size: moves parameters whose gradients vanish where they stand
 LEAST = 0.02  # how far they are moved at least
-# eps to this power, 4e-10 in float64 and 7e-5 in float32, of its terms' norm a sum may be off: above what rounding adds
-# up to in deep networks, below a small term that is missed
-POWER = 0.6
 FEW_EPS = 8  # roundings that add up
+# eps to this power, 4e-10 in float64 and 7e-5 in float32, is what they add up to in deep networks, below a small term that
+# is missed; where a product is rounded coarsely, in half precision and in a GPU's TF32, it is a few of its roundings
+POWER, COARSE = 0.6, 1e-4
 
 Shares = Callable[[Tensor], bool]
 SHARING: tuple[Shares, ...] = (
@@ -155,10 +155,9 @@ class _Trial:
                 continue
             products = gradients.get(name, torch.zeros_like(v)) * v
             apart = (w.to(seen.shares[name]) @ seen.shares[name] - products.sum()).abs()
-            off = rounding(params[name]) ** POWER * products.norm().item()
-            unseen = name not in seen.scale and bool(
-                products.any()
-            )  # by no layer: in half precision all may be "off"
+            off = _off(rounding(params[name])) * products.norm().item()
+            # a gradient that no layer shows: in half precision all of it may be "off"
+            unseen = name not in seen.scale and bool(products.any())
             if (
                 apart > max(off, seen.rounding(name, params[name]), 1e-12)
                 or unseen
@@ -243,6 +242,11 @@ class _Seen:
         """
         eps = torch.finfo(value.dtype).eps if value.dtype.itemsize >= 4 else 0.0
         return FEW_EPS * eps * self.scale.get(name, 0.0)
+
+
+def _off(eps: float) -> float:
+    """Of its terms' norm, how much rounding may move a sum."""
+    return FEW_EPS * eps if eps > COARSE else eps**POWER
 
 
 def _terms(source: Tensor, gradient: Tensor) -> float:

@@ -43,10 +43,16 @@ def open_output(
         values = iter(output)
         filled = tree_unflatten([next(values) if is_real(x) else x for x in leaves], spec)
         given = _Given(model, filled)
-        if any(_width(x) > _width(z) for x, z in zip(output, own, strict=True)):
-            return _widely(given, model, loss, batch, max(output, key=_width).dtype)
-        with precision_of(params):
-            return loss(given, batch)
+        try:
+            with precision_of(params):
+                return loss(given, batch)
+        except RuntimeError as error:  # class weights of another dtype, say
+            if not any(_width(x) > _width(z) for x, z in zip(output, own, strict=True)):
+                raise
+            try:
+                return _widely(given, model, loss, batch, max(output, key=_width).dtype)
+            except (RuntimeError, ValueError):
+                raise error from None
 
     return own, losses
 

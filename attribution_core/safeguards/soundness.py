@@ -83,23 +83,41 @@ def refuse_unsound(problem: Problem, rows: NDArray[np.intp] | None = None) -> No
 
 
 def refuse_restless(data: Data, rows: NDArray[np.intp]) -> None:
-    """Raise where data give other rows the second time, or another first row by itself: shuffled or augmented ones.
+    """Raise where data give other rows the second time (shuffled or augmented ones), or another first row by itself.
 
-    Columns that are padded to the longest row of a batch may have another shape alone.
+    Looked at are columns of a row for each; those padded to the longest row of a batch may have another shape alone.
     """
-    first, again, alone = (tensors_in(take(data, some)) for some in (rows, rows, rows[:1]))
-    moved = any(not _same(a, b) for a, b in zip(first, again, strict=True))
-    if moved or any(
-        a[:1].shape == b.shape and not _same(a[:1], b) for a, b in zip(first, alone, strict=True)
-    ):
+    first, again, alone = (_of_rows(take(data, some), len(some)) for some in (rows, rows, rows[:1]))
+    if not all(_same(x, again.get(k)) for k, x in first.items()):
         raise ValueError(
             f"expected data[rows] to give the same rows every time, got others for {rows[:5].tolist()} the second time; leave "
             "shuffling to the recipe, and hand augmentation to Recipe(augment=), a function of batch, rows and step"
         )
+    beside = {k: x[:1] for k, x in first.items()}
+    moved = [
+        k for k, x in beside.items()
+        if k in alone and x.shape == alone[k].shape and not _same(x, alone[k])
+    ]  # fmt: skip
+    if moved:
+        raise ValueError(
+            f"expected data[rows] to give each row as it is by itself, got row {rows[0]} alone other than beside {len(rows) - 1} "
+            f"more in column {moved[0]}; make no column out of a batch, or leave it out"
+        )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+def _of_rows(batch: Batch, count: int) -> dict[int, Tensor]:
+    """The columns that have a row for each of so many, by place."""
+    columns = dict(enumerate(tensors_in(batch)))
+    return {
+        k: x for k, x in columns.items()
+        if x.layout == torch.strided and x.ndim and len(x) == count
+    }  # fmt: skip
+
+
+def _same(a: Tensor, b: Tensor | None) -> bool:
+    """Whether columns are equal, NaN to itself."""
+    same = b is not None and a.shape == b.shape
+    return same and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def refuse_mixed_outputs(model: nn.Module, outputs: Outputs) -> None:

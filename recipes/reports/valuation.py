@@ -122,10 +122,8 @@ def removal(removed: Removed, shares: Sequence[float]) -> str:
 
 
 def verdict(removed: Removed, place: int, share: float) -> str:
-    """Whose worst rows are better removed than random ones, by intervals paired by seed; "" where none were taken at random."""
+    """Whose worst rows are better removed than random ones, by intervals paired by seed."""
     at = {name: losses[:, place] for name, losses in removed.items()}
-    if RANDOM not in at:
-        return ""
     random, start = at.pop(RANDOM), f"Without the worst {100 * share:g} %: "
     if len(random) < 2:
         return f"{start}with one training per method no difference from random removal can be shown; use more --seeds."

@@ -64,7 +64,7 @@ def prove(
 
     retrain = partial(
         retrain_pairs, study.problem, study.recipe, outputs,
-        folder=study.flags.out / "retraining" / fingerprint(outputs)[:8],  # with --test and without it
+        folder=study.flags.out / "retraining" / fingerprint(outputs)[:8],  # by the text that judges
         jobs=study.flags.jobs if study.problem.device.type == "cpu" and world()[1] == 1 else 1,
     )  # fmt: skip
     everything = [

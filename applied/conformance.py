@@ -11,7 +11,6 @@ nothing was learnt; a caller's model changed in place; oracles that had seen the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from applied.forgetting.counting import counted
 from applied.unlearners import of_classes
 from applied.yardstick import Evaluation
+from attribution_core.calling import in_eval_mode
 from attribution_core.data import as_data, take
 from attribution_core.disk.fingerprint import fingerprint
 from attribution_core.outputs import logits_of
@@ -268,11 +268,10 @@ def _no_op(before: _Snapshot, model: nn.Module, made: nn.Module, moved: bool) ->
 
 
 def _statistics_moved(before: _Snapshot, made: nn.Module) -> bool:
-    """Whether buffers of the input have other values, and there are no more of them (masks, say) than it has."""
+    """Whether a buffer of the input is among the model's under no name, be there more of them (masks, say) or not."""
     old = [x for name, x in before.state.items() if name not in before.trainable and x is not None]
     new = [x.detach().cpu() for x in made.buffers()]
-    alike = [x.shape for x in old] == [x.shape for x in new]
-    return alike and not all(map(_same_values, old, new))
+    return not all(any(_same_values(x, y) for y in new) for x in old)
 
 
 @dataclass(frozen=True)
@@ -290,7 +289,7 @@ class _Said:
             data = as_data(forget)
             parts, rows = [], np.arange(min(TRIED, len(data)))
             first = take(data, rows[:BATCH], device)
-            with torch.no_grad(), _evaluating(model):
+            with torch.no_grad(), in_eval_mode(model):
                 while len(rows):
                     parts.append(logits_of(model, take(data, rows[:BATCH], device)).cpu())
                     room = KEPT // max(1, parts[0][0].numel()) - sum(map(len, parts))
@@ -340,18 +339,6 @@ def _same_function(was: _Said | None, now: _Said | None) -> str:
     if was is None or now is None or not was.same(now):
         return ""
     return f"parameters differ, but the outputs on {len(was.z)} forget rows do not"
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode, and then as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:

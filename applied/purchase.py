@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from applied.payment import ByPlayer, SignWarning, are_values, in_order, refuse_discount
-from applied.recipe import SLACK, Decision
+from applied.recipe import SLACK, Decision, expected_choice, random_subset
 from applied.worth import Values
 from attribution_core.data import named
 
@@ -245,7 +246,6 @@ def _decision(
     """The choice of players as weights of examples."""
     start = 0.0 if math.isnan(values.empty) else values.empty
     spent = float(price @ chosen)
-    even = spent / price.sum()  # of every player, at the same cost
     players = np.asarray(values.players)
     if values.labels is None:
         weights, costs, ids = chosen, price, players
@@ -254,10 +254,13 @@ def _decision(
         weights = chosen[index]
         costs = (price / np.bincount(index))[index]
         ids = np.arange(len(index))
+    even = np.unique(costs, return_inverse=True)[1]
+    drawn = expected_choice(costs, partial(random_subset, costs, spent), even)
+    by_player = drawn if values.labels is None else np.bincount(index, drawn) / np.bincount(index)
     return Decision(
         weights=weights, ids=ids[weights > 0], costs=costs,
         predicted=np.array([-(start + values.values @ chosen)]),
-        baseline=np.array([-(start + even * values.values.sum())]),
+        baseline=np.array([-(start + values.values @ by_player)]),
         targets=np.array(["minus the utility"]),
         meta={
             "application": "valuation", "budget": float(budget), "spent": spent,

@@ -22,6 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from attribution_core.seeds import listed
 
+# draws for a mean of random choices; how many weights they are at most, and their seed
+DRAWS, DRAWN, SEED = 200, 4_000_000, 0xBA5E
 SLACK = 1e-9  # relative; costs that differ by less are the same sum, added in another order
 ROWS = 10  # a table shows so many targets one by one, then their mean
 
@@ -148,6 +150,23 @@ def paired_interval(a: ArrayLike, b: ArrayLike = 0.0) -> Interval:
     if len(d) > 1:
         half = float(student.ppf(0.975, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d)))
     return Interval(float(d.mean()), float(d.mean()) - half, float(d.mean()) + half)
+
+
+def expected_choice(
+    costs: NDArray[np.float64],
+    draw: Callable[[np.random.Generator], NDArray[Any]],
+    alike: NDArray[np.intp],
+) -> NDArray[np.float64]:
+    """Weights [n] of random choices on average: the mean of up to 200 draws by a fixed seed.
+
+    Examples that are alike, such as those of equal cost, are drawn equally often: the mean is taken over them, too.
+    """
+    n = len(costs)
+    rng, many = np.random.default_rng(SEED), max(10, min(DRAWS, DRAWN // n))
+    total = np.zeros(n)
+    for _ in range(many):
+        total += draw(rng)
+    return (np.bincount(alike, total) / np.maximum(np.bincount(alike), 1))[alike] / many
 
 
 def random_subset(costs: ArrayLike, budget: float, rng: np.random.Generator) -> NDArray[Any]:

@@ -19,13 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from applied.recipe import SLACK, Decision, random_subset
+from applied.recipe import SLACK, Decision, expected_choice, random_subset
 from attribution_core.datamodel import LinearDatamodel, average
 
 SNAP = 1e-6  # of a weight and of the budget; what is smaller is rounding, in a solver or a long sum
 LARGEST = 20_000  # examples; beyond this a general solver takes minutes
-# random choices of unequal costs, for a baseline: so many, and fewer of so many examples that they would take seconds
-DRAWS, DRAWN, SEED = 200, 4_000_000, 0xBA5E
 
 Quotas = Mapping[Any, tuple[float, float]]
 
@@ -89,9 +87,9 @@ def select(
         backend: "exact" (sorting; a linear objective), "cvxpy" (any, n ≤ 20 000), or "auto".
 
     Returns:
-        A decision whose baseline is f̂ of a random choice of the same cost: every weight at
-        what it spends / total cost; under quotas at its domain's share, and `draw` gives such
-        choices. Its meta holds `relaxed` and `achieved` (the objective of the
+        A decision whose baseline is f̂ of random choices of the same cost, of whole examples, as `verify` draws
+        them: at equal costs every weight at what is spent / total cost, under quotas at its domain's share; else
+        the mean of 200 draws (fewer above 20,000 examples). `draw` gives choices under quotas. Its meta holds `relaxed` and `achieved` (the objective of the
         fractional optimum and of the decision), `hurting` (how many chosen examples have a
         positive mean score), `short` (low quotas missed by rounding: domain -> missing cost).
 
@@ -310,12 +308,12 @@ def _expected(limits: _Limits, *, quotas: bool, whole: bool) -> NDArray[Any]:
     costs, n = limits.costs, len(limits.costs)
     if np.ptp(costs) <= SLACK * costs.max():
         return _shares(limits) if quotas else np.full(n, limits.budget / costs.sum())
-    rng, many = np.random.default_rng(SEED), max(10, min(DRAWS, DRAWN // n))
-    total = np.zeros(n)
-    for _ in range(many):
-        # as `random_controls` draws them
-        total += _random(limits, whole, rng) if quotas else random_subset(costs, limits.budget, rng)
-    return total / many
+    # as `random_controls` draws them
+    draw = (
+        partial(_random, limits, whole) if quotas else partial(random_subset, costs, limits.budget)
+    )
+    alike = np.unique([limits.domain, costs], axis=1, return_inverse=True)[1]
+    return expected_choice(costs, draw, alike.ravel())
 
 
 def _shares(limits: _Limits) -> NDArray[Any]:

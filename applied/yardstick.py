@@ -247,14 +247,24 @@ class Evaluation:
         if found != {split: (len(self.floor[split]),) for split in self.splits}:
             many = {split: len(self.floor[split]) for split in self.splits}
             raise ValueError(f"expected rows for every point, {many}, got {found}")
-        text = [split for split, names in named.items() if names.dtype.kind == "U"]
+        text = [split for split, names in named.items() if names.dtype.kind in "UST"]
         if 0 < len(text) < len(named):
             others = [split for split in named if split not in text]
             raise ValueError(
                 f"expected rows all text or all numbers, got text in {text} and numbers in {others}; convert either"
             )
         common = np.result_type(*named.values())  # a column of a file has one type
-        return {split: names.astype(common) for split, names in named.items()}
+        cast = {split: names.astype(common) for split, names in named.items()}
+        lost = [
+            split
+            for split, names in named.items()
+            if (cast[split].astype(names.dtype) != names).any()
+        ]
+        if lost:
+            raise ValueError(
+                f"expected rows of one type, got numbers in {lost} that {common} does not hold; convert them"
+            )
+        return cast
 
 
 def _error(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:

@@ -212,12 +212,20 @@ def check_rows(values: Tensor, b: int, rows: ArrayLike | None = None, what: str 
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module, as trained models are asked for outputs."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    """Every module, as trained models are asked for outputs, and then as it was.
+
+    By `model.eval()`, which some models use to prepare themselves; none is called where all are in eval mode already.
+    """
+    modes = {module: module.training for module in model.modules()}
+    training = [module for module, was in modes.items() if was]
+    if training:
+        model.eval()
     try:
         yield
     finally:
         for module in training:
-            module.training = True
+            if type(module).train is not nn.Module.train:
+                module.train()
+        for module, was in modes.items():
+            if module.training != was:
+                module.training = was

@@ -150,7 +150,7 @@ def take(data: Data, rows: ArrayLike, device: torch.device | None = None) -> Bat
     """The rows of `data` as a batch of tensors on `device`; columns of a dict that are no tensors are left out.
 
     Raises:
-        ValueError: rows of different lengths; something else than tensors in a tuple.
+        ValueError: rows of different lengths; something else than tensors in a tuple or list.
     """
     batch = data[np.asarray(rows, dtype=int).tolist()]
     if isinstance(batch, Mapping):

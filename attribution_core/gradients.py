@@ -25,7 +25,7 @@ from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from attribution_core.calling import Params, PerExample, call, per_example, trainable
+from attribution_core.calling import Params, PerExample, call, in_eval_mode, per_example, trainable
 from attribution_core.data import Batch, Progress, batches, row_numbers, rows_in, take
 from attribution_core.joining import parts_of
 from attribution_core.layerwise.coverage import coverage_of
@@ -328,10 +328,18 @@ def output_gradients(
 def valued_gradients(
     model: nn.Module, outputs: Outputs, batch_size: int = 64, params: Params | None = None
 ) -> tuple[Tensor, Params]:
-    """(the outputs [t], float64 on the CPU, their gradients), of one pass but where many rows are
+    """(the outputs [t], float64 on the CPU, their gradients), in eval mode, of one pass but where many rows are
     differentiated together."""
     refuse_mixed_outputs(model, outputs)
     params = trainable(model) if params is None else params
+    with in_eval_mode(model):
+        return _valued_gradients(model, outputs, batch_size, params)
+
+
+def _valued_gradients(
+    model: nn.Module, outputs: Outputs, batch_size: int, params: Params
+) -> tuple[Tensor, Params]:
+    """`valued_gradients`, in the mode that the model is in."""
     if outputs.matrix is not None:
         return _mean_gradients(model, outputs, batch_size, params)
     if len(outputs) <= SINGLY:  # torch's vmap takes a second to load
@@ -396,7 +404,8 @@ def _mean_gradients(
 
 def refuse_steps(model: nn.Module, outputs: Outputs, params: Params | None = None) -> None:
     """Raise for outputs without a derivative by the parameters, where none would pass for one of 0."""
-    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+    # whatever the caller is in
+    with torch.inference_mode(False), torch.enable_grad(), in_eval_mode(model):
         values = trainable(model) if params is None else params
         leaf = {name: value.detach().requires_grad_() for name, value in values.items()}
         for part in parts_of(outputs):

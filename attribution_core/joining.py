@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,11 +48,10 @@ def join_outputs(parts: Mapping[str, Outputs]) -> Outputs:
     alone = {name: parts_of(some) for name, some in parts.items()}  # of what was joined before
     _refuse_other_columns({name: one for name, inner in alone.items() for one in inner})
     inner = [one for some in alone.values() for one in some]
-    functions: list[PerExample] = []
-    for one in inner:
-        if one.function not in functions:
-            functions.append(one.function)
-    function = _Chosen(tuple(functions), tuple(functions.index(one.function) for one in inner))
+    functions = {_identity(one.function): one.function for one in inner}
+    places = {identity: k for k, identity in enumerate(functions)}
+    which = tuple(places[_identity(one.function)] for one in inner)
+    function = _Chosen(tuple(functions.values()), which)
     data = _Joined(tuple(one.data for one in inner))
     if all(some.matrix is None for some in several):
         return Outputs(function, data)
@@ -152,6 +152,13 @@ def _refuse_large(several: Sequence[Outputs]) -> None:
             f"expected joined outputs of few targets where some are averages, got {targets:,} of {rows:,} rows: join what has "
             "a target for each of its rows by itself"
         )
+
+
+def _identity(function: PerExample) -> tuple[int, ...]:
+    """What tells functions apart; a method is another object each time it is named."""
+    if isinstance(function, types.MethodType):
+        return id(function.__self__), id(function.__func__)
+    return (id(function),)
 
 
 def _matrix(outputs: Outputs) -> Tensor:

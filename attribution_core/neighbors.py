@@ -34,6 +34,7 @@ from attribution_core.training import Run
 BLOCK = 2**20  # distances worked on at a time, 8 MiB
 HELD = 2**26  # numbers of per-row gradients held at once where signs are found (256 MiB in float32)
 Source = Problem | Run | Sequence[Run]
+Similar = Callable[[Outputs], NDArray[Any]]  # of every training row to every target row
 
 
 def representation_similarity(
@@ -62,13 +63,17 @@ def representation_similarity(
     Source: Hanawa et al. 2021 (cosine of the last layer's input).
     """
 
-    def similar(problem: Problem, outputs: Outputs) -> NDArray[Any]:
-        train, target = _represented(problem, outputs, layer, batch_size, progress)
-        similarity = _unit(train) @ _unit(target).T
-        own, theirs = class_labels(problem.train), class_labels(outputs.data)
-        if own is None or theirs is None:
-            return similarity
-        return similarity * np.where(own[:, None] == theirs, 1.0, -1.0)
+    def similar(problem: Problem) -> Similar:
+        own = class_labels(problem.train)
+        train, represented = _represented(problem, layer, batch_size, progress)
+
+        def to(part: Outputs) -> NDArray[Any]:
+            similarity, theirs = _unit(train) @ _unit(represented(part)).T, class_labels(part.data)
+            if own is None or theirs is None:
+                return similarity
+            return similarity * np.where(own[:, None] == theirs, 1.0, -1.0)
+
+        return to
 
     return _floor(source, outputs, similar, {"method": "representation_similarity"})
 
@@ -100,18 +105,23 @@ def knn(
     """
     _whole(k)
 
-    def similar(problem: Problem, outputs: Outputs) -> NDArray[Any]:
-        own, theirs = class_labels(problem.train), class_labels(outputs.data)
-        if own is None or theirs is None:
+    def similar(problem: Problem) -> Similar:
+        own = class_labels(problem.train)
+        if own is None or any(class_labels(part.data) is None for part in parts_of(outputs)):
             raise ValueError(
                 "expected batches with one integer label a row, (inputs, labels) or a dict with "
                 "'labels', got others; use representation_similarity or bm25"
             )
-        train, target = _represented(problem, outputs, layer, batch_size, progress)
-        values = np.empty((len(train), len(target)))
-        for j, place in enumerate(target):  # by differences: equal rows stay equally far
-            values[:, j] = np.square(train - place).sum(1)
-        return knn_shapley(values, own[:, None] == theirs, k)
+        train, represented = _represented(problem, layer, batch_size, progress)
+
+        def to(part: Outputs) -> NDArray[Any]:
+            target = represented(part)
+            values = np.empty((len(train), len(target)))
+            for j, place in enumerate(target):  # by differences: equal rows stay equally far
+                values[:, j] = np.square(train - place).sum(1)
+            return knn_shapley(values, own[:, None] == class_labels(part.data), k)
+
+        return to
 
     return _floor(source, outputs, similar, {"method": "knn", "k": k})
 
@@ -230,33 +240,40 @@ def bm25(
     Source: Robertson & Zaragoza 2009, eq. 3.15, with the 1 inside idf, which keeps it from being negative.
     """
 
-    def similar(problem: Problem, outputs: Outputs) -> NDArray[Any]:
-        documents, queries = (_tokens(d, batch_size) for d in (problem.train, outputs.data))
-        width = 1 + max(int(t.max(initial=0)) for t in (*documents, *queries))
-        tf, asked = _counts(documents, width), _counts(queries, width)
-        n = len(documents)
-        df = np.bincount(tf.indices, minlength=width)
-        idf = np.log1p((n - df + 0.5) / (df + 0.5))
-        length = np.asarray(tf.sum(axis=1)).ravel()
-        norm = k1 * (1 - b + b * length / max(length.mean(), 1e-12))
-        tf.data *= (k1 + 1) * idf[tf.indices] / (tf.data + np.repeat(norm, np.diff(tf.indptr)))
-        return (tf @ asked.T).toarray()
+    def similar(problem: Problem) -> Similar:
+        documents = _tokens(problem.train, batch_size)
+
+        def to(part: Outputs) -> NDArray[Any]:
+            queries = _tokens(part.data, batch_size)
+            width = 1 + max(int(t.max(initial=0)) for t in (*documents, *queries))
+            tf, asked = _counts(documents, width), _counts(queries, width)
+            n = len(documents)
+            df = np.bincount(tf.indices, minlength=width)
+            idf = np.log1p((n - df + 0.5) / (df + 0.5))
+            length = np.asarray(tf.sum(axis=1)).ravel()
+            norm = k1 * (1 - b + b * length / max(length.mean(), 1e-12))
+            tf.data *= (k1 + 1) * idf[tf.indices] / (tf.data + np.repeat(norm, np.diff(tf.indptr)))
+            return (tf @ asked.T).toarray()
+
+        return to
 
     return _floor(source, outputs, similar, {"method": "bm25", "k1": k1, "b": b})
 
 
 def _represented(
-    problem: Problem, outputs: Outputs, layer: str | None, batch_size: int, progress: Progress
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Training and target rows as the same layer sees them."""
+    problem: Problem, layer: str | None, batch_size: int, progress: Progress
+) -> tuple[NDArray[np.float64], Similar]:
+    """(training rows as a layer sees them, target rows as the same layer sees them)."""
     model = problem.model
     name = last_layer(model, problem.loss, problem.train) if layer is None else layer
     train = representations(
         model, problem.loss, problem.train, layer=name, batch_size=batch_size, progress=progress
     )
-    return train, representations(
-        model, outputs.function, outputs.data, layer=name, batch_size=batch_size
-    )
+
+    def represented(part: Outputs) -> NDArray[np.float64]:
+        return representations(model, part.function, part.data, layer=name, batch_size=batch_size)
+
+    return train, represented
 
 
 def _unit(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -325,7 +342,7 @@ def _signs(problem: Problem, outputs: Outputs) -> NDArray[np.float64]:
 def _floor(
     source: Source,
     outputs: Outputs,
-    similar: Callable[[Problem, Outputs], NDArray[Any]],
+    similar: Callable[[Problem], Similar],
     meta: dict[str, Any],
 ) -> LinearDatamodel:
     """Similarities to all target rows as a datamodel: signed, combined into targets, at the anchor."""
@@ -335,7 +352,8 @@ def _floor(
     assert isinstance(source, (Problem, Run))
     at = trained(source, window=True)  # whatever weights do, similarities are the same
     refuse_random_layers(at.problem.model)
-    parts = [similar(at.problem, x) * _signs(at.problem, x) for x in parts_of(outputs)]
+    to = similar(at.problem)
+    parts = [to(part) * _signs(at.problem, part) for part in parts_of(outputs)]
     scores = np.concatenate(parts, axis=1)
     if outputs.matrix is not None:
         scores = scores @ outputs.matrix.numpy()

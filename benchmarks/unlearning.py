@@ -76,13 +76,14 @@ def prepared(flags: Flags, kind: str, draw: int) -> Setting:
         Problem,
         Recipe,
         cross_entropy,
+        join_outputs,
         margin,
         retrain,
+        split_outputs,
         train,
     )
     from recipes.data.classification import network
     from recipes.embedded import digits
-    from recipes.work.unlearning import joined
 
     make, n = partial(network, 64, 10, 16), 500
     optimizer = SGD(0.1, momentum=0.9) if flags.optimizer == "sgd" else Adam(0.01)
@@ -101,14 +102,9 @@ def prepared(flags: Flags, kind: str, draw: int) -> Setting:
     runs = [train(problem, replace(recipe, seed=s), states=0) for s in range(flags.models)]
     weights = np.ones(n)
     weights[rows] = 0.0
-    # one retraining, read at all points
-    together = Outputs(margin, joined([some.data for some in outputs.values()]))
-    ends = np.cumsum([len(some) for some in outputs.values()])[:-1]
     seeds = range(1000, 1000 + 2 * flags.models)
-    table = retrain(problem, recipe, together, weights, seeds=seeds).per_seed[0]
-    return Setting(
-        rows, runs, outputs, dict(zip(outputs, np.split(table, ends, axis=1), strict=True))
-    )
+    table = retrain(problem, recipe, join_outputs(outputs), weights, seeds=seeds).per_seed[0]
+    return Setting(rows, runs, outputs, split_outputs(table, outputs))
 
 
 def baselines(setting: Setting) -> Iterator[tuple[str, Any]]:

@@ -436,13 +436,21 @@ def wrapped_and_trained_in_vain(model, forget, retain):
     return nn.Sequential(scrub_as_published(model, forget, retain))
 
 
+def noted_and_trained_in_vain(model, forget, retain):
+    made = scrub_as_published(model, forget, retain)
+    made.register_buffer("forgotten", torch.tensor(16))
+    return made
+
+
 def rounded(model, forget, retain):
     made = copy.deepcopy(model).half()
     made.register_forward_pre_hook(lambda _, args: (args[0].half(),))
     return made
 
 
-@pytest.mark.parametrize("unlearner", [wrapped, cast, wrapped_and_trained_in_vain, rounded])
+@pytest.mark.parametrize(
+    "unlearner", [wrapped, cast, wrapped_and_trained_in_vain, noted_and_trained_in_vain, rounded]
+)
 def test_a_copy_under_other_names_or_in_another_precision_is_a_no_op(unlearner):
     assert "no-op" in run(unlearner).failures
 

@@ -730,3 +730,21 @@ def test_layers_that_torch_cannot_batch_or_push_forward(name, count):
     along = directions(problem, count)
     found = directional(problem, unflatten(along, problem.params))
     np.testing.assert_allclose(found, rows.double() @ along.T, **EXACT)
+
+
+@pytest.mark.parametrize("size", [5, 40])  # a pass for each, or all together
+def test_gradients_of_outputs_are_those_of_what_is_read(size):
+    """In eval mode, whatever mode a loop of one's own left the model in."""
+
+    def by_mode(model, batch):
+        return cross_entropy(model, batch) * (2 if model.training else 1)
+
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double().train()
+    outputs = Outputs(by_mode, (torch.randn(size, 4).double(), torch.arange(size) % 3))
+    values, found = core.valued_gradients(model, outputs)
+    assert model.training
+    again, expected = core.valued_gradients(model.eval(), outputs)
+    torch.testing.assert_close(values, outputs.evaluate(model), rtol=1e-12, atol=0)
+    torch.testing.assert_close(again, values, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)

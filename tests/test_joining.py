@@ -1,5 +1,7 @@
 """attribution_core.joining: joined outputs are their parts, in values, gradients and retrainings; refusals."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -177,6 +179,26 @@ def test_one_function_is_called_once_a_batch():
     parts = {str(k): Outputs(some.loss, rows(3, k)) for k in range(4)}
     join_outputs(parts).evaluate(problem().model)
     assert Bound.calls == 1
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Equal by what it holds, as far as tensors can be."""
+
+    by: torch.Tensor
+
+    def __call__(self, model, batch):
+        return self.by[batch[1]] * cross_entropy(model, batch)
+
+
+def test_functions_are_told_apart_by_themselves():
+    """Not by what they compare equal to."""
+    model = problem().model
+    parts = {
+        str(k): Outputs(Weighed(torch.arange(1.0, 4.0).double() * k), rows(4, 1)) for k in (1, 5)
+    }
+    found = split_outputs(join_outputs(parts).evaluate(model).numpy(), parts)
+    np.testing.assert_allclose(found["5"], 5 * found["1"], rtol=1e-12)
 
 
 def test_an_average_beside_many_rows_is_refused(monkeypatch):

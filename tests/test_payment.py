@@ -13,6 +13,7 @@ from scipy.optimize import brentq
 from applied import purchase
 from applied.payment import SignWarning, pay
 from applied.purchase import GapWarning, buy
+from applied.recipe import random_subset
 from applied.worth import Values
 
 SOLVED = 1e-6  # relative; Clarabel stops at 1e-8
@@ -124,7 +125,8 @@ def test_owners_become_weights_of_their_examples():
     np.testing.assert_array_equal(found.ids, [0, 1, 2])
     # of a loss: 9 without data, lowered by 6
     np.testing.assert_allclose(found.predicted, [3.0])
-    np.testing.assert_allclose(found.baseline, [9.0 - 8.0 * 3 / 7])
+    # for 3 random examples are those of a and b: c's costs 4
+    np.testing.assert_allclose(found.baseline, [3.0])
 
 
 @pytest.mark.parametrize(
@@ -341,3 +343,15 @@ def test_prices_and_limits_go_by_name():
     ):
         with pytest.raises(ValueError, match=rf"{name} of .*\['owner 1'\] .*\['owner 7'\]"):
             spend()
+
+
+def test_a_purchase_is_compared_with_random_ones_of_its_price():
+    """Random players that fill what is left with cheap ones are more than the share that is spent."""
+    prices = np.random.default_rng(0).lognormal(size=300)
+    found = buy(worth(np.ones(300)), prices, 0.02 * prices.sum())
+    spent, draws = found.meta["spent"], map(np.random.default_rng, range(400))
+    controls = [random_subset(prices, spent, rng) for rng in draws]
+    many = np.array([-w.sum() for w in controls])
+    assert found.baseline[0] == pytest.approx(
+        many.mean(), abs=4 * many.std() / np.sqrt(133)
+    )  # of 400 and 200 draws

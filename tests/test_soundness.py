@@ -667,6 +667,9 @@ def test_columns_that_are_no_rows_are_not_compared():
 
     for make in (lambda rows: torch.tensor(2.0), lambda rows: X[rows].to_sparse()):
         soundness.refuse_restless(Warm(make), np.arange(4))
+    for make in (lambda rows: torch.rand(()), lambda rows: torch.rand(3)):
+        with pytest.raises(ValueError, match="the second time"):
+            soundness.refuse_restless(Warm(make), np.arange(4))
     centred = Warm(lambda rows: X[rows] - X[rows].mean(0))
     with pytest.raises(ValueError, match="row 0 alone other than beside 3 more in column 1"):
         soundness.refuse_restless(centred, np.arange(4))

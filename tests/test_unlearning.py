@@ -645,11 +645,8 @@ def test_a_teacher_answers_without_dropout():
     seen.clear()
     like = (rows_of_classes(30, 3)[0], retain[1])
     unlearners.to_unseen(watched, retain, retain, like=like, how=ONE)
-    assert seen[:3] == [
-        False,
-        False,
-        True,
-    ]  # which counterparts are typical, the teacher, the student
+    # which counterparts are typical, the teacher, the student
+    assert seen[:3] == [False, False, True]
     # where the student does not draw either, it has nothing to follow
     still = model.eval()
     # float64: softmax of equal logits differs by its rounding

@@ -11,6 +11,7 @@ import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -83,21 +84,21 @@ def refuse_unsound(problem: Problem, rows: NDArray[np.intp] | None = None) -> No
 
 
 def refuse_restless(data: Data, rows: NDArray[np.intp]) -> None:
-    """Raise where data give other rows the second time (shuffled or augmented ones), or another first row by itself.
+    """Raise where data give something else the second time (shuffled or augmented rows), or another first row by itself.
 
-    Looked at are columns of a row for each; those padded to the longest row of a batch may have another shape alone.
+    By itself only columns of a row for each are looked at; those padded to the longest row of a batch may have another
+    shape then.
     """
-    first, again, alone = (_of_rows(take(data, some), len(some)) for some in (rows, rows, rows[:1]))
-    if not all(_same(x, again.get(k)) for k, x in first.items()):
+    first, again, alone = (take(data, some) for some in (rows, rows, rows[:1]))
+    twice = zip_longest(tensors_in(first), tensors_in(again))
+    if not all(_same(a, b) for a, b in twice):
         raise ValueError(
             f"expected data[rows] to give the same rows every time, got others for {rows[:5].tolist()} the second time; leave "
             "shuffling to the recipe, and hand augmentation to Recipe(augment=), a function of batch, rows and step"
         )
-    beside = {k: x[:1] for k, x in first.items()}
-    moved = [
-        k for k, x in beside.items()
-        if k in alone and x.shape == alone[k].shape and not _same(x, alone[k])
-    ]  # fmt: skip
+    single = _of_rows(alone, 1)
+    beside = {k: x[:1] for k, x in _of_rows(first, len(rows)).items() if k in single}
+    moved = [k for k, x in beside.items() if x.shape == single[k].shape and not _same(x, single[k])]
     if moved:
         raise ValueError(
             f"expected data[rows] to give each row as it is by itself, got row {rows[0]} alone other than beside {len(rows) - 1} "
@@ -114,10 +115,12 @@ def _of_rows(batch: Batch, count: int) -> dict[int, Tensor]:
     }  # fmt: skip
 
 
-def _same(a: Tensor, b: Tensor | None) -> bool:
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether columns are equal, NaN to itself."""
-    same = b is not None and a.shape == b.shape
-    return same and bool(((a == b) | ((a != a) & (b != b))).all())
+    if a is None or b is None or a.shape != b.shape or a.layout != b.layout:
+        return False
+    one, other = (x if x.layout == torch.strided else x.to_dense() for x in (a, b))
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def refuse_mixed_outputs(model: nn.Module, outputs: Outputs) -> None:

@@ -81,10 +81,10 @@ def rows_of(
         ]
     }
     print(text_table(rows, head))
-    if words := verdict(removed, last, shares[last - 1]):
-        print(words)
-        sections["What each method finds"].insert(0, report.paragraph(words))
-        metrics["verdict"] = words
+    words = verdict(removed, last, shares[last - 1])
+    print(words)
+    sections["What each method finds"].insert(0, report.paragraph(words))
+    metrics["verdict"] = words
     if "AUC" in head and bad is not None:
         curves = {name: found_by(v.values, bad) for name, v in valued.found.items()}
         one, two = "held-out margin", "Aumann–Shapley"

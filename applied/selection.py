@@ -89,9 +89,9 @@ def select(
     Returns:
         A decision whose baseline is f̂ of random choices of the same cost, of whole examples, as `verify` draws
         them: at equal costs every weight at what is spent / total cost, under quotas at its domain's share; else
-        the mean of 200 draws (fewer above 20,000 examples). `draw` gives choices under quotas. Its meta holds `relaxed` and `achieved` (the objective of the
-        fractional optimum and of the decision), `hurting` (how many chosen examples have a
-        positive mean score), `short` (low quotas missed by rounding: domain -> missing cost).
+        the mean of 200 draws (fewer above 20,000 examples). `draw` gives choices under quotas. Its meta holds
+        `relaxed` and `achieved` (the objective of the fractional optimum and of the decision), `hurting` (how many
+        chosen examples have a positive mean score), `short` (low quotas missed by rounding: domain -> missing cost).
 
     Raises:
         ValueError: a budget, costs or quotas that cannot be met; says which clash.

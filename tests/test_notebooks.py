@@ -1,4 +1,5 @@
-"""Notebooks are kept executed: every code cell ran, in order, without an error, and shows what it says."""
+"""Notebooks are kept executed: every code cell ran, in order, without an error, and shows what it says; benchmarks import
+what there is."""
 
 import ast
 import importlib.util
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 OWN = ("attribution_core", "applied", "recipes")
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 
 def test_there_are_notebooks():
@@ -26,10 +29,19 @@ def test_executed_and_whole(path):
     assert not [output for output in outputs if output.get("name") == "stderr"]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     for cell in cells:
-        tree = compile("".join(cell["source"]), str(path), "exec", ast.PyCF_ONLY_AST)
-        for line in ast.walk(tree):  # what it takes from this repository is still there
-            if isinstance(line, ast.ImportFrom) and line.module.partition(".")[0] in OWN:
-                module = importlib.import_module(line.module)
-                for name in line.names:
-                    part = f"{line.module}.{name.name}"
-                    assert hasattr(module, name.name) or importlib.util.find_spec(part), part
+        imports_are_there("".join(cell["source"]), path)
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_benchmarks_import_what_there_is(path):
+    imports_are_there(path.read_text(encoding="utf-8"), path)
+
+
+def imports_are_there(source, path):
+    """What is taken from this repository, inside functions as well."""
+    for line in ast.walk(compile(source, str(path), "exec", ast.PyCF_ONLY_AST)):
+        if isinstance(line, ast.ImportFrom) and line.module.partition(".")[0] in OWN:
+            module = importlib.import_module(line.module)
+            for name in line.names:
+                part = f"{line.module}.{name.name}"
+                assert hasattr(module, name.name) or importlib.util.find_spec(part), part

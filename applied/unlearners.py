@@ -22,6 +22,7 @@ from applied.forgetting.counterparts import Counterparts, say
 from attribution_core.calling import PerExample
 from attribution_core.data import Batch, Data, as_data, take
 from attribution_core.outputs import IGNORED, cross_entropy, labels_in, logits_of, next_labels
+from attribution_core.seeds import drawn_by
 
 TINY = 1e-30  # a gradient that is 0 stays so
 Unlearner = Callable[[nn.Module, Any, Any], nn.Module]
@@ -337,7 +338,7 @@ def _descend(
     for step in range(how.steps):
         for group in optimizer.param_groups:
             group["lr"] = how.lr * (min(1.0, 2 * (1 - step / how.steps)) if how.decay else 1.0)
-        with torch.enable_grad(), _drawn_by([how.seed, 2, step], device), _precise(new):
+        with torch.enable_grad(), drawn_by([how.seed, 2, step], device), _precise(new):
             loss = goal(new, lambda: next(draws[0]), lambda: next(draws[1]))
             if not torch.isfinite(loss):
                 raise ValueError(
@@ -353,18 +354,6 @@ def _descend(
     for p in free:
         p.grad = None
     return new
-
-
-@contextmanager
-def _drawn_by(seed: Sequence[int], device: torch.device) -> Iterator[None]:
-    """Random layers draw from the seed, and the global generators are left as they were."""
-    cuda, own = device.type == "cuda", int(np.random.SeedSequence(seed).generate_state(1)[0])
-    with torch.random.fork_rng([device] if cuda else []):
-        torch.default_generator.manual_seed(own)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(own)
-        yield
 
 
 @contextmanager

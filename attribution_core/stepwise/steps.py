@@ -29,6 +29,7 @@ from attribution_core.data import Batch, rows_in, take
 from attribution_core.problem import Problem, decay_of
 from attribution_core.processes import failing_together, sum_all, world
 from attribution_core.safeguards.refusals import batch_norms
+from attribution_core.seeds import drawn_by
 from attribution_core.stepwise.optimizers import Optimizer, State, clipped
 
 Augment = Callable[[Batch, NDArray[np.intp], int], Batch]  # (batch, its rows, step) -> batch
@@ -217,8 +218,9 @@ class Steps:
     ) -> tuple[Tensor, Params]:
         """(losses [b], running statistics after the pass) at packed parameters; differentiable in all."""
         named = {**self.packing.unpack(params)}
+        draws = None if self.masks is None else [self.masks, step, part]
         with (
-            _masks(self.masks, step, part, self.problem.device),
+            drawn_by(draws, self.problem.device),
             running_statistics(self.problem.model, buffers) as after,
             sdpa_kernel(SDPBackend.MATH),  # fused attention has no second derivative
         ):
@@ -334,19 +336,3 @@ def running_statistics(model: nn.Module, before: Params) -> Iterator[Params]:
             handle.remove()
         for name, module in norms.items():
             module.track_running_stats = tracked[name]
-
-
-@contextmanager
-def _masks(seed: int | None, step: int, part: int, device: torch.device) -> Iterator[None]:
-    """Random layers draw from (seed, step, part), and the global generators are left as they were."""
-    if seed is None:
-        yield
-        return
-    cuda = device.type == "cuda"
-    own = int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0] >> 1)
-    with torch.random.fork_rng([device] if cuda else []):
-        torch.default_generator.manual_seed(own)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(own)
-        yield

@@ -254,8 +254,8 @@ def _decision(
         weights = chosen[index]
         costs = (price / np.bincount(index))[index]
         ids = np.arange(len(index))
-    even = np.unique(costs, return_inverse=True)[1]
-    drawn = expected_choice(costs, partial(random_subset, costs, spent), even)
+    alike = np.unique(costs, return_inverse=True)[1]
+    drawn = expected_choice(partial(random_subset, costs, spent), alike)
     by_player = drawn if values.labels is None else np.bincount(index, drawn) / np.bincount(index)
     return Decision(
         weights=weights, ids=ids[weights > 0], costs=costs,

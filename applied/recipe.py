@@ -153,15 +153,17 @@ def paired_interval(a: ArrayLike, b: ArrayLike = 0.0) -> Interval:
 
 
 def expected_choice(
-    costs: NDArray[np.float64],
-    draw: Callable[[np.random.Generator], NDArray[Any]],
-    alike: NDArray[np.intp],
+    draw: Callable[[np.random.Generator], NDArray[Any]], alike: NDArray[np.intp]
 ) -> NDArray[np.float64]:
     """Weights [n] of random choices on average: the mean of up to 200 draws by a fixed seed.
 
     Examples that are alike, such as those of equal cost, are drawn equally often: the mean is taken over them, too.
+
+    Args:
+        draw: random generator -> weights [n] of a choice.
+        alike: [n], a number for each kind of example.
     """
-    n = len(costs)
+    n = len(alike)
     rng, many = np.random.default_rng(SEED), max(10, min(DRAWS, DRAWN // n))
     total = np.zeros(n)
     for _ in range(many):

@@ -313,7 +313,7 @@ def _expected(limits: _Limits, *, quotas: bool, whole: bool) -> NDArray[Any]:
         partial(_random, limits, whole) if quotas else partial(random_subset, costs, limits.budget)
     )
     alike = np.unique([limits.domain, costs], axis=1, return_inverse=True)[1]
-    return expected_choice(costs, draw, alike.ravel())
+    return expected_choice(draw, alike.ravel())
 
 
 def _shares(limits: _Limits) -> NDArray[Any]:

@@ -616,15 +616,20 @@ def test_data_that_give_other_rows_each_time_are_refused(kind):
 
 def test_rows_padded_to_the_longest_of_their_batch_are_the_same_rows():
     class Padded(torch.utils.data.Dataset):
+        def __init__(self, by_batch):
+            self.by_batch = by_batch
+
         def __len__(self):
             return 6
 
         def __getitem__(self, rows):
             longest = max(rows) + 1
             x = torch.stack([torch.arange(longest) * (torch.arange(longest) <= i) for i in rows])
-            return x.float(), torch.zeros(len(rows), dtype=torch.long)
+            return x.float() + self.by_batch * len(rows), torch.zeros(len(rows), dtype=torch.long)
 
-    soundness.refuse_restless(Padded(), np.array([1, 5, 2]))
+    soundness.refuse_restless(Padded(0), np.array([1, 5, 2]))
+    with pytest.raises(ValueError, match="row 5 alone other than beside 2 more in column 0"):
+        soundness.refuse_restless(Padded(1), np.array([5, 1, 2]))
     soundness.refuse_restless(as_data((torch.tensor([[torch.nan], [1.0]]),)), np.array([0, 1]))
 
 

@@ -229,7 +229,7 @@ def refuse_unspent(
     }
     if sum(room.values()) < budget * (1 - SLACK):
         most = sorted(room.items(), key=lambda item: -item[1])[:10]
-        told = ", ".join(f"{name!r} {tokens:,.0f}" for name, tokens in most)
+        told = ", ".join(f"{name!r} {held_most:,.0f}" for name, held_most in most)
         raise ValueError(
             f"expected --quota that leaves room for the budget of {budget:,.0f} tokens, got room for "
             f"{sum(room.values()):,.0f}: {told}; raise the high quotas, or where domains hold no more, lower --budget"
